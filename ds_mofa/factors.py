@@ -10,10 +10,14 @@ All are float32 (float64 in tests), on any device. Inputs must be finite: the ca
 for all ranks, whether a step with a NaN or Inf in it is skipped.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ds_mofa.kernels import triton_serves
+from ds_mofa.kernels.svd import jacobi_svd
 
 __all__ = ["Factors", "update_factors", "start_factors", "projected_norm", "orthonormal_complement", "live_directions"]
 
@@ -57,8 +61,7 @@ def update_factors(factors: Factors, Y: Tensor, Z: Tensor, *, beta: float, gamma
 
     top = torch.cat([beta * torch.diag_embed(sigma) + gamma * A, gamma * R_V.mT], dim=-1)
     bottom = torch.cat([gamma * R_U, R_U.new_zeros(*R_U.shape[:-1], R_V.shape[-2])], dim=-1)
-    P, sigma, Qt = torch.linalg.svd(torch.cat([top, bottom], dim=-2), full_matrices=False)
-    P, sigma, Q = P[..., :r], sigma[..., :r], Qt[..., :r, :].mT
+    P, sigma, Q = _leading_svd(torch.cat([top, bottom], dim=-2), r)
 
     # Any orthonormal P and Q diagonalise a zero core; the identity is the one that moves nothing.
     still = (sigma[..., :1] == 0).unsqueeze(-1)
@@ -121,20 +124,54 @@ def orthonormal_complement(U: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
     arbitrary one and gets zero in R.
     """
     m, r = U.shape[-2:]
-    Y = _project_out(U, _project_out(U, Y))
-    fill = _fill_in(U, min(r, m - r))
-    if m < 2 * r:
-        Q = fill  # any basis of the whole complement will do
-    else:
-        Q, R = torch.linalg.qr(Y)
-        size = R.diagonal(dim1=-2, dim2=-1).abs()
-        dead = size <= 32 * torch.finfo(Y.dtype).eps * size.amax(-1, keepdim=True)
-        Q = torch.where(dead.unsqueeze(-2), fill, Q)
-    # A direction of relative size s keeps a part eps / s of span U, and a filled one keeps all of its
-    # own. Twice is enough.
+    eps = torch.finfo(U.dtype).eps
+    basis, Y = U.double(), Y.double()
+    Y = _project_out(basis, _project_out(basis, Y))
+    fill = _fill_in(basis, min(r, m - r))
+    # With fewer than 2 r rows there is room for the whole complement of span U: any basis of it will do.
+    Q = fill if m < 2 * r else _orthonormalise(Y, eps, fill)
+    # A direction of relative size s keeps a part eps / s of span U, and a filled one all of its own.
     for _ in range(2):
-        Q = torch.linalg.qr(_project_out(U, Q)).Q
-    return Q, Q.mT @ Y
+        Q = _orthonormalise(_project_out(basis, Q), eps)
+    return Q.to(U.dtype), (Q.mT @ Y).to(U.dtype)
+
+
+def _orthonormalise(X: Tensor, eps: float, fill: Tensor | None = None) -> Tensor:
+    """Orthonormal columns that span those of X (B, m, k), float64, for data that is good to ``eps``.
+
+    Cholesky-QR, all products: X = Q L^T with L L^T = X^T X is right to 1e-16 cond(X)^2, so that a second pass
+    finishes what a first one leaves. Data that is itself float64 needs Householder's QR.
+
+    With ``fill``, columns that depend on those before them to ``32 eps`` are replaced by its columns.
+    """
+    if eps == torch.finfo(torch.float64).eps:
+        Q, R = torch.linalg.qr(X)
+        size = R.diagonal(dim1=-2, dim2=-1).abs()
+    else:
+        scale = X.norm(dim=(-2, -1), keepdim=True)
+        X = X / torch.where(scale > 0, scale, 1)
+        gram = X.mT @ X
+        # Keeps a singular Gram matrix positive, and is far below 32 eps squared.
+        gram.diagonal(dim1=-2, dim2=-1).add_(4 * X.shape[-1] * torch.finfo(X.dtype).eps)
+        L, _ = torch.linalg.cholesky_ex(gram)
+        Q = torch.linalg.solve_triangular(L.mT, X, upper=True, left=False)
+        size = L.diagonal(dim1=-2, dim2=-1)
+    if fill is None:
+        return Q
+    return torch.where((size <= 32 * eps * size.amax(-1, keepdim=True)).unsqueeze(-2), fill, Q)
+
+
+def _leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """P (B, p, r), sigma (B, r), Q (B, q, r) of K (B, p, q): its r leading singular triplets."""
+    if not triton_serves(K):
+        P, sigma, Qt = torch.linalg.svd(K, full_matrices=False)
+        return P[..., :r], sigma[..., :r], Qt[..., :r, :].mT
+    scaled, sigma, Q = (x[..., :r] for x in jacobi_svd(K))
+    # The columns of K Q are P sigma; where sigma vanishes there is no P in them, and any will do.
+    eps = torch.finfo(K.dtype).eps
+    fill = _fill_in(scaled.double(), r)
+    P = _orthonormalise(scaled.double() / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2), eps, fill)
+    return _orthonormalise(P, eps).to(K.dtype), sigma, Q
 
 
 def _rotate(U: Tensor, Q: Tensor, P: Tensor) -> Tensor:
@@ -158,9 +195,13 @@ def _project_out(U: Tensor, Y: Tensor) -> Tensor:
 
 def _fill_in(like: Tensor, k: int) -> Tensor:
     """(B, m, k) fixed generic columns: the same on every rank and in every run."""
+    return _generic_columns(like.shape[-2], k, like.dtype, like.device).expand(*like.shape[:-2], -1, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _generic_columns(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    fill = torch.randn(like.shape[-2], k, generator=generator, dtype=torch.float64)
-    return fill.to(like).expand(*like.shape[:-2], -1, -1)
+    return torch.randn(m, k, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def _square_sum(X: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Options:
         include: regular expressions, searched in parameter names: 2-D parameters to make matrices although
             they are embeddings or output heads.
         exclude: likewise: parameters to leave to AdamW. Wins over ``include``.
-        seed: of the start's test matrices and of the stochastic rounding.
+        seed: of the start's test matrices and of the stochastic rounding, 0 <= seed < 2^31.
 
     Everything else that is trained, by AdamW:
 
@@ -93,7 +93,7 @@ class Options:
             if getattr(self, name) is not None:
                 self._number(name, getattr(self, name), low=0)
         for name in ("rank", "seed"):
-            self._integer(name, getattr(self, name), low=1 if name == "rank" else 0)
+            self._integer(name, getattr(self, name), low=1 if name == "rank" else 0, high=2**31)
         if not isinstance(self.master_weights, bool):
             raise OptionError(f"master_weights={self.master_weights!r} must be true or false")
         for name, hint in get_type_hints(Options).items():
@@ -156,9 +156,9 @@ class Options:
             raise OptionError(f"{name}={value!r} must be {bounds}")
 
     @staticmethod
-    def _integer(name: str, value: Any, *, low: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise OptionError(f"{name}={value!r} must be a whole number >= {low}")
+    def _integer(name: str, value: Any, *, low: int, high: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
+            raise OptionError(f"{name}={value!r} must be a whole number >= {low} and < {high}")
 
     @staticmethod
     def _patterns(name: str, patterns: Any) -> None:

@@ -18,7 +18,7 @@ from ds_mofa.step import MatrixStep
 __all__ = ["build_optimizer"]
 
 # DeepSpeed's own switches of its AdamW: they are for get_optimizer_configuration.
-_PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach")
+_PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach", "fused")
 
 
 def build_optimizer(engine, model_parameters) -> MoFaSGD:
