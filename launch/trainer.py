@@ -1,0 +1,70 @@
+"""TRL's trainer, with speed, memory and perplexity in its logs."""
+
+import math
+import resource
+import time
+from contextlib import contextmanager
+
+import torch
+from trl import SFTTrainer
+
+
+class FineTuner(SFTTrainer):
+    """``SFTTrainer`` whose logs also hold:
+
+    - ``tokens_per_second``: over all ranks, since the last log, evaluation and checkpoints left out;
+    - ``peak_memory_gb``: the largest of all ranks, in 1e9 bytes (see ``peak_memory``);
+    - ``eval_perplexity``: exp of the evaluation loss.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._interval_start: float | None = None  # seconds
+        self._interval_tokens = 0  # all tokens trained on, when the interval began
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        if self._interval_start is None:
+            self._interval_start = time.perf_counter()
+        return super().training_step(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.stopped_clock():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with self.stopped_clock():
+            super()._save_checkpoint(*args, **kwargs)
+
+    @contextmanager
+    def stopped_clock(self):
+        """Leave the time spent inside out of ``tokens_per_second``."""
+        start = time.perf_counter()
+        yield
+        if self._interval_start is not None:
+            self._interval_start += time.perf_counter() - start
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        elif "loss" in logs and self._interval_start is not None:
+            now, tokens = time.perf_counter(), self._total_train_tokens
+            logs["tokens_per_second"] = (tokens - self._interval_tokens) / (now - self._interval_start)
+            logs["peak_memory_gb"] = self.largest(peak_memory(self.args.device) / 1e9)
+            self._interval_start, self._interval_tokens = now, tokens
+        super().log(logs, start_time)
+
+    def largest(self, value: float) -> float:
+        """The largest of a number over all ranks; every rank must call it."""
+        return self.accelerator.gather(torch.tensor([value], device=self.args.device)).max().item()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the peak that PyTorch has allocated on a GPU, or the peak resident size of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite instead of an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
