@@ -5,7 +5,9 @@ Three groups of options: which model, which data, and everything of TRL's ``SFTC
 option, so that a JSON alone fully describes a run, and HF raises when a command line contradicts it.
 """
 
+import argparse
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,22 +101,27 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     Args:
         argv: the words after the script's name, with the ``--local_rank`` that DeepSpeed's launcher adds.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    parser.set_defaults(**hardware_defaults())
     config_path = deepspeed_config_path(argv)
-    if config_path is not None:
-        parser.set_defaults(**defaults_from_deepspeed(read_json(config_path, "the --deepspeed config")))
+    config = read_json(config_path, "the --deepspeed config")
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    parser.set_defaults(deepspeed=config_path, **(hardware_defaults() | defaults_from_deepspeed(config)))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
     check_model_arguments(model_args)
     check_data_arguments(data_args, training_args)
     return model_args, data_args, training_args
 
 
-def deepspeed_config_path(argv: list[str]) -> str | None:
-    """The value of ``--deepspeed`` in a command line, or None."""
-    parser = HfArgumentParser(())
-    parser.add_argument("--deepspeed", default=None)
-    return parser.parse_known_args(argv)[0].deepspeed
+def deepspeed_config_path(argv: list[str]) -> str:
+    """The value of ``--deepspeed``, or the file that ``accelerate launch`` names in its place."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--deepspeed", default=os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+    path = parser.parse_known_args(argv)[0].deepspeed
+    if path is None:
+        raise UserError(
+            "No DeepSpeed config, so nothing says which optimizer to train with. Give one, such as "
+            "--deepspeed configs/zero2_mofasgd.json."
+        )
+    return path
 
 
 def read_json(path: str, what: str) -> dict:

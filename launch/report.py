@@ -34,7 +34,7 @@ def banner(
         "tokenizer": tokenizer,
         "train data": describe_data(train_data, args),
         "eval data": describe_data(eval_data, args) if eval_data is not None else "none",
-        "optimizer": f"{describe_optimizer(args)}, lr {args.learning_rate:g} ({args.lr_scheduler_type})",
+        "optimizer": f"{describe_optimizer(args)}, lr {args.learning_rate:g} ({args.lr_scheduler_type.value})",
         "batch": f"{batch} sequences = {args.per_device_train_batch_size} each on {args.world_size} ranks, "
         f"{args.gradient_accumulation_steps} times",
     }

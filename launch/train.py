@@ -16,13 +16,13 @@ from pathlib import Path
 # A script's first import folder is its own; this makes it the repository's, from wherever the launcher runs it.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import deepspeed
 from transformers import ProgressCallback, set_seed
 
 import ds_mofa  # noqa: F401  registers "MoFaSGD" as a DeepSpeed optimizer, before any engine is made
 from launch.arguments import parse_arguments
 from launch.callbacks import ProgressBar
 from launch.data import load_data
+from launch.distributed import join_ranks
 from launch.errors import UserError
 from launch.models import load_model
 from launch.report import banner, evaluated_last_step, say, summary
@@ -31,8 +31,7 @@ from launch.trainer import FineTuner
 
 
 def main(argv: list[str]) -> None:
-    # Before TrainingArguments, which on a CPU would start torch.distributed without DeepSpeed knowing of it.
-    deepspeed.init_distributed()
+    join_ranks()
     model_args, data_args, args = parse_arguments(argv)
     set_seed(args.seed)
     tokenizer, tokenizer_description = load_tokenizer(model_args.tokenizer_source)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from trl import SFTTrainer
 
+from launch.encoding import IGNORED
+
 
 class FineTuner(SFTTrainer):
     """``SFTTrainer`` whose logs also hold:
@@ -15,12 +17,16 @@ class FineTuner(SFTTrainer):
     - ``tokens_per_second``: over all ranks, since the last log, evaluation and checkpoints left out;
     - ``peak_memory_gb``: the largest of all ranks, in 1e9 bytes (see ``peak_memory``);
     - ``eval_perplexity``: exp of the evaluation loss.
+
+    Its evaluation loss is the mean over tokens. HF's is the mean over batches, each the mean over its tokens: with
+    answers of unequal length that depends on the batch size.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._interval_start: float | None = None  # seconds
         self._interval_tokens = 0  # all tokens trained on, when the interval began
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)  # (summed loss, tokens) of this rank's evaluation
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         if self._interval_start is None:
@@ -28,8 +34,16 @@ class FineTuner(SFTTrainer):
         return super().training_step(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        self._eval_sums.zero_()
         with self.stopped_clock():
             return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        # The first label is never predicted.
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().item()
+        step = super().prediction_step(model, inputs, *args, **kwargs)
+        self._eval_sums += torch.tensor([step[0].item() * tokens, tokens], dtype=torch.float64)
+        return step
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         with self.stopped_clock():
@@ -45,6 +59,8 @@ class FineTuner(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:
+            # The same dictionary is what evaluate() returns.
+            logs["eval_loss"] = self.mean_eval_loss()
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
         elif "loss" in logs and self._interval_start is not None:
             now, tokens = time.perf_counter(), self._total_train_tokens
@@ -52,6 +68,12 @@ class FineTuner(SFTTrainer):
             logs["peak_memory_gb"] = self.largest(peak_memory(self.args.device) / 1e9)
             self._interval_start, self._interval_tokens = now, tokens
         super().log(logs, start_time)
+
+    def mean_eval_loss(self) -> float:
+        """Mean loss per token of an evaluation, over all ranks; every rank must call it."""
+        # fp64 would be enough for any data, but not every device gathers it; sums of fp32 means are exact to 1e-7.
+        sums = self.accelerator.gather(self._eval_sums.float()[None].to(self.args.device)).double().sum(dim=0)
+        return (sums[0] / sums[1].clamp(min=1)).item()
 
     def largest(self, value: float) -> float:
         """The largest of a number over all ranks; every rank must call it."""
