@@ -111,6 +111,6 @@ def from_hub(args: DataArguments, split: str, tokenizer: PreTrainedTokenizerBase
 
     def encode(row: dict, index: int) -> dict[str, list[int]]:
         where = f"{args.dataset_name}[{split}] row {index}"
-        return encoder(*checked_record(row, where, ignored), where)
+        return encoder(*checked_record(dict(row), where, ignored), where)
 
     return rows.map(encode, with_indices=True, remove_columns=rows.column_names, desc=f"Tokenizing {split}")

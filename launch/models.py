@@ -1,6 +1,7 @@
 """The model: pretrained weights, or random ones of a given shape."""
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -45,9 +46,15 @@ def config_from_shape(path: str) -> PretrainedConfig:
     if "model_type" not in shape:
         raise UserError(f'{path}: no "model_type", so the architecture is unknown. Add it, such as "llama".')
     try:
-        return AutoConfig.for_model(**shape)
-    except ValueError as error:
+        config = AutoConfig.for_model(**shape)
+    except (ValueError, StrictDataclassError) as error:
         raise UserError(f"{path}: not a model that transformers can build ({error}). Correct it.") from error
+    # A config takes any key, so a misspelt one would leave its default in force.
+    known = type(config)()
+    unknown = [key for key in shape if not hasattr(known, key)]
+    if unknown:
+        raise UserError(f"{path}: {shape['model_type']} has no setting {', '.join(unknown)}. Correct or remove it.")
+    return config
 
 
 def build_model(config: PretrainedConfig, device: torch.device, **options) -> PreTrainedModel:
