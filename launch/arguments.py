@@ -89,10 +89,27 @@ class TrainingArguments(SFTConfig):
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in backward: less memory, more time."}
     )
+    bf16: bool = field(
+        default=False, metadata={"help": "Train in bf16. Default: where the GPU has it; `--bf16 false` for fp32."}
+    )
     report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb."})
+    eval_packing: bool = field(
+        default=False, metadata={"help": "Not supported: evaluation keeps to one example per row, so that each counts once."}
+    )
     save_strategy: str = field(
         default="no", metadata={"help": "When to write checkpoints to resume from: no, steps, epoch."}
     )
+
+
+class Parser(HfArgumentParser):
+    """Complains like the rest of the command, instead of with a page of usage from every rank."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}. `python launch/train.py --help` lists all options.")
+
+
+def make_parser() -> Parser:
+    return Parser((ModelArguments, DataArguments, TrainingArguments), prog="deepspeed launch/train.py")
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -103,9 +120,15 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     """
     config_path = deepspeed_config_path(argv)
     config = read_json(config_path, "the --deepspeed config")
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    parser = make_parser()
     parser.set_defaults(deepspeed=config_path, **(hardware_defaults() | defaults_from_deepspeed(config)))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+    try:
+        *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except ValueError as error:  # options that TrainingArguments finds to contradict each other or the machine
+        raise UserError(str(error)) from error
+    if unknown:
+        parser.error(f"unknown options: {' '.join(unknown)}")
+    model_args, data_args, training_args = groups
     check_model_arguments(model_args)
     check_data_arguments(data_args, training_args)
     return model_args, data_args, training_args
@@ -191,6 +214,8 @@ def check_data_arguments(args: DataArguments, training_args: TrainingArguments) 
         raise UserError("--dataset_name and --train_file/--eval_file are both given. Keep one source of data.")
     if not args.dataset_name and not args.train_file:
         raise UserError("No training data. Give --train_file (.txt or .jsonl) or --dataset_name.")
+    if training_args.eval_packing:
+        raise UserError("--eval_packing would count some examples twice. Leave it out; --packing is for training alone.")
     has_eval_data = bool(args.eval_file or args.dataset_eval_split)
     wants_eval = training_args.eval_strategy != "no" or training_args.eval_on_start
     if wants_eval and not has_eval_data:

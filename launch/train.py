@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from transformers import ProgressCallback, set_seed
 
 import ds_mofa  # noqa: F401  registers "MoFaSGD" as a DeepSpeed optimizer, before any engine is made
-from launch.arguments import parse_arguments
+from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar
 from launch.data import load_data
 from launch.distributed import join_ranks
@@ -31,6 +31,9 @@ from launch.trainer import FineTuner
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        make_parser().print_help()
+        return
     join_ranks()
     model_args, data_args, args = parse_arguments(argv)
     set_seed(args.seed)

@@ -18,8 +18,9 @@ class FineTuner(SFTTrainer):
     - ``peak_memory_gb``: the largest of all ranks, in 1e9 bytes (see ``peak_memory``);
     - ``eval_perplexity``: exp of the evaluation loss.
 
-    Its evaluation loss is the mean over tokens. HF's is the mean over batches, each the mean over its tokens: with
-    answers of unequal length that depends on the batch size.
+    Its evaluation loss is the mean over tokens, so that perplexity is what the word says. HF's is the mean over
+    batches of each batch's mean: with answers of unequal length it depends on the batch size, and on the number of
+    ranks, since examples that fill up the last batches count again.
     """
 
     def __init__(self, *args, **kwargs):
@@ -39,6 +40,7 @@ class FineTuner(SFTTrainer):
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
+        self.ignore_repeats(inputs)
         # The first label is never predicted.
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().item()
         step = super().prediction_step(model, inputs, *args, **kwargs)
@@ -68,6 +70,21 @@ class FineTuner(SFTTrainer):
             logs["peak_memory_gb"] = self.largest(peak_memory(self.args.device) / 1e9)
             self._interval_start, self._interval_tokens = now, tokens
         super().log(logs, start_time)
+
+    def ignore_repeats(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Take out of the loss, in place, the examples that Accelerate repeats so that all last batches are full."""
+        progress = self.accelerator.gradient_state
+        if not progress.end_of_dataloader or progress.remainder <= 0:
+            return
+        # ``remainder`` examples are left for all ranks together, dealt out in rank order.
+        size = self.args.per_device_eval_batch_size
+        left = progress.remainder - self.args.process_index * size
+        labels = inputs["labels"]  # (batch, length), or (1, all lengths) without padding
+        if self.padding_free:
+            example = (inputs["position_ids"] == 0).cumsum(dim=1) - 1
+        else:
+            example = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+        labels[example >= left] = IGNORED
 
     def mean_eval_loss(self) -> float:
         """Mean loss per token of an evaluation, over all ranks; every rank must call it."""

@@ -28,6 +28,9 @@ BAD_LINES = {
     "no data": (MODEL + CONFIG, "No training data"),
     "two sources": (MODEL + DATA + CONFIG + ["--dataset_name", "x"], "Keep one source of data"),
     "evaluation of nothing": (MODEL + DATA + CONFIG + ["--eval_on_start"], "nothing to evaluate on"),
+    "unknown option": (MODEL + DATA + CONFIG + ["--lerning_rate", "1"], "unknown options: --lerning_rate 1.*--help"),
+    "not a number": (MODEL + DATA + CONFIG + ["--learning_rate", "fast"], "invalid float value: 'fast'.*--help"),
+    "packed evaluation": (MODEL + DATA + CONFIG + ["--eval_packing"], "count some examples twice"),
     "no DeepSpeed config": (MODEL + DATA, "which optimizer to train with"),
     "a config that is not there": (MODEL + DATA + ["--deepspeed", "nowhere.json"], "nowhere.json: no such file"),
 }
