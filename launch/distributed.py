@@ -1,0 +1,38 @@
+"""Joining the other ranks, with DeepSpeed's CPU leftovers cleared."""
+
+import os
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from launch.errors import UserError
+
+
+def join_ranks() -> None:
+    """Start torch.distributed through DeepSpeed.
+
+    To be called before HF's ``TrainingArguments`` exist: on a CPU those would start it without DeepSpeed, and
+    ``zero.Init`` would then find no communication of its own.
+    """
+    if "RANK" not in os.environ:
+        raise UserError(
+            "No launcher started this process. Use `deepspeed launch/train.py ...` (one process per GPU), or "
+            "`accelerate launch --config_file configs/accelerate_zero2.yaml launch/train.py ...`."
+        )
+    deepspeed.init_distributed()
+    if not torch.cuda.is_available():
+        unlink_shared_buffer()
+
+
+def unlink_shared_buffer() -> None:
+    """Remove this rank's 69 MB all-reduce buffer from /dev/shm.
+
+    DeepSpeed's CPU communication never does, and a few dozen runs would fill the memory of a small machine. Every rank
+    has mapped all buffers by the time of the barrier, and a mapping outlives its name.
+    """
+    torch.distributed.barrier()
+    name = "deepspeed_allreduce_buffer_{}_{}_{}_{}".format(
+        os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]
+    )
+    (Path("/dev/shm") / name).unlink(missing_ok=True)
