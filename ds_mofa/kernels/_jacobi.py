@@ -70,7 +70,7 @@ def _jacobi_kernel(
                 yy = tl.sum(y * y, axis=1)
                 xy = tl.sum(x * y, axis=1)
                 # The squares of columns below 1e-19 of the rest underflow: they count as orthogonal.
-                cosine_squared = tl.where(xx * yy > 0, xy / tl.maximum(xx, 1e-38) * (xy / tl.maximum(yy, 1e-38)), 0.0)
+                cosine_squared = tl.where(xx * yy > 0, xy / tl.maximum(xx, 1e-37) * (xy / tl.maximum(yy, 1e-37)), 0.0)
                 cosines = tl.maximum(cosines, tl.where(tl.minimum(xx, yy) > floor, cosine_squared, 0.0))
                 turn = cosine_squared > 0
                 zeta = (yy - xx) / tl.where(turn, 2.0 * xy, 1.0)
