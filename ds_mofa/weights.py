@@ -148,23 +148,18 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 def random_bits(row: int, rows: int, n: int, key: tuple[int, int], device: torch.device) -> Tensor:
     """int64 (rows, n), uniform in [0, 2^16): the bits of rows [row, row + rows) of an m x n matrix.
 
-    One 32-bit word, hashed from the counter row * ceil(n / 2) + column // 2, serves two columns: its low half
-    the even one, its high half the odd one.
+    Each row has a 32-bit word of its own, hashed from its number and the key. Hashed again with c, it gives the
+    word of columns 2 c (the low half) and 2 c + 1 (the high half).
     """
-    pairs = -(-n // 2)
-    first = row * pairs
-    counter = torch.arange(first, first + rows * pairs, dtype=torch.int64, device=device).view(rows, pairs)
-    word = _hash(counter, key)
-    return torch.stack([word & 0xFFFF, word >> 16], dim=-1).view(rows, 2 * pairs)[:, :n].contiguous()
-
-
-def _hash(x: Tensor, key: tuple[int, int]) -> Tensor:
-    """32 well-mixed bits from a counter and a key: two rounds of xor-shift and multiply, a key word before each."""
-    x = _mix((x ^ key[0]) & 0xFFFFFFFF)
-    return _mix((x + key[1]) & 0xFFFFFFFF)
+    row_word = _mix(torch.arange(row, row + rows, dtype=torch.int64, device=device) ^ key[0])
+    row_word = _mix((row_word + key[1]) & 0xFFFFFFFF)
+    pair = torch.arange(-(-n // 2), dtype=torch.int64, device=device)
+    word = _mix(row_word.unsqueeze(1) ^ pair)
+    return torch.stack([word & 0xFFFF, word >> 16], dim=-1).view(rows, -1)[:, :n].contiguous()
 
 
 def _mix(x):
+    """32 bits to 32 bits, each of them depending on all: xor-shift and multiply, twice."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & 0xFFFFFFFF
     x = x ^ (x >> 15)
