@@ -156,7 +156,7 @@ class DeepSpeedTrainer:
                 "stage": stage,
                 "overlap_comm": True,
                 "contiguous_gradients": True,
-                "reduce_bucket_size": 100_000_000,
+                "reduce_bucket_size": int(options.get("bucket", 100_000_000)),
                 "allgather_bucket_size": 200_000_000,
                 "stage3_prefetch_bucket_size": 100_000_000,
                 "stage3_param_persistence_threshold": 100_000,
