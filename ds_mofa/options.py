@@ -100,7 +100,7 @@ class Options:
             choices = get_args(hint)
             if choices and all(isinstance(choice, str) for choice in choices) and getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}")
-        if isinstance(self.adamw_betas, str | float | int) or len(self.adamw_betas) != 2:
+        if not _is_list(self.adamw_betas) or len(self.adamw_betas) != 2:
             raise OptionError(f"adamw_betas={self.adamw_betas!r} must be two numbers, such as [0.9, 0.999]")
         for beta in self.adamw_betas:
             self._number("adamw_betas", beta, low=0, high=1)
@@ -162,13 +162,17 @@ class Options:
 
     @staticmethod
     def _patterns(name: str, patterns: Any) -> None:
-        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        if not _is_list(patterns) or not all(isinstance(pattern, str) for pattern in patterns):
             raise OptionError(f'{name}={patterns!r} must be a list of regular expressions, such as ["lm_head"]')
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise OptionError(f"{name}: {pattern!r} is not a regular expression ({error})") from None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _unknown(key: str, known: list[str]) -> str:
