@@ -52,6 +52,7 @@ def run(entry: dict, place: Path, rank: int) -> None:
         with stuck.open("w") as file:
             faulthandler.dump_traceback_later(SECONDS_PER_SCENE, exit=True, file=file)
             random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
+            os.chdir(place)  # where a scene may leave files; shared by its ranks
             scene = getattr(importlib.import_module(entry["module"]), entry["scene"])
             result = scene(**json.loads(entry["arguments"]))
             faulthandler.cancel_dump_traceback_later()

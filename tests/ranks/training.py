@@ -67,13 +67,23 @@ def mean_over_ranks(value: Tensor) -> float:
 
 
 def train(settings: dict[str, Any], steps: int, look=lambda engine: None, **kwargs) -> dict[str, Any]:
-    """Losses of ``steps`` steps and of one more batch; weights and momenta (those on rank 0) in between, with what ``look`` sees."""
+    """Train on ``steps`` batches and evaluate one more.
+
+    Returns:
+        The losses, one more than steps; each step's gradient norm and each group's lr in it; at the end the
+        weights, the momenta (on rank 0) and what ``look`` sees.
+    """
     with engine_for(settings, **kwargs) as engine:
         *data, last = batches(steps + 1)
-        losses = [train_step(engine, batch) for batch in data]
+        losses, norms, rates = [], [], []
+        for batch in data:
+            rates.append([group["lr"] for group in engine.optimizer.param_groups])
+            losses.append(train_step(engine, batch))
+            norms.append(float(engine.get_global_grad_norm()))
         weights, momenta = whole_weights(engine.module), whole_momenta(engine)
         losses.append(evaluate(engine, last))
-        return {"losses": losses, "weights": weights, "momenta": momenta, "seen": look(engine)}
+        result = {"losses": losses, "weights": weights, "momenta": momenta, "norms": norms, "lr": rates}
+        return {**result, "seen": look(engine)}
 
 
 @torch.no_grad()
