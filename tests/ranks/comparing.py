@@ -22,6 +22,8 @@ def dense(
     model: type[nn.Module] = Toy,
     *,
     steps: int = STEPS,
+    data: Callable[[int], list] = batches,
+    matrices: tuple[str, ...] | None = None,
     frozen: bool = False,
     rank: int = OPTIONS["rank"],
     beta: float = 0.85,
@@ -31,18 +33,20 @@ def dense(
     """The reference's counterpart of ``training.train``, and the gradient norm of every step.
 
     Args:
+        data: makes the batches.
+        matrices: in the place of the model's.
         frozen: leave the matrices out.
         **settings: others of :class:`reference.Reference`.
     """
-    built, matrices = toy(model), model.MATRICES
+    built, matrices = toy(model), matrices or model.MATRICES
     if frozen:
         for name in matrices:
             built.get_parameter(name).requires_grad_(False)
     settings = {key: OPTIONS[key] for key in ("weight_decay", "adamw_eps")} | settings
     reference = Reference(built, [] if frozen else matrices, lr=lr, rank=rank, beta=beta, **settings)
-    *data, last = batches(steps + 1)
+    *train, last = data(steps + 1)
     losses, norms = [], []
-    for batch in data:
+    for batch in train:
         losses.append(reference.step(batch))
         norms.append(reference.norm)
     return {

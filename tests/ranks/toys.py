@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Toy", "Sliver", "batches", "micro_batches", "SEQUENCES"]
+__all__ = ["Toy", "Checkpointed", "Sliver", "Sometimes", "batches", "micro_batches", "SEQUENCES"]
 
 VOCABULARY, WIDTH, HIDDEN = 37, 35, 53  # odd and not divisible by 3: shards of 2 and of 3 ranks end inside a row
 SEQUENCES = 18  # in a global batch: divides by 1, 2, 3 ranks times 1, 3 micro-batches
@@ -35,17 +36,59 @@ class Toy(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
-    def enter(self, x: Tensor) -> Tensor:
-        return x
-
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embed(tokens)
-        x = self.enter(x)
-        x = x + torch.tanh(x @ self.blend)
-        x = x + self.down(torch.tanh(self.up(x)))
-        x = x + self.echo(torch.tanh(self.twin(x)))
-        x = self.norm(x + self.frozen(x))
-        return F.cross_entropy(self.head(x).flatten(0, -2).float(), targets.flatten())
+        for block in self.blocks():
+            x = self.run(block, x)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, -2).float(), targets.flatten())
+
+    def blocks(self):
+        return [self.mix, self.widen, self.repeat]
+
+    def run(self, block, x: Tensor) -> Tensor:
+        return x + block(x)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.blend.to(x.dtype))
+
+    def widen(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+    def repeat(self, x: Tensor) -> Tensor:
+        return self.echo(torch.tanh(self.twin(x))) + self.frozen(x)
+
+
+class Checkpointed(Toy):
+    """The same model, whose blocks keep no activations and run again in backward."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def run(self, block, x: Tensor) -> Tensor:
+        return checkpoint(super().run, block, x, use_reentrant=self.reentrant)
+
+
+class Sometimes(Toy):
+    """With a matrix that only sequences beginning with an even token go through."""
+
+    MATRICES = [*Toy.MATRICES, "spare.weight"]
+
+    def __init__(self):
+        super().__init__()
+        self.spare, head = nn.Linear(WIDTH, WIDTH, bias=False), self.head
+        del self.head
+        self.head = head  # last: so a head is told in a model that does not name it
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        self.even = (tokens[:, 0] % 2 == 0).view(-1, 1, 1)
+        return super().forward(tokens, targets)
+
+    def blocks(self):
+        return [*super().blocks(), self.detour]
+
+    def detour(self, x: Tensor) -> Tensor:
+        return torch.where(self.even, torch.tanh(self.spare(x)), 0) if self.even.any() else torch.zeros_like(x)
 
 
 class Sliver(Toy):
@@ -57,11 +100,13 @@ class Sliver(Toy):
         super().__init__()
         self.sliver, head = nn.Linear(2, 2, bias=False), self.head
         del self.head
-        self.head = head  # last, which is how a head is told in a model that does not name it
+        self.head = head
 
-    def enter(self, x: Tensor) -> Tensor:
-        first, rest = x.split([2, WIDTH - 2], dim=-1)
-        return torch.cat([torch.tanh(self.sliver(first)), rest], dim=-1)
+    def blocks(self):
+        return [self.narrow, *super().blocks()]
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return F.pad(torch.tanh(self.sliver(x[..., :2])), (0, WIDTH - 2))
 
 
 def batches(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:

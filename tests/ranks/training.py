@@ -66,19 +66,24 @@ def mean_over_ranks(value: Tensor) -> float:
     return value.item() / dist.get_world_size()
 
 
-def train(settings: dict[str, Any], steps: int, look=lambda engine: None, **kwargs) -> dict[str, Any]:
+def train(settings: dict[str, Any], steps: int, look=lambda engine: None, data=None, step=None, **kwargs) -> dict[str, Any]:
     """Train on ``steps`` batches and evaluate one more.
+
+    Args:
+        look: called with the engine at the end.
+        data: in the place of ``batches(steps + 1)``.
+        step: in the place of ``train_step``.
 
     Returns:
         The losses, one more than steps; each step's gradient norm and each group's lr in it; at the end the
         weights, the momenta (on rank 0) and what ``look`` sees.
     """
     with engine_for(settings, **kwargs) as engine:
-        *data, last = batches(steps + 1)
+        *data, last = batches(steps + 1) if data is None else data
         losses, norms, rates = [], [], []
         for batch in data:
             rates.append([group["lr"] for group in engine.optimizer.param_groups])
-            losses.append(train_step(engine, batch))
+            losses.append((step or train_step)(engine, batch))
             norms.append(float(engine.get_global_grad_norm()))
         weights, momenta = whole_weights(engine.module), whole_momenta(engine)
         losses.append(evaluate(engine, last))
