@@ -105,7 +105,7 @@ class MoFaSGD(torch.optim.Optimizer):
     def step(self, closure=None):
         """Move every parameter once, by the gradients of all backwards since the last step.
 
-        A step whose sketches hold a NaN or Inf changes no matrix; ``optimizer.matrices.skipped`` counts it.
+        A step whose sketches hold a NaN or Inf changes nothing at all; ``optimizer.matrices.skipped`` counts it.
         """
         loss = None
         if closure is not None:
@@ -113,10 +113,10 @@ class MoFaSGD(torch.optim.Optimizer):
                 loss = closure()
         if not self.matrices.pending:
             self.matrices.reduce()
-        if self.adamw is not None:
-            with self.adamw_lr():
-                self.adamw.step()
         if self.matrices.finite:
+            if self.adamw is not None:
+                with self.adamw_lr():
+                    self.adamw.step()
             self.matrices.update(self._matrix_groups, self._clip)
         else:
             self.matrices.discard()

@@ -71,9 +71,9 @@ class MatrixStep:
         self.skipped = 0
         self._draw_test_matrices()
 
+        # Made in the first step: a backend may partition the weights after it has built this.
+        self._wants_masters = options.master_weights and compute in (torch.bfloat16, torch.float16)
         self._masters: list[Tensor] | None = None
-        if options.master_weights and compute in (torch.bfloat16, torch.float16):
-            self._masters = [shard_of(matrix).flat.to(torch.float32) for matrix in self.matrices]
 
         views = [(self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))]
         sketches = [sketching.Sketch(Y, Z, U, V) for (Y, Z, _), (U, V, _) in views]
@@ -223,6 +223,8 @@ class MatrixStep:
         return live * sigma.reciprocal().clamp_max(self.options.inverse_sigma_clamp)
 
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        if self._wants_masters and self._masters is None:
+            self._masters = [self._shard_of(matrix).flat.to(torch.float32) for matrix in self.matrices]
         rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
         for block in self.layout.blocks:
             U, V, coefficients = block.views(self.working)

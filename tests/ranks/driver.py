@@ -1,0 +1,68 @@
+"""One rank: run the listed scenes, write what each returns, or the traceback and stop."""
+
+import argparse
+import faulthandler
+import gc
+import importlib
+import json
+import logging
+import os
+import random
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import deepspeed
+import numpy
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from launching import remove_shared_buffers
+
+import ds_mofa  # noqa: F401  registers the optimizer's name
+
+SECONDS_PER_SCENE = 120
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("listing", type=Path)
+    parser.add_argument("--local_rank", type=int)  # the launcher's
+    listing = parser.parse_args().listing
+
+    torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed says no on a CPU; PyTorch can
+    deepspeed.init_distributed(dist_backend="gloo")
+    dist.barrier()
+    remove_shared_buffers(int(os.environ["MASTER_PORT"]))  # mapped by now: the names are needed no more
+    for entry in json.loads(listing.read_text()):
+        began = time.perf_counter()
+        run(entry, Path(entry["place"]), dist.get_rank())
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"{time.perf_counter() - began:7.2f} s  {entry['scene']} {entry['arguments']}", flush=True)
+
+
+def run(entry: dict, place: Path, rank: int) -> None:
+    """A scene that fails, or that hangs, ends this process."""
+    stuck = place / f"rank{rank}.stuck"
+    try:
+        with stuck.open("w") as file:
+            faulthandler.dump_traceback_later(SECONDS_PER_SCENE, exit=True, file=file)
+            random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
+            os.chdir(place)  # where a scene may leave files; shared by its ranks
+            scene = getattr(importlib.import_module(entry["module"]), entry["scene"])
+            result = scene(**json.loads(entry["arguments"]))
+            faulthandler.cancel_dump_traceback_later()
+        stuck.unlink()
+        torch.save(result, place / f"rank{rank}.pt")
+    except BaseException:
+        (place / f"rank{rank}.failed").write_text(traceback.format_exc())
+        sys.exit(1)
+    gc.collect()
+
+
+if __name__ == "__main__":
+    main()

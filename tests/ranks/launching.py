@@ -1,0 +1,151 @@
+"""Real ranks for pytest: scenes run under the ``deepspeed`` launcher, tests look at what each rank brought back.
+
+A *scene* is a function of a test module that trains something on every rank and returns tensors and numbers. A
+test names its scene and the arguments to try:
+
+    def train(stage): ...
+
+    @on_ranks(train, world=[2, 3], stage=[0, 1, 2, 3])
+    def test_it_learns(ran):
+        for result in ran.ranks: ...
+
+Starting processes costs seconds, a scene tenths: all scenes of one world size that the selected tests need run
+in one process group, one after the other (``driver.py``). A rank that fails ends its launch, since the others may
+be waiting for it; the scenes after the failed one get a new launch.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+__all__ = ["Case", "Launcher", "Ran", "on_ranks", "remove_shared_buffers"]
+
+_HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One scene with one set of arguments on one number of ranks."""
+
+    module: str
+    scene: str
+    world: int
+    arguments: str  # JSON: hashable
+
+    @property
+    def id(self) -> str:
+        values = (f"{key}{value}" for key, value in json.loads(self.arguments).items())
+        return "-".join([f"world{self.world}", *values])
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What the ranks of a case brought back, in the order of the ranks, and the arguments they had."""
+
+    case: Case
+    ranks: list[dict[str, Any]]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return json.loads(self.case.arguments)[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def on_ranks(scene: Callable, world: Iterable[int] = (2,), **axes: Iterable[Any]):
+    """Parametrise a test, whose argument ``ran`` is a :class:`Ran`, by every combination of the axes."""
+    cases = [
+        Case(Path(scene.__code__.co_filename).stem, scene.__name__, size, json.dumps(dict(zip(axes, values))))
+        for size in world
+        for values in itertools.product(*axes.values())
+    ]
+    return pytest.mark.parametrize("ran", cases, ids=[case.id for case in cases], indirect=True)
+
+
+class Launcher:
+    """Runs cases, each once a session, and keeps their results."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._places: dict[Case, Path] = {}
+
+    def result(self, case: Case, wanted: Iterable[Case]) -> Ran:
+        """The result of ``case``; runs all of ``wanted`` that are for the same world size first, if need be."""
+        if case not in self._places:
+            fresh = dict.fromkeys(c for c in [*wanted, case] if c.world == case.world and c not in self._places)
+            for c in fresh:
+                self._places[c] = self._directory / f"case{len(self._places)}"
+                self._places[c].mkdir()
+            self._run(case.world, list(fresh))
+        place = self._places[case]
+        reports = _reports(place)
+        if reports:
+            pytest.fail("\n".join(f"{report.name}:\n{report.read_text()}" for report in reports), pytrace=False)
+        return Ran(case, [torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in range(case.world)])
+
+    def _run(self, world: int, cases: list[Case]) -> None:
+        while cases:
+            code, log = self._launch(world, cases)
+            left = [case for case in cases if not self._finished(case)]
+            if left and len(left) == len(cases):  # not one: blame the first, go on with the others
+                report = self._places[left[0]] / "launch.failed"
+                report.write_text(f"the launch ended with code {code}. Its last output:\n{log[-4000:]}")
+                left = left[1:]
+            cases = left
+
+    def _finished(self, case: Case) -> bool:
+        place = self._places[case]
+        return bool(_reports(place)) or len(list(place.glob("rank*.pt"))) == case.world
+
+    def _launch(self, world: int, cases: list[Case]) -> tuple[int, str]:
+        listing = self._directory / f"world{world}.json"
+        listing.write_text(json.dumps([{**dataclasses.asdict(c), "place": str(self._places[c])} for c in cases]))
+        port = _free_port()
+        paths = [str(_HERE.parent.parent), str(_HERE.parent), str(_HERE), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", world, "--master_port", port]
+        command += [_HERE / "driver.py", listing]
+        log = self._directory / f"world{world}.log"
+        try:
+            with log.open("w") as file:
+                # A session of its own, so that Ctrl-C reaches the launcher once, through us.
+                process = subprocess.Popen(
+                    list(map(str, command)), env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=self._directory
+                )
+                try:
+                    code = process.wait()
+                finally:
+                    if process.poll() is None:
+                        process.terminate()
+                        process.wait(30)
+        finally:
+            remove_shared_buffers(port)
+        return code, log.read_text()
+
+
+def _reports(place: Path) -> list[Path]:
+    """What failed or hung there; the watchdog's file is empty for a rank that did neither."""
+    return sorted(path for kind in ("*.failed", "*.stuck") for path in place.glob(kind) if path.stat().st_size)
+
+
+def remove_shared_buffers(port: int) -> None:
+    """DeepSpeed's CPU backend leaves 69 MB a rank in /dev/shm, named by the port of the run."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
+        buffer.unlink(missing_ok=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,124 @@
+"""A run that is saved, ended and resumed is the run that went on, bit for bit; and the files hold what they must."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from launching import on_ranks
+from toys import Toy, batches
+from training import config, engine_for, toy, train_step, whole_weights
+
+DATA = batches(6)
+SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8, "warmup_max_lr": 1e-2}}
+
+
+def saved_and_resumed(stage: int, dtype: str) -> dict:
+    """Six steps, saved after three; then three again by an engine that starts from other weights."""
+    settings = config(stage, dtype=dtype, scheduler=SCHEDULE, gradient_clipping=0.5)
+    with engine_for(settings) as engine:
+        for batch in DATA[:3]:
+            train_step(engine, batch)
+        engine.save_checkpoint("saved")
+        saved = whole_weights(engine.module)
+        uninterrupted = end_of(engine)
+    with engine_for(settings, model=toy(seed=1)) as engine:
+        engine.load_checkpoint("saved")
+        loaded = whole_weights(engine.module)
+        resumed = end_of(engine)
+    return {"uninterrupted": uninterrupted, "resumed": resumed, "saved": saved, "loaded": loaded}
+
+
+def end_of(engine) -> dict:
+    losses = [train_step(engine, batch) for batch in DATA[3:]]
+    state = engine.basic_optimizer.matrices.state_dict()
+    return {
+        "losses": losses,
+        "lr": [group["lr"] for group in engine.basic_optimizer.param_groups],
+        "weights": whole_weights(engine.module),
+        "state": state,
+    }
+
+
+def files(stage: int, dtype: str) -> dict:
+    """What the checkpoint of a short run holds, as far as it is ours, and what DeepSpeed's converters make of it."""
+    options = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
+    with engine_for(config(stage, dtype=dtype, zero_optimization=options)) as engine:
+        for batch in DATA[:2]:
+            train_step(engine, batch)
+        engine.save_checkpoint("saved", tag="here")
+        engine.save_16bit_model("half", "model.bin")
+        result = {"weights": whole_weights(engine.module)}
+    dist.barrier()
+    if dist.get_rank() == 0:
+        own = list(entries_of_ours(Path("saved/here")))
+        torch.save(own, "own.pt")
+        result["own"] = torch.load("own.pt", weights_only=True)
+        result["strange"] = [name for entry in own for name in strange_types(entry)]
+        result["half"] = torch.load("half/model.bin", weights_only=True)
+        if stage:
+            result["fp32"] = dict(get_fp32_state_dict_from_zero_checkpoint("saved", "here"))
+    return result
+
+
+def entries_of_ours(folder: Path) -> Iterator[dict]:
+    """Every "mofasgd" entry in any file of a checkpoint."""
+    for path in sorted(folder.glob("*.pt")):
+        state = torch.load(path, weights_only=False)
+        optimizer = state.get("optimizer_state_dict") or state.get("optimizer")
+        if optimizer and "mofasgd" in optimizer:
+            yield optimizer["mofasgd"]
+
+
+def strange_types(value) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from strange_types(key)
+            yield from strange_types(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from strange_types(part)
+    elif type(value) not in (torch.Tensor, int, float, str, bool, type(None)):
+        yield type(value).__name__
+
+
+def equal(a, b) -> bool:
+    """The same tensors bit for bit, and the same of everything around them."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
+
+
+@on_ranks(saved_and_resumed, world=[2], stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(ran):
+    for result in ran.ranks:
+        assert equal(result["saved"], result["loaded"])
+        for what in ("losses", "lr", "weights", "state"):
+            assert equal(result["uninterrupted"][what], result["resumed"][what]), what
+    assert ran.ranks[0]["resumed"]["state"]["steps"] == 6
+    assert not equal(ran.ranks[0]["saved"], ran.ranks[0]["resumed"]["weights"])
+
+
+@on_ranks(files, world=[2], stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
+def test_our_state_is_tensors_numbers_and_strings_only(ran):
+    assert ran.ranks[0]["own"], "no file has our state"
+    assert ran.ranks[0]["strange"] == []
+    matrices = [name for entry in ran.ranks[0]["own"] for name in entry.get("matrices", {}).get("matrices", {})]
+    assert set(matrices or ran.ranks[0]["own"][0]["matrices"]) == set(Toy.MATRICES)
+
+
+@on_ranks(files, world=[2], stage=[1, 2, 3], dtype=["fp32", "bf16"])
+def test_zero_to_fp32_writes_the_trained_matrices(ran):
+    first = ran.ranks[0]
+    for name in Toy.MATRICES:
+        assert torch.equal(first["fp32"][name].float(), first["weights"][name].float()), name
+
+
+@on_ranks(files, world=[2], stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
+def test_save_16bit_model_writes_the_trained_matrices(ran):
+    first = ran.ranks[0]
+    for name in Toy.MATRICES:
+        assert torch.equal(first["half"][name].float(), first["weights"][name].float()), name

@@ -1,0 +1,83 @@
+"""Learning-rate schedules and param groups: one schedule moves every group, matrices' and AdamW's, in every stage."""
+
+import functools
+
+import pytest
+import torch
+from comparing import STEPS, assert_same, dense
+from deepspeed.runtime import lr_schedules
+from launching import on_ranks
+from toys import Toy
+from training import OPTIONS, config, toy, train
+
+SCHEDULES = {
+    "WarmupLR": {"warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_num_steps": 4, "warmup_type": "linear"},
+    "WarmupDecayLR": {"total_num_steps": 6, "warmup_max_lr": 1e-2, "warmup_num_steps": 3, "warmup_type": "linear"},
+}
+NO_DECAY = ["up.bias", "norm.weight", "norm.bias"]
+
+
+def configured(stage: int, schedule: str) -> dict:
+    return train(config(stage, scheduler={"type": schedule, "params": SCHEDULES[schedule]}), STEPS)
+
+
+def halving(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+
+def called(stage: int) -> dict:
+    """A client's scheduler, given as a callable, and param groups of which one has no weight decay."""
+    model = toy()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for name, p in trained.items() if name not in NO_DECAY]},
+        {"params": [trained[name] for name in NO_DECAY], "weight_decay": 0.0},
+    ]
+    return train(config(stage), STEPS, model=model, groups=groups, lr_scheduler=halving)
+
+
+@functools.cache
+def rates(schedule: str) -> list[float]:
+    """The schedule on an optimizer of one group, after each step."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=OPTIONS["lr"])
+    scheduler = getattr(lr_schedules, schedule)(optimizer, **SCHEDULES[schedule])
+    found = []
+    for _ in range(STEPS):
+        found.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+    return found
+
+
+@on_ranks(configured, world=[2], stage=[0, 1, 2, 3], schedule=list(SCHEDULES))
+def test_deepspeeds_schedules_move_every_group(ran):
+    wanted = rates(ran.schedule)
+    assert len(set(wanted)) > 3, "the schedule stands still"
+    for result in ran.ranks:
+        for step, lr in enumerate(wanted):
+            assert len(result["lr"][step]) == 2  # the matrices' group and AdamW's
+            assert result["lr"][step] == pytest.approx([lr, lr])
+    assert_same(ran, dense(lr=_stepwise(ran.schedule)))
+
+
+@on_ranks(called, world=[2], stage=[0, 1, 2, 3])
+def test_a_callable_schedule_and_a_group_without_decay_agree_with_the_reference(ran):
+    assert [len(set(lrs)) for lrs in ran.ranks[0]["lr"]] == [1] * STEPS
+    assert len(ran.ranks[0]["lr"][0]) == 3  # the matrices', and AdamW's with and without decay
+    assert_same(ran, dense(lr=_halved, no_decay=tuple(NO_DECAY)))
+
+
+def test_the_schedules_and_the_decay_make_a_difference():
+    weights = [dense(lr=_halved, no_decay=tuple(NO_DECAY)), dense(lr=_halved), dense()]
+    with_none, with_decay, constant = (result["weights"] for result in weights)
+    assert (with_none["norm.weight"] - with_decay["norm.weight"]).norm() > 1e-4 * with_decay["norm.weight"].norm()
+    for name in Toy.MATRICES:
+        assert (with_decay[name] - constant[name]).norm() > 1e-2 * constant[name].norm()
+
+
+@functools.cache
+def _stepwise(schedule: str):
+    return lambda step: rates(schedule)[step - 1]
+
+
+def _halved(step: int) -> float:
+    return OPTIONS["lr"] * 0.5 ** (step - 1)

@@ -1,0 +1,122 @@
+"""A small model with one of everything that has its own road through the optimizer, and batches for it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["Toy", "Checkpointed", "Sliver", "Sometimes", "batches", "micro_batches", "SEQUENCES"]
+
+VOCABULARY, WIDTH, HIDDEN = 37, 35, 53  # odd and not divisible by 3: shards of 2 and of 3 ranks end inside a row
+SEQUENCES = 18  # in a global batch: divides by 1, 2, 3 ranks times 1, 3 micro-batches
+
+
+class Toy(nn.Module):
+    """Next-token prediction without attention.
+
+    embed   an embedding, for AdamW          blend   a matrix that is no nn.Linear: captured by its hook
+    up      a linear with a bias             down    without one
+    twin    and echo share one matrix        frozen  must stay as it is
+    norm    for AdamW                        head    an output head, for AdamW
+    """
+
+    # What MoFaSGD must take, in the order of the model's parameters.
+    MATRICES = ["blend", "up.weight", "down.weight", "twin.weight"]
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.blend = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+        self.up = nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.twin = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.echo = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.echo.weight = self.twin.weight
+        self.frozen = nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks():
+            x = self.run(block, x)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, -2).float(), targets.flatten())
+
+    def blocks(self):
+        return [self.mix, self.widen, self.repeat]
+
+    def run(self, block, x: Tensor) -> Tensor:
+        return x + block(x)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.blend.to(x.dtype))
+
+    def widen(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+    def repeat(self, x: Tensor) -> Tensor:
+        return self.echo(torch.tanh(self.twin(x))) + self.frozen(x)
+
+
+class Checkpointed(Toy):
+    """The same model, whose blocks keep no activations and run again in backward."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def run(self, block, x: Tensor) -> Tensor:
+        return checkpoint(super().run, block, x, use_reentrant=self.reentrant)
+
+
+class Sometimes(Toy):
+    """With a matrix that only sequences beginning with an even token go through."""
+
+    MATRICES = [*Toy.MATRICES, "spare.weight"]
+
+    def __init__(self):
+        super().__init__()
+        self.spare, head = nn.Linear(WIDTH, WIDTH, bias=False), self.head
+        del self.head
+        self.head = head  # last: so a head is told in a model that does not name it
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        self.even = (tokens[:, 0] % 2 == 0).view(-1, 1, 1)
+        return super().forward(tokens, targets)
+
+    def blocks(self):
+        return [*super().blocks(), self.detour]
+
+    def detour(self, x: Tensor) -> Tensor:
+        return torch.where(self.even, torch.tanh(self.spare(x)), 0) if self.even.any() else torch.zeros_like(x)
+
+
+class Sliver(Toy):
+    """With a 2 x 2 matrix, of which the third of three ranks holds nothing."""
+
+    MATRICES = [*Toy.MATRICES, "sliver.weight"]
+
+    def __init__(self):
+        super().__init__()
+        self.sliver, head = nn.Linear(2, 2, bias=False), self.head
+        del self.head
+        self.head = head
+
+    def blocks(self):
+        return [self.narrow, *super().blocks()]
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return F.pad(torch.tanh(self.sliver(x[..., :2])), (0, WIDTH - 2))
+
+
+def batches(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Global batches of ``SEQUENCES`` sequences: tokens, and targets that follow from them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCABULARY, (steps, SEQUENCES, 6), generator=generator)
+    return [(t, (5 * t + 3) % VOCABULARY) for t in tokens]
+
+
+def micro_batches(batch, rank: int, world: int, count: int):
+    """This rank's part of a global batch, cut into ``count`` micro-batches."""
+    mine = [part.chunk(world)[rank].chunk(count) for part in batch]
+    return list(zip(*mine))

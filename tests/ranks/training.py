@@ -1,0 +1,112 @@
+"""What the scenes share: an engine for the toy model, a step on a global batch, and the whole of every weight."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from torch import Tensor, nn
+from toys import Toy, batches, micro_batches
+
+__all__ = ["OPTIONS", "config", "engine_for", "toy", "train", "train_step", "evaluate", "whole_weights", "whole_momenta"]
+
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6, "torch_adam": True}
+
+
+def config(stage: int, *, dtype: str = "fp32", micro: int = 1, options: dict | None = None, **rest) -> dict[str, Any]:
+    """A DeepSpeed config; ``options`` and ``rest`` are merged into it."""
+    zero = {"stage": stage, **rest.pop("zero_optimization", {})}
+    if stage == 3:
+        zero.setdefault("stage3_param_persistence_threshold", 40)  # norms and biases persist, matrices do not
+    precision = {} if dtype == "fp32" else {dtype: {"enabled": True, **rest.pop(dtype, {})}}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro,
+        "optimizer": {"type": "MoFaSGD", "params": {**OPTIONS, **(options or {})}},
+        "zero_optimization": zero,
+        "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0
+        **precision,
+        **rest,
+    }
+
+
+def toy(model: type[nn.Module] = Toy, seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    return model(**kwargs)
+
+
+@contextlib.contextmanager
+def engine_for(settings: dict[str, Any], model: nn.Module | None = None, groups=None, **kwargs) -> Iterator[Any]:
+    """A DeepSpeed engine, destroyed at the end."""
+    model = toy() if model is None else model
+    groups = [p for p in model.parameters() if p.requires_grad] if groups is None else groups
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings, **kwargs)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def train_step(engine, batch) -> float:
+    """Train on a global batch; its mean loss before the step."""
+    count = engine.gradient_accumulation_steps()
+    total = torch.zeros(())
+    for part in micro_batches(batch, dist.get_rank(), dist.get_world_size(), count):
+        loss = engine(*part)
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach().float() / count
+    return mean_over_ranks(total)
+
+
+def mean_over_ranks(value: Tensor) -> float:
+    dist.all_reduce(value)
+    return value.item() / dist.get_world_size()
+
+
+def train(settings: dict[str, Any], steps: int, look=lambda engine: None, data=None, step=None, **kwargs) -> dict[str, Any]:
+    """Train on ``steps`` batches and evaluate one more.
+
+    Args:
+        look: called with the engine at the end.
+        data: in the place of ``batches(steps + 1)``.
+        step: in the place of ``train_step``.
+
+    Returns:
+        The losses, one more than steps; each step's gradient norm and each group's lr in it; at the end the
+        weights, the momenta (on rank 0) and what ``look`` sees.
+    """
+    with engine_for(settings, **kwargs) as engine:
+        *data, last = batches(steps + 1) if data is None else data
+        losses, norms, rates = [], [], []
+        for batch in data:
+            rates.append([group["lr"] for group in engine.optimizer.param_groups])
+            losses.append((step or train_step)(engine, batch))
+            norms.append(float(engine.get_global_grad_norm()))
+        weights, momenta = whole_weights(engine.module), whole_momenta(engine)
+        losses.append(evaluate(engine, last))
+        result = {"losses": losses, "weights": weights, "momenta": momenta, "norms": norms, "lr": rates}
+        return {**result, "seen": look(engine)}
+
+
+@torch.no_grad()
+def evaluate(engine, batch) -> float:
+    (part,) = micro_batches(batch, dist.get_rank(), dist.get_world_size(), 1)
+    return mean_over_ranks(engine(*part).float())
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, gathered where it is partitioned, in the dtype that it is trained in."""
+    weights = {}
+    for name, param in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([param]):
+            weights[name] = param.detach().cpu().clone()
+    return weights
+
+
+def whole_momenta(engine) -> dict[str, Tensor]:
+    """U diag(sigma) V^T of every matrix, on rank 0; empty elsewhere. Collective."""
+    state = engine.basic_optimizer.matrices.state_dict().get("matrices", {})
+    return {name: one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}

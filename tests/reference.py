@@ -1,0 +1,155 @@
+"""MoFaSGD once more, dense, in float64 and in one process: what every backend and stage must agree with.
+
+Nothing here is fast or small. Gradients are autograd's, whole; the momentum is a dense m x n matrix whose rank is
+r; a projection is an m x m matrix. Only the two things that are random by definition are shared with the
+package's conventions: the seeded test matrices of the first step and the fixed columns that fill a basis up.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ds_mofa.weights import rounding_key
+
+__all__ = ["DenseMomentum", "Reference"]
+
+
+class DenseMomentum:
+    """The momentum of one m x n matrix: ``M``, dense, of rank at most r, with bases of its two subspaces.
+
+    Attributes:
+        M: m x n.
+        left, right: m x r and n x r, orthonormal, spanning the column and row space of M and, where M has
+            fewer than r directions, fixed ones besides.
+    """
+
+    def __init__(self, shape: tuple[int, int], rank: int, *, index: int, seed: int = 0):
+        self.rank = rank
+        self.M = torch.zeros(shape, dtype=torch.float64)
+        self.left = self.right = None
+        generator = torch.Generator().manual_seed(rounding_key(seed, 0, index).first)
+        psi, omega = (torch.randn(size, rank, generator=generator) / math.sqrt(rank) for size in shape)
+        self.psi, self.omega = psi.double(), omega.double()
+
+    def square_norm(self, G: Tensor) -> Tensor:
+        """|G_hat|^2, which clipping counts; in the first step its estimate from the two sketches."""
+        if self.left is None:
+            return ((G @ self.omega).square().sum() + (G.mT @ self.psi).square().sum()) / 2
+        return self.tangent(G).square().sum()
+
+    def tangent(self, G: Tensor) -> Tensor:
+        """The projection of G onto the tangent space at M (Theorem 4.3 of the paper)."""
+        P_left, P_right = self.left @ self.left.mT, self.right @ self.right.mT
+        return P_left @ G + G @ P_right - P_left @ G @ P_right
+
+    def move(self, G: Tensor, beta: float) -> None:
+        """M <- the best rank-r approximation of beta M + (1 - beta) G_hat."""
+        if self.left is None:
+            M, kept = (1 - beta) * self._first_look(G), (self.rank + 1) // 2
+        else:
+            M, kept = beta * self.M + (1 - beta) * self.tangent(G), self.rank
+        U, sigma, Vt = torch.linalg.svd(M, full_matrices=False)
+        self.M = U[:, :kept] * sigma[:kept] @ Vt[:kept]
+        self.left, self.right = _fill_up(U[:, :kept], self.rank), _fill_up(Vt[:kept].mT, self.rank)
+
+    def direction(self) -> Tensor:
+        """U V^T over the directions that hold momentum."""
+        U, sigma, Vt = torch.linalg.svd(self.M, full_matrices=False)
+        live = sigma > 1e-7 * sigma[0]
+        return U[:, live] @ Vt[live]
+
+    def _first_look(self, G: Tensor) -> Tensor:
+        """Q (Psi^T Q)^+ (G^T Psi)^T, Q the leading ceil(r / 2) left singular vectors of G Omega."""
+        Q = torch.linalg.svd(G @ self.omega, full_matrices=False).U[:, : (self.rank + 1) // 2]
+        return Q @ torch.linalg.pinv(self.psi.mT @ Q) @ (self.psi.mT @ G)
+
+
+def _fill_up(basis: Tensor, rank: int) -> Tensor:
+    """``basis`` and as many seeded columns as make ``rank``, orthonormal."""
+    missing = rank - basis.shape[1]
+    fill = torch.randn(len(basis), missing, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.linalg.qr(torch.cat([basis, fill], dim=1)).Q
+
+
+class Reference:
+    """Trains ``model`` in float64: ``matrices`` by MoFaSGD, its other trained parameters by AdamW.
+
+    Args:
+        model: becomes float64 where it is.
+        matrices: names, in the order of the model's parameters.
+        lr, adamw_lr: constants, or functions of the step's number, from 1. AdamW's is a tenth unless given.
+        no_decay: names of AdamW parameters without weight decay.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        matrices: list[str],
+        *,
+        lr,
+        rank: int,
+        beta: float,
+        adamw_lr=None,
+        weight_decay: float = 0.0,
+        adamw_eps: float = 1e-8,
+        no_decay=(),
+        clip: float = 0.0,
+    ):
+        self.model = model.double()
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.momenta = {
+            name: DenseMomentum(tuple(self.params[name].shape), rank, index=i) for i, name in enumerate(matrices)
+        }
+        self.moments = {name: (0.0, 0.0) for name in self.params if name not in self.momenta}
+        self.lr = lr if callable(lr) else lambda step: lr
+        self.adamw_lr = adamw_lr if callable(adamw_lr) else lambda step: self.lr(step) / 10
+        self.beta, self.weight_decay, self.eps, self.clip = beta, weight_decay, adamw_eps, clip
+        self.no_decay = set(no_decay)
+        self.steps = 0
+        self.norm = None
+
+    def step(self, batch) -> float:
+        """One step on the whole of a global batch; its loss before the step. ``norm`` is the combined one."""
+        loss = self.model(*batch)
+        loss.backward()
+        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.params.items()}
+        self.norm = self._combined_norm(grads)
+        clip = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
+        self.steps += 1
+        with torch.no_grad():
+            for name, param in self.params.items():
+                move = self._move_matrix if name in self.momenta else self._move_by_adamw
+                move(name, param, grads[name] * clip)
+                param.grad = None
+        return loss.item()
+
+    @torch.no_grad()
+    def loss(self, batch) -> float:
+        return self.model(*batch).item()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: param.detach().clone() for name, param in self.model.named_parameters()}
+
+    def _combined_norm(self, grads: dict[str, Tensor]) -> float:
+        squares = [
+            self.momenta[name].square_norm(grad) if name in self.momenta else grad.square().sum()
+            for name, grad in grads.items()
+        ]
+        return math.sqrt(sum(float(square) for square in squares))
+
+    def _move_matrix(self, name: str, param: Tensor, grad: Tensor) -> None:
+        lr, momentum = self.lr(self.steps), self.momenta[name]
+        momentum.move(grad, self.beta)
+        param.mul_(1 - lr * self.weight_decay)
+        param.sub_(lr * 0.2 * math.sqrt(max(param.shape)) * momentum.direction())
+
+    def _move_by_adamw(self, name: str, param: Tensor, grad: Tensor) -> None:
+        lr, decay = self.adamw_lr(self.steps), 0.0 if name in self.no_decay else self.weight_decay
+        first, second = self.moments[name]
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad.square()
+        self.moments[name] = first, second
+        debiased = first / (1 - 0.9**self.steps)
+        root = (second / (1 - 0.999**self.steps)).sqrt()
+        param.mul_(1 - lr * decay)
+        param.sub_(lr * debiased / (root + self.eps))
