@@ -150,6 +150,7 @@ class MoFaSGD(torch.optim.Optimizer):
         if self.adamw is not None:
             self.adamw.zero_grad(set_to_none)
         self.matrices.clear()
+        self.matrices.drop_pending()
         self._clip = 1.0
 
     @contextlib.contextmanager

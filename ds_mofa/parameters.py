@@ -124,6 +124,11 @@ def split_parameters(
                 )
             reason = _why_adamw(param, names[param], holders[param], heads, options, matched)
             if reason is None:
+                if not param.is_contiguous():
+                    raise OptionError(
+                        f"the matrix {names[param]!r} is not contiguous in memory (strides {param.stride()}): set "
+                        "param.data = param.data.contiguous() before the optimizer is built, or exclude it"
+                    )
                 matrices.append(param)
             else:
                 split.leftovers.append(Leftover(names[param], math.prod(full_shape(param)), reason))

@@ -140,9 +140,13 @@ class MatrixStep:
         self._apply(groups)
 
     def discard(self) -> None:
-        """Forget the pending sketches: factors and weights stay as they are."""
-        self._pending = None
+        """Skip this step: factors and weights stay as they are."""
+        self.drop_pending()
         self.skipped += 1
+
+    def drop_pending(self) -> None:
+        """Forget what the last :meth:`reduce` has given."""
+        self._pending = None
 
     def clear(self) -> None:
         """Forget what the micro-batches since the last :meth:`reduce` have added."""
@@ -183,7 +187,7 @@ class MatrixStep:
         self.exchange.broadcast(flat, 0)
         self.exchange.broadcast(counters, 0)
         self.steps, self.skipped = (int(value) for value in counters)
-        self._pending = None
+        self.drop_pending()
         self.clear()
         self.factors.copy_(flat.narrow(0, self._segment_start, self.layout.segment))
         if self.started:

@@ -141,7 +141,9 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         return ((word + bits.int()) & -0x10000).view(torch.float32)
     normal = ((word + (bits >> 3).int()) & -0x2000).view(torch.float32)
     smallest = 2.0**-24  # below 2^-14 fp16 is a fixed-point number of this spacing
-    subnormal = torch.floor(x / smallest + bits.float() / 65536) * smallest
+    steps = x / smallest
+    below = steps.floor()  # apart from the bits: their sum would be rounded itself
+    subnormal = (below + (bits < (steps - below) * 65536)) * smallest
     return torch.where(x.abs() < 2.0**-14, subnormal, normal)
 
 

@@ -156,7 +156,9 @@ def _write_kernel(
         else:
             normal = ((raw + (bits >> 3)) & 0xFFFFE000).to(tl.float32, bitcast=True)
             smallest = 5.960464477539063e-08  # 2^-24, the spacing of fp16 below 2^-14
-            subnormal = tl.floor(new / smallest + bits.to(tl.float32) / 65536.0) * smallest
+            steps = new / smallest
+            below = tl.floor(steps)
+            subnormal = (below + tl.where(bits.to(tl.float32) < (steps - below) * 65536.0, 1.0, 0.0)) * smallest
             new = tl.where(tl.abs(new) < 6.103515625e-05, subnormal, normal)
     tl.store(weight, new.to(DTYPE), mask=held)
 

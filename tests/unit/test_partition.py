@@ -14,6 +14,10 @@ SHAPES = st.lists(SHAPE, min_size=1, max_size=5).flatmap(lambda few: st.lists(st
 LAYOUTS = {"shapes": SHAPES, "rank": st.integers(1, 9), "world_size": st.integers(1, 9)}
 
 
+def _layout(shapes, rank, world_size):
+    return Layout([(shape, 0) for shape in shapes], rank, world_size)
+
+
 def _numel(shape, rank):
     return rank * (sum(shape) + 1)
 
@@ -21,7 +25,7 @@ def _numel(shape, rank):
 @EXAMPLES
 @given(**LAYOUTS)
 def test_every_matrix_is_in_one_block_of_its_owner_and_shape(shapes, rank, world_size):
-    layout = Layout(shapes, rank, world_size)
+    layout = _layout(shapes, rank, world_size)
     assert sorted(index for block in layout.blocks for index in block.members) == list(range(len(shapes)))
     for block in layout.blocks:
         assert block.rank == rank
@@ -36,7 +40,7 @@ def test_every_matrix_is_in_one_block_of_its_owner_and_shape(shapes, rank, world
 @EXAMPLES
 @given(**LAYOUTS)
 def test_no_two_numbers_share_a_place_and_none_lies_outside_its_owner_s_segment(shapes, rank, world_size):
-    layout = Layout(shapes, rank, world_size)
+    layout = _layout(shapes, rank, world_size)
     assert layout.numel == layout.segment * world_size
     flat = torch.zeros(layout.numel)
     for index, (m, n) in enumerate(shapes):
@@ -55,7 +59,7 @@ def test_no_two_numbers_share_a_place_and_none_lies_outside_its_owner_s_segment(
 @EXAMPLES
 @given(**LAYOUTS)
 def test_segments_and_blocks_are_aligned(shapes, rank, world_size):
-    layout = Layout(shapes, rank, world_size)
+    layout = _layout(shapes, rank, world_size)
     assert layout.segment % _ALIGNMENT == 0
     assert all(block.offset % _ALIGNMENT == 0 for block in layout.blocks)
 
@@ -64,7 +68,7 @@ def test_segments_and_blocks_are_aligned(shapes, rank, world_size):
 @given(**LAYOUTS)
 def test_owners_are_balanced(shapes, rank, world_size):
     """Longest first: two owners differ by one matrix at most, so padding is less than one plus the alignment."""
-    layout = Layout(shapes, rank, world_size)
+    layout = _layout(shapes, rank, world_size)
     loads = [sum(sum(shapes[i]) for i, o in enumerate(layout.owners) if o == owner) for owner in range(world_size)]
     assert max(loads) - min(loads) <= max(map(sum, shapes))
     # Before the fullest owner got its last and smallest, it had the least of all.
@@ -79,7 +83,7 @@ def test_owners_are_balanced(shapes, rank, world_size):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 16])
 def test_a_llama_is_shared_out_within_five_percent(world_size):
     layer = [(64, 64), (16, 64), (16, 64), (64, 64), (224, 64), (224, 64), (64, 224)]
-    layout = Layout(layer * 32, 8, world_size)
+    layout = _layout(layer * 32, 8, world_size)
     assert layout.numel <= 1.05 * sum(_numel(shape, 8) for shape in layer * 32)
 
 
@@ -87,14 +91,14 @@ def test_a_llama_is_shared_out_within_five_percent(world_size):
 @given(**LAYOUTS)
 def test_a_layout_follows_from_its_arguments_alone(shapes, rank, world_size):
     torch.manual_seed(0)
-    one = Layout(shapes, rank, world_size)
+    one = _layout(shapes, rank, world_size)
     torch.manual_seed(1)
-    other = Layout(tuple(map(tuple, shapes)), rank, world_size)
+    other = _layout(tuple(map(tuple, shapes)), rank, world_size)
     assert one.blocks == other.blocks and one.owners == other.owners and one.numel == other.numel
 
 
 def test_more_ranks_than_matrices_leaves_owners_without_any():
-    layout = Layout([(6, 4), (3, 5)], 2, 5)
+    layout = _layout([(6, 4), (3, 5)], 2, 5)
     owned = [layout.owned_by(owner) for owner in range(5)]
     assert sorted(map(len, owned)) == [0, 0, 0, 1, 1]
     assert layout.segment == _ALIGNMENT and layout.numel == 5 * _ALIGNMENT
@@ -103,7 +107,7 @@ def test_more_ranks_than_matrices_leaves_owners_without_any():
 @EXAMPLES
 @given(**LAYOUTS)
 def test_block_views_of_a_segment_are_the_matrices_views_of_the_whole(shapes, rank, world_size):
-    layout = Layout(shapes, rank, world_size)
+    layout = _layout(shapes, rank, world_size)
     whole = torch.arange(layout.numel)
     for owner in range(world_size):
         start = owner * layout.segment
@@ -117,7 +121,7 @@ def test_block_views_of_a_segment_are_the_matrices_views_of_the_whole(shapes, ra
 
 
 def test_views_are_views():
-    layout = Layout([(3, 4), (3, 4)], 2, 1)
+    layout = _layout([(3, 4), (3, 4)], 2, 1)
     flat = torch.zeros(layout.numel)
     for view in layout.blocks[0].views(flat):
         assert view.is_contiguous()
@@ -134,3 +138,9 @@ def test_one_process_alone_needs_no_group():
     exchange.all_gather(values, 2)
     exchange.broadcast(values, 0)
     assert torch.equal(exchange.sum(values), torch.tensor([1.0, 2.0]))
+
+
+def test_matrices_of_two_param_groups_share_no_block():
+    """A block is written with one learning rate."""
+    layout = Layout([((3, 4), 0), ((3, 4), 1), ((3, 4), 0)], 2, 1)
+    assert [(block.group, block.members) for block in layout.blocks] == [(0, (0, 2)), (1, (1,))]
