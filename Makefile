@@ -50,7 +50,7 @@ NAME := $(shell echo "$(OPTIMIZER)" | tr '[:upper:]' '[:lower:]')
 
 train: $(STAMP)
 	@python launch/make_corpus.py --output_dir "$(OUT)/data"
-	HF_HUB_OFFLINE=1 deepspeed --num_gpus $(RANKS) launch/train.py \
+	HF_HUB_OFFLINE=1 deepspeed --log_level error --num_gpus $(RANKS) launch/train.py \
 	  --deepspeed configs/zero2_$(NAME).json \
 	  --model_config configs/models/llama-tiny.json \
 	  --train_file "$(OUT)/data/train.txt" --eval_file "$(OUT)/data/eval.txt" \
