@@ -1,0 +1,108 @@
+"""From an engine and its config to a MoFaSGD, or to an error that says what to change."""
+
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils import log_dist
+
+from ds_mofa.deepspeed.replicated import ReplicatedMoFaSGD
+from ds_mofa.deepspeed.zero import GatheredWeight, mark_matrices, shard_of
+from ds_mofa.optimizer import MoFaSGD
+from ds_mofa.options import OptionError, Options
+from ds_mofa.parameters import split_parameters
+from ds_mofa.partition import Exchange
+from ds_mofa.step import MatrixStep
+
+__all__ = ["build_optimizer"]
+
+# DeepSpeed's own switches of its AdamW: they are for get_optimizer_configuration.
+_PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach", "fused")
+
+
+def build_optimizer(engine, model_parameters) -> MoFaSGD:
+    """What ``DeepSpeedEngine._configure_basic_optimizer`` returns for ``"type": "MoFaSGD"``.
+
+    Raises:
+        OptionError: an option, or a combination with the rest of the config, that cannot work.
+    """
+    _refuse_unsupported(engine)
+    params = dict(engine.optimizer_params() or {})
+    if "max_grad_norm" in params:
+        raise OptionError('max_grad_norm is not an option of MoFaSGD: write "gradient_clipping" beside "optimizer"')
+    options, passed_on = Options.from_config(params, _PASSED_ON)
+    split = split_parameters(engine.module, model_parameters, options, names=engine.param_names)
+
+    replicated_fp32 = not engine.zero_optimization() and not (engine.fp16_enabled() or engine.bfloat16_enabled())
+    adamw = None
+    if split.adamw_groups:
+        adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
+        settings = {key: value for key, value in settings.items() if value is not None}
+        betas, eps = tuple(options.adamw_betas), options.adamw_eps
+        adamw = adamw_class(split.adamw_groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
+    elif not replicated_fp32:
+        raise OptionError(
+            "every trained parameter is a matrix, and DeepSpeed's ZeRO and 16-bit optimizers need at least one for "
+            'AdamW: leave one to it with "exclude", or train its norms or biases too'
+        )
+
+    matrices = MatrixStep(
+        split.matrices,
+        options,
+        exchange=_exchange(engine),
+        device=engine.device,
+        shard_of=shard_of,
+        gathered=GatheredWeight if engine.zero_optimization_partition_weights() else None,
+    )
+    mark_matrices(split.matrices)
+    log_dist(split.summary(), ranks=[0])
+    facade = ReplicatedMoFaSGD if replicated_fp32 else MoFaSGD
+    return facade.from_parts(split, options, adamw, matrices)
+
+
+def _exchange(engine) -> Exchange:
+    group = engine.seq_data_parallel_group
+    world_size = dist.get_world_size(group)
+    # Ranks of one sequence-parallel group hold parts of the same sequences: their gradients add up.
+    mean_scale = engine.sequence_parallel_size / world_size if engine.gradient_average else 1.0
+    return Exchange(group if world_size > 1 else None, mean_scale)
+
+
+def _refuse_unsupported(engine) -> None:
+    for problem, found in _UNSUPPORTED.items():
+        if found(engine):
+            raise OptionError(f"MoFaSGD does not work with {problem}")
+
+
+def _on_nvme(config: Any) -> bool:
+    return config is not None and str(getattr(config.device, "value", config.device)) == "nvme"
+
+
+_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
+    "pipeline modules: use ZeRO, which shares the memory out as well": lambda engine: isinstance(
+        engine.module, PipelineModule
+    ),
+    'offload_param to NVMe: use "device": "cpu"': lambda engine: _on_nvme(engine._config.zero_config.offload_param),
+    'offload_optimizer to NVMe: use "device": "cpu", the optimizer state is small': lambda engine: _on_nvme(
+        engine._config.zero_config.offload_optimizer
+    ),
+    "fp16 at ZeRO stage 0, where DeepSpeed divides the gradients by a loss scale that it never multiplied the loss "
+    'by: use "zero_optimization": {"stage": 1}, or bf16': lambda engine: (
+        engine.fp16_enabled() and not engine.zero_optimization()
+    ),
+    "DeepSpeed's MoE layers, whose experts have process groups of their own: use AdamW": lambda engine: (
+        engine.has_moe_layers
+    ),
+    "AutoTP, which makes each matrix several smaller ones: remove tensor_parallel and use ZeRO": lambda engine: (
+        engine.autotp_size() > 1
+    ),
+    "ZenFlow: remove zenflow, there are no full gradients to select from": lambda engine: bool(engine.zenflow),
+    "SuperOffload: use plain offload_optimizer": lambda engine: bool(engine.super_offload()),
+    'DeepCompile, which takes over the gradient reduction: set "deepcompile": false': lambda engine: (
+        engine.is_deepcompile_enabled()
+    ),
+    "loading universal checkpoints: resume with the world size that saved": lambda engine: (
+        engine.load_universal_checkpoint()
+    ),
+}

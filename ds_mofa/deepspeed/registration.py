@@ -1,0 +1,114 @@
+"""Make DeepSpeed know MoFaSGD, from outside: nothing of DeepSpeed's is replaced, its methods are wrapped.
+
+Every wrapper asks first whether the engine at hand trains with MoFaSGD, and otherwise calls what it wraps.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import deepspeed
+from deepspeed.runtime import config as ds_config
+from deepspeed.runtime import engine as ds_engine
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import utils as zero_utils
+from packaging.version import Version
+
+from ds_mofa.deepspeed.build import build_optimizer
+from ds_mofa.deepspeed.replicated import wrap_replicated
+from ds_mofa.deepspeed.zero import is_matrix, wrap_zero
+from ds_mofa.optimizer import MoFaSGD
+
+__all__ = ["register", "NAME", "TESTED"]
+
+NAME = "mofasgd"  # DeepSpeed compares in lower case
+TESTED = ("0.19.8", "0.19.8")  # first and last version of DeepSpeed that the tests run on
+
+_registered = False
+
+
+def register() -> None:
+    """Add the name and wrap the engine's methods; once a process, later calls do nothing."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    if not Version(TESTED[0]) <= Version(deepspeed.__version__.split("+")[0]) <= Version(TESTED[1]):
+        warnings.warn(
+            f"ds_mofa is tested with DeepSpeed {TESTED[0]} to {TESTED[1]}, this is {deepspeed.__version__}: its hooks "
+            f"may not fit. Install deepspeed=={TESTED[1]} if anything looks wrong",
+            stacklevel=3,
+        )
+    ds_config.DEEPSPEED_OPTIMIZERS.append(NAME)
+    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(MoFaSGD)
+
+    _wrap("_configure_basic_optimizer", _configure_basic_optimizer)
+    _wrap("_configure_zero_optimizer", functools.partial(_configure_wrapper, wrap_zero))
+    _wrap("_configure_bf16_optimizer", functools.partial(_configure_wrapper, wrap_zero))
+    _wrap("_configure_fp16_optimizer", functools.partial(_configure_wrapper, wrap_replicated))
+    _wrap("_scheduler_from_config", _scheduler_from_config)
+    _wrap("clip_fp32_gradients", _clip_fp32_gradients)
+    _wrap("save_checkpoint", _save_checkpoint)
+    _wrap("_common_checkpoint_state", _common_checkpoint_state)
+
+    # "Optimized" is what DeepSpeed's optimizer writes into checkpoints; the rest it saves as frozen. It
+    # reads this name from the engine's module, so that is where it must change.
+    optimized = ds_engine.is_optimized_parameter
+    ds_engine.is_optimized_parameter = lambda param: optimized(param) and not is_matrix(param)
+
+
+def optimizer_of(engine: DeepSpeedEngine) -> MoFaSGD | None:
+    """The engine's MoFaSGD, or None where it trains with another optimizer."""
+    basic = getattr(engine, "basic_optimizer", None)
+    return basic if isinstance(basic, MoFaSGD) else None
+
+
+def _wrap(name: str, replacement: Callable) -> None:
+    original = getattr(DeepSpeedEngine, name)
+
+    @functools.wraps(original)
+    def method(self, *args, **kwargs):
+        return replacement(functools.partial(original, self), self, *args, **kwargs)
+
+    setattr(DeepSpeedEngine, name, method)
+
+
+def _configure_basic_optimizer(original, engine, model_parameters):
+    if engine.optimizer_name() != NAME:
+        return original(model_parameters)
+    return build_optimizer(engine, model_parameters)
+
+
+def _configure_wrapper(wrap, original, engine, optimizer, *args, **kwargs):
+    if not isinstance(optimizer, MoFaSGD):
+        return original(optimizer, *args, **kwargs)
+    return wrap(original(optimizer.adamw, *args, **kwargs), optimizer)
+
+
+def _scheduler_from_config(original, engine, optimizer):
+    # DeepSpeed's schedulers look through .optimizer and would find AdamW's groups alone.
+    return original(optimizer_of(engine) or optimizer)
+
+
+def _clip_fp32_gradients(original, engine):
+    if optimizer_of(engine) is None:
+        return original()
+    return engine.optimizer.clip_grad_norm_(engine.gradient_clipping())
+
+
+def _save_checkpoint(original, engine, *args, **kwargs):
+    mofa = optimizer_of(engine)
+    if mofa is None:
+        return original(*args, **kwargs)
+    # Not every rank's state_dict() is called while DeepSpeed saves, so the collective part goes before.
+    engine.optimizer.matrix_state = mofa.matrices.state_dict()
+    try:
+        return original(*args, **kwargs)
+    finally:
+        engine.optimizer.matrix_state = None
+
+
+def _common_checkpoint_state(original, engine, module_state_dict, zero_optimizer_state, save_frozen_param):
+    # Stage 1 saves no frozen parameters, and zero_to_fp32 would leave the matrices out.
+    save_frozen_param = save_frozen_param or bool(zero_optimizer_state and optimizer_of(engine))
+    return original(module_state_dict, zero_optimizer_state, save_frozen_param)

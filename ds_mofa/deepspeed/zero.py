@@ -1,0 +1,253 @@
+"""ZeRO stages 1 to 3: DeepSpeed's own optimizer for the AdamW part, and the matrices' step woven into its step.
+
+DeepSpeed builds its ZeRO optimizer around AdamW alone; the matrices are in none of its groups, so it makes no
+bucket, no fp32 copy and no state for them. The object that it built then gets a class made of a mixin and its
+own class, so that every isinstance check in the engine still holds.
+"""
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor, nn
+
+from ds_mofa.optimizer import MoFaSGD, clip_factor
+from ds_mofa.parameters import Matrix
+from ds_mofa.step import whole_matrix
+from ds_mofa.weights import Shard
+
+__all__ = ["wrap_zero", "MatrixMixin", "GatheredWeight", "shard_of", "mark_matrices", "is_matrix", "swap_class"]
+
+_MARK = "ds_mofa_matrix"
+
+
+def mark_matrices(matrices: list[Matrix]) -> None:
+    """Let DeepSpeed's checkpoints and accessors tell a matrix from a parameter of its own."""
+    for matrix in matrices:
+        setattr(matrix.param, _MARK, True)
+
+
+def is_matrix(param: nn.Parameter) -> bool:
+    return getattr(param, _MARK, False)
+
+
+def shard_of(matrix: Matrix) -> Shard:
+    """This rank's part of W: a flat range of the row-major matrix in stage 3, all of it in the others."""
+    param = matrix.param
+    if not hasattr(param, "ds_tensor"):
+        return whole_matrix(matrix)
+    start = dist.get_rank(param.ds_process_group) * param.ds_tensor.ds_numel
+    length = max(0, min(param.ds_tensor.ds_numel, param.ds_numel - start))  # the rest is padding
+    return Shard(param.ds_tensor.data.narrow(0, 0, length), min(start, param.ds_numel))
+
+
+class GatheredWeight:
+    """The whole of a stage-3 weight: as it stands where the module hooks have gathered it, else gathered here."""
+
+    def __init__(self, weight: Tensor):
+        self._weight = weight
+        self._here = getattr(weight, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
+
+    def __enter__(self) -> Tensor:
+        if self._here:
+            self._weight.all_gather()
+        return self._weight
+
+    def __exit__(self, *_) -> None:
+        if self._here:
+            self._weight.partition()
+
+
+def wrap_zero(optimizer, mofa: MoFaSGD):
+    """Weave ``mofa``'s matrices into the ZeRO optimizer that DeepSpeed has built around its AdamW."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        mixin = Stage3Mixin
+    elif isinstance(optimizer, BF16_Optimizer):
+        mixin = Bf16Mixin
+    else:
+        mixin = Stage12Mixin
+    return swap_class(optimizer, mixin, mofa)
+
+
+def swap_class(optimizer, mixin: type, mofa: MoFaSGD):
+    """Give ``optimizer`` a class of ``mixin`` over its own."""
+    optimizer.__class__ = type(f"MoFaSGD{type(optimizer).__name__}", (mixin, type(optimizer)), {})
+    optimizer.mofa = mofa
+    optimizer.matrix_state = None
+    mofa._opt_called = True  # torch's schedulers ask the facade whether a step came before theirs
+    optimizer.bind_accessors()
+    return optimizer
+
+
+class MatrixMixin:
+    """What every stage shares. ``step``: reduce the sketches, DeepSpeed's own step, then the matrices' step."""
+
+    mofa: MoFaSGD
+    matrix_state: dict | None  # gathered before a checkpoint is written, see registration
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.mofa.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict]) -> None:
+        self.mofa.param_groups = groups
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def get_lr(self) -> float:
+        return self.param_groups[0]["lr"]
+
+    def step(self, closure=None):
+        matrices = self.mofa.matrices
+        # Read now, DeepSpeed's step may change it. Wrappers without a scaler do not scale the loss.
+        self._scale = self.loss_scale if hasattr(self, "loss_scaler") else 1.0
+        matrices.reduce(self._scale)
+        self._global_norm = matrices.norm
+        with self.mofa.adamw_lr():
+            result = self.deepspeed_step()
+        if self.overflow:
+            matrices.discard()
+        elif matrices.pending:
+            self.update_matrices()
+        return result
+
+    def deepspeed_step(self):
+        """AdamW's part; must leave ``self.overflow`` True if the sketches hold a NaN or Inf."""
+        return super().step()
+
+    def update_matrices(self) -> None:
+        """Factors and weights, with the gradient clipped by the same norm as AdamW's part."""
+        clip = clip_factor(self._global_norm, self.clip_grad) if self.clip_grad > 0 else 1.0
+        self.mofa.matrices.update(self.mofa.matrix_groups, clip)
+
+    def with_matrix_norm(self, norms: list[Tensor]) -> Tensor:
+        """One norm of AdamW's gradients and the matrices' sketches; scaled by the loss scale, as ``norms`` are."""
+        ours = self.mofa.matrices.norm.float() * self._scale
+        device = next((norm.device for norm in norms if isinstance(norm, Tensor)), ours.device)
+        total = combine_grad_norm_groups([*norms, ours.to(device)])
+        self._global_norm = (total / self._scale).to(ours.device)
+        return total
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.mofa.matrices.clear()
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        state["mofasgd"] = {"matrices": self.matrix_state or {}, "groups": self.mofa.group_settings()}
+        return state
+
+    def load_matrices(self, state: dict) -> None:
+        saved = state.get("mofasgd")
+        if saved is None:
+            raise ValueError(
+                "the checkpoint was saved by another optimizer than MoFaSGD: load its weights alone, with "
+                "load_checkpoint(..., load_optimizer_states=False)"
+            )
+        self.mofa.load_group_settings(saved["groups"])
+        self.mofa.matrices.load_state_dict(saved["matrices"])
+
+    def destroy(self) -> None:
+        self.mofa.matrices.detach()
+        for matrix in self.mofa.split.matrices:
+            delattr(matrix.param, _MARK)
+        if hasattr(super(), "destroy"):
+            super().destroy()
+
+    def bind_accessors(self) -> None:
+        """Answer ``deepspeed.utils.safe_get_full_fp32_param`` and its like for matrices."""
+        for matrix in self.mofa.split.matrices:
+            matrix.param._hp_mapping = None
+            matrix.param.get_full_hp_param = _full_precision_getter(matrix.param)
+
+
+class ZeroMixin(MatrixMixin):
+    """Stages 1 to 3: a list of state dicts, one for each saving rank; only the first has the factors."""
+
+    def load_state_dict(self, state_dict_list, load_optimizer_states=True, **kwargs):
+        super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
+        if load_optimizer_states:
+            self.load_matrices(state_dict_list[dist.get_rank(self.dp_process_group)])
+        self.mofa.matrices.refresh_masters()
+
+
+class Stage12Mixin(ZeroMixin):
+    """DeepSpeedZeroOptimizer: stages 1 and 2."""
+
+    def deepspeed_step(self):
+        # In bf16 and fp32 DeepSpeed does not look for a NaN unless told to.
+        checks = self.check_grad_overflow
+        self.check_grad_overflow = checks or not self.mofa.matrices.finite
+        try:
+            return super().deepspeed_step()
+        finally:
+            self.check_grad_overflow = checks
+
+    def has_overflow(self, partition_gradients=True):
+        return super().has_overflow(partition_gradients) or not self.mofa.matrices.finite
+
+    def scaled_global_norm(self, norm_type=2):
+        return self.with_matrix_norm([super().scaled_global_norm(norm_type)])
+
+
+class Stage3Mixin(ZeroMixin):
+    """DeepSpeedZeroOptimizer_Stage3."""
+
+    def _get_norm_groups(self):
+        return [self.with_matrix_norm(super()._get_norm_groups())]
+
+    def has_overflow(self, partition_gradients=True):
+        return super().has_overflow(partition_gradients) or not self.mofa.matrices.finite
+
+    def _post_step(self, timer_names):
+        # Here every parameter is partitioned, and persistent ones are gathered next. Loading a checkpoint comes
+        # by too, with nothing pending.
+        if self.mofa.matrices.pending:
+            self.update_matrices()
+        super()._post_step(timer_names)
+
+    def invalidate_secondary_tensor(self):
+        super().invalidate_secondary_tensor()
+        for matrix in self.mofa.split.matrices:  # else hpZ goes on with the old weights
+            matrix.param.ds_secondary_tensor = None
+
+    def bind_accessors(self) -> None:
+        for matrix in self.mofa.split.matrices:
+            matrix.param._z3_optimizer = self
+
+    def get_full_hp_param(self, param, optim_state_key=None):
+        if not is_matrix(param):
+            return super().get_full_hp_param(param, optim_state_key)
+        if optim_state_key is not None:
+            return None
+        with GatheredParameters([param]):
+            return param.data.float().clone()
+
+    def get_fp32_grad_for_param(self, param):
+        return None if is_matrix(param) else super().get_fp32_grad_for_param(param)
+
+    def get_local_fp32_grad_for_param(self, param):
+        return None if is_matrix(param) else super().get_local_fp32_grad_for_param(param)
+
+
+class Bf16Mixin(ZeroMixin):
+    """BF16_Optimizer: stage 1 in bf16 with fp32 gradient accumulation."""
+
+    def get_grads_for_norm(self, for_clipping=False):
+        grads = super().get_grads_for_norm(for_clipping)
+        if for_clipping:
+            return grads
+        return [*grads[0], self.mofa.matrices.norm.float().view(1)], grads[1]
+
+    def update_matrices(self) -> None:
+        self._global_norm = torch.as_tensor(self._global_grad_norm)
+        super().update_matrices()
+
+
+def _full_precision_getter(param: nn.Parameter):
+    return lambda optim_state_key=None: None if optim_state_key is not None else param.detach().float().clone()

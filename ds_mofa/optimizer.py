@@ -1,0 +1,212 @@
+"""MoFaSGD, the optimizer that users construct and that learning-rate schedulers see."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_mofa.options import OptionError, Options
+from ds_mofa.parameters import Split, split_parameters
+from ds_mofa.partition import Exchange
+from ds_mofa.step import MatrixStep
+
+__all__ = ["MoFaSGD"]
+
+
+class MoFaSGD(torch.optim.Optimizer):
+    """Momentum-factorized SGD for the matrices of a model, AdamW for everything else.
+
+    In a plain PyTorch loop, with no DeepSpeed:
+
+    >>> optimizer = MoFaSGD(model, lr=6e-3, rank=8)
+    >>> loss.backward()          # no weight matrix gets a .grad
+    >>> optimizer.step()
+    >>> optimizer.zero_grad()
+
+    Under DeepSpeed, ``"optimizer": {"type": "MoFaSGD", "params": {...}}`` in the JSON builds it.
+
+    Args:
+        params: the model, or parameters, named parameters or param groups of it together with ``model``.
+            A group's own ``lr`` and ``weight_decay`` go before the options'.
+        model: the model that owns the parameters; which module holds a parameter tells an embedding from a
+            matrix.
+        **options: see :class:`ds_mofa.options.Options`, where each has its range, unit and source.
+
+    Raises:
+        OptionError: an option out of range, or nothing to train.
+
+    Of the matrices, ``param_groups`` come first, then AdamW's. One schedule moves them all: AdamW's groups
+    carry the matrices' ``lr`` and step at ``lr * lr_scale``.
+    """
+
+    def __init__(self, params: nn.Module | Iterable[Any], *, model: nn.Module | None = None, **options: Any):
+        if isinstance(params, nn.Module):
+            params, model = params.parameters(), params
+        if model is None:
+            raise OptionError(
+                "MoFaSGD needs the model, to tell an embedding from a matrix: MoFaSGD(model, ...) or "
+                "MoFaSGD(param_groups, model=model, ...)"
+            )
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise OptionError(
+                "MoFaSGD was built outside DeepSpeed in a run of several processes, where nothing would add up its "
+                'sketches. Use deepspeed.initialize with "optimizer": {"type": "MoFaSGD"} in the config'
+            )
+        parsed, _ = Options.from_config(options)
+        split = split_parameters(model, params, parsed)
+        adamw = None
+        if split.adamw_groups:
+            adamw = torch.optim.AdamW(split.adamw_groups, betas=tuple(parsed.adamw_betas), eps=parsed.adamw_eps)
+        device = split.matrices[0].param.device
+        self._assemble(split, parsed, adamw, MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device))
+
+    @classmethod
+    def from_parts(
+        cls, split: Split, options: Options, adamw: torch.optim.Optimizer | None, matrices: MatrixStep
+    ) -> "MoFaSGD":
+        """An optimizer around an AdamW and a :class:`MatrixStep` that a backend has built."""
+        self = cls.__new__(cls)
+        self._assemble(split, options, adamw, matrices)
+        return self
+
+    def _assemble(
+        self, split: Split, options: Options, adamw: torch.optim.Optimizer | None, matrices: MatrixStep
+    ) -> None:
+        self.options, self.split, self.adamw, self.matrices = options, split, None, matrices
+        self._matrix_groups: list[dict[str, Any]] = []
+        self._clip: Tensor | float = 1.0
+        self._built = False
+        super().__init__(split.matrix_groups, {"lr": options.lr, "weight_decay": options.weight_decay})
+        self.adamw, self._built = adamw, True
+
+    # ------------------------------------------------------------------ what schedulers and users see
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        # Looked up anew each time: loading a state replaces AdamW's dicts, and a kept one would freeze its lr.
+        return self._matrix_groups + self.adamw_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        own = [group for group in groups if "lr_scale" not in group]
+        self._matrix_groups = own
+        if self.adamw is not None:
+            self.adamw.param_groups = [group for group in groups if "lr_scale" in group]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._built:
+            raise OptionError("MoFaSGD takes all its parameters when it is built: pass them to the constructor")
+        self._matrix_groups.append(param_group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Move every parameter once, by the gradients of all backwards since the last step.
+
+        A step whose sketches hold a NaN or Inf changes no matrix; ``optimizer.matrices.skipped`` counts it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.matrices.pending:
+            self.matrices.reduce()
+        if self.adamw is not None:
+            with self.adamw_lr():
+                self.adamw.step()
+        if self.matrices.finite:
+            self.matrices.update(self._matrix_groups, self._clip)
+        else:
+            self.matrices.discard()
+        self._clip = 1.0
+        return loss
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients of this step down to a global norm of at most ``max_norm``.
+
+        The norm is over AdamW's gradients and the matrices' projected ones, of which only the sketches exist;
+        ``torch.nn.utils.clip_grad_norm_`` would see AdamW's alone. Call it between backward and ``step``.
+
+        Returns:
+            The norm before clipping, a scalar tensor.
+        """
+        self.matrices.reduce()
+        grads = [p.grad for group in self.adamw_groups for p in group["params"] if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([self.matrices.norm.float(), *map(torch.linalg.vector_norm, grads)]))
+        self._clip = clip_factor(norm, max_norm)
+        for grad in grads:
+            grad.mul_(self._clip)
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients and sketches since the last step."""
+        if self.adamw is not None:
+            self.adamw.zero_grad(set_to_none)
+        self.matrices.clear()
+
+    @contextlib.contextmanager
+    def adamw_lr(self) -> Iterator[None]:
+        """Within: AdamW's groups carry AdamW's own learning rates, for a step."""
+        groups = self.adamw_groups
+        scheduled = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] * group["lr_scale"]
+        try:
+            yield
+        finally:
+            for group, lr in zip(groups, scheduled):
+                group["lr"] = lr
+
+    @property
+    def matrix_groups(self) -> list[dict[str, Any]]:
+        """The param groups of the matrices alone."""
+        return self._matrix_groups
+
+    @property
+    def adamw_groups(self) -> list[dict[str, Any]]:
+        """The param groups of everything else."""
+        return self.adamw.param_groups if self.adamw is not None else []
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only: the factors by name, AdamW's state, every group's settings."""
+        return self.with_matrix_state(self.matrices.state_dict())
+
+    def with_matrix_state(self, matrices: dict[str, Any]) -> dict[str, Any]:
+        """The whole state around the matrices', which it takes a collective to gather."""
+        return {
+            "mofasgd": matrices,
+            "matrix_groups": self.group_settings(),
+            "adamw": self.adamw.state_dict() if self.adamw is not None else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of a run with the same model and rank."""
+        self.load_group_settings(state_dict["matrix_groups"])
+        if self.adamw is not None:
+            self.adamw.load_state_dict(state_dict["adamw"])
+        self.matrices.load_state_dict(state_dict["mofasgd"])
+        self.matrices.refresh_masters()
+
+    def group_settings(self) -> list[dict[str, Any]]:
+        """What the matrix groups say besides their parameters."""
+        return [{key: value for key, value in group.items() if key != "params"} for group in self._matrix_groups]
+
+    def load_group_settings(self, settings: list[dict[str, Any]]) -> None:
+        if len(settings) != len(self._matrix_groups):
+            raise ValueError(
+                f"the checkpoint has {len(settings)} matrix param groups, this run has {len(self._matrix_groups)}: "
+                "use the param groups that it was saved with"
+            )
+        for group, saved in zip(self._matrix_groups, settings):
+            group.update(saved)
+
+
+def clip_factor(norm: Tensor | float, max_norm: float) -> Tensor | float:
+    """The factor, <= 1, that takes a gradient of this norm to at most ``max_norm``, as DeepSpeed computes it."""
+    excess = (norm + 1e-6) / max_norm
+    return 1.0 / (excess.clamp_min(1.0) if isinstance(excess, Tensor) else max(excess, 1.0))

@@ -1,0 +1,180 @@
+"""What a user may set, in Python or in the ``"params"`` of a DeepSpeed JSON, checked before anything is built."""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args, get_type_hints
+
+__all__ = ["Options", "OptionError"]
+
+AdjustLr = Literal["match_rms_adamw", "original", "none"]
+UpdateRule = Literal["spectral", "inverse_sigma"]
+Rounding = Literal["stochastic", "nearest"]
+CaptureMode = Literal["linear", "hook"]
+
+# A config whose "type" was AdamW a minute ago has these.
+_ALIASES = {"betas": "adamw_betas", "eps": "adamw_eps"}
+
+
+class OptionError(ValueError):
+    """An option that cannot be right; the message names it, its value, and what would be."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of MoFaSGD.
+
+    Matrix parameters (2-D weights that are not embeddings or output heads):
+
+    Attributes:
+        lr: learning rate of the matrices, per step, > 0. A rank-r update has about sqrt(r / min(m, n)) of
+            the size of AdamW's at the same number, so it wants to be larger than AdamW's: 3e-3 to 1.2e-2.
+        rank: r, the number of momentum directions kept per matrix, >= 1. State is r (m + n + 1) fp32 numbers.
+        beta: decay of the momentum per step, 0 <= beta < 1 (the average weighs the gradient by 1 - beta).
+        weight_decay: decoupled; each step multiplies the weights by 1 - lr * weight_decay.
+        adjust_lr_fn: factor on lr by shape, in the sense of ``torch.optim.Muon``: ``"match_rms_adamw"``
+            0.2 sqrt(max(m, n)), ``"original"`` sqrt(max(1, m / n)), ``"none"`` 1.
+        update_rule: ``"spectral"``, W -= lr U V^T (the paper's equation), or ``"inverse_sigma"``,
+            W -= lr U diag(1 / sigma) V^T with 1 / sigma at most ``inverse_sigma_clamp`` (what the paper's
+            code runs).
+        inverse_sigma_clamp: see ``update_rule``; > 0.
+        rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
+            small the update) or ``"nearest"``. Without effect on fp32 weights.
+        master_weights: keep an fp32 master of each 16-bit matrix, 4 more bytes a weight (a shard of it under
+            ZeRO stage 3, a whole one on every rank else).
+        capture: how the sketches are taken: ``"linear"`` (``nn.Linear`` never computes its weight gradient;
+            anything else falls under ``"hook"``) or ``"hook"`` (the gradient of one parameter at a time is
+            sketched as soon as it is there, and dropped).
+        include: regular expressions, searched in parameter names: 2-D parameters to make matrices although
+            they are embeddings or output heads.
+        exclude: likewise: parameters to leave to AdamW. Wins over ``include``.
+        seed: of the start's test matrices and of the stochastic rounding, 0 <= seed < 2^31.
+
+    Everything else that is trained, by AdamW:
+
+    Attributes:
+        adamw_lr: learning rate; None: lr / 10.
+        adamw_betas: decay rates of the two moments.
+        adamw_eps: added to the denominator.
+        adamw_weight_decay: decoupled; None: the same as ``weight_decay``. Parameter groups that set
+            ``weight_decay: 0`` themselves keep 0.
+
+    Raises:
+        OptionError: a value out of its range or of the wrong type, or an unknown name.
+    """
+
+    lr: float = 6e-3
+    rank: int = 8
+    beta: float = 0.85
+    weight_decay: float = 0.0
+    adjust_lr_fn: AdjustLr = "match_rms_adamw"
+    update_rule: UpdateRule = "spectral"
+    inverse_sigma_clamp: float = 1e4
+    rounding: Rounding = "stochastic"
+    master_weights: bool = False
+    capture: CaptureMode = "linear"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    seed: int = 0
+    adamw_lr: float | None = None
+    adamw_betas: Sequence[float] = (0.9, 0.999)
+    adamw_eps: float = 1e-8
+    adamw_weight_decay: float | None = None
+
+    def __post_init__(self):
+        self._number("lr", self.lr, low=0, open_low=True)
+        self._number("beta", self.beta, low=0, high=1)
+        self._number("weight_decay", self.weight_decay, low=0)
+        self._number("inverse_sigma_clamp", self.inverse_sigma_clamp, low=0, open_low=True)
+        self._number("adamw_eps", self.adamw_eps, low=0, open_low=True)
+        for name in ("adamw_lr", "adamw_weight_decay"):
+            if getattr(self, name) is not None:
+                self._number(name, getattr(self, name), low=0)
+        for name in ("rank", "seed"):
+            self._integer(name, getattr(self, name), low=1 if name == "rank" else 0, high=2**31)
+        if not isinstance(self.master_weights, bool):
+            raise OptionError(f"master_weights={self.master_weights!r} must be true or false")
+        for name, hint in get_type_hints(Options).items():
+            choices = get_args(hint)
+            if choices and all(isinstance(choice, str) for choice in choices) and getattr(self, name) not in choices:
+                raise OptionError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}")
+        if isinstance(self.adamw_betas, str | float | int) or len(self.adamw_betas) != 2:
+            raise OptionError(f"adamw_betas={self.adamw_betas!r} must be two numbers, such as [0.9, 0.999]")
+        for beta in self.adamw_betas:
+            self._number("adamw_betas", beta, low=0, high=1)
+        for name in ("include", "exclude"):
+            self._patterns(name, getattr(self, name))
+
+    @classmethod
+    def from_config(cls, params: Mapping[str, Any], passed_on: Sequence[str] = ()) -> "tuple[Options, dict[str, Any]]":
+        """Options from a JSON object, and those of its entries that are named in ``passed_on``, untouched."""
+        rest = {key: params[key] for key in passed_on if key in params}
+        own = {}
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key, value in params.items():
+            if key in rest:
+                continue
+            name = _ALIASES.get(key, key)
+            if name not in known:
+                raise OptionError(_unknown(key, [*known, *_ALIASES, *passed_on]))
+            if name in own:
+                raise OptionError(f"{key!r} and {name!r} are the same option of MoFaSGD: give one of them")
+            if value == "auto":
+                raise OptionError(
+                    f'{key}="auto" was not filled in: only Hugging Face\'s Trainer fills in "auto", and only for lr, '
+                    "betas, eps and weight_decay. Write a value"
+                )
+            own[name] = value
+        return cls(**own), rest
+
+    @property
+    def gamma(self) -> float:
+        """Weight of the gradient in the momentum's average."""
+        return 1.0 - self.beta
+
+    @property
+    def adamw_lr_ratio(self) -> float:
+        """AdamW's learning rate over the matrices': a schedule moves both, this stays."""
+        return 0.1 if self.adamw_lr is None else self.adamw_lr / self.lr
+
+    def shape_factor(self, m: int, n: int) -> float:
+        """The factor on lr for an m x n matrix, see ``adjust_lr_fn``."""
+        if self.adjust_lr_fn == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(m, n))
+        if self.adjust_lr_fn == "original":
+            return math.sqrt(max(1.0, m / n))
+        return 1.0
+
+    @staticmethod
+    def _number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+        bounds = f"{'>' if open_low else '>='} {low}" + (f" and < {high}" if high < math.inf else "")
+        if isinstance(value, bool) or not isinstance(value, float | int):
+            raise OptionError(f"{name}={value!r} must be a number {bounds}")
+        if not (low < value if open_low else low <= value) or not value < high:
+            raise OptionError(f"{name}={value!r} must be {bounds}")
+
+    @staticmethod
+    def _integer(name: str, value: Any, *, low: int, high: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
+            raise OptionError(f"{name}={value!r} must be a whole number >= {low} and < {high}")
+
+    @staticmethod
+    def _patterns(name: str, patterns: Any) -> None:
+        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise OptionError(f'{name}={patterns!r} must be a list of regular expressions, such as ["lm_head"]')
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise OptionError(f"{name}: {pattern!r} is not a regular expression ({error})") from None
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return (
+        f"unknown option {key!r} of MoFaSGD"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+        + f" The options are {', '.join(sorted(known))}"
+    )

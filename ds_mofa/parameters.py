@@ -1,0 +1,246 @@
+"""Which parameter goes where: the matrices to MoFaSGD, the rest to AdamW, and the table that says so."""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ds_mofa.options import OptionError, Options
+
+__all__ = ["Leftover", "Matrix", "Split", "split_parameters", "full_shape"]
+
+
+@dataclasses.dataclass(eq=False)
+class Matrix:
+    """A 2-D weight whose momentum is kept as factors.
+
+    Attributes:
+        name: the parameter's name in the model.
+        param: the parameter itself; under ZeRO stage 3 it may be released, so ask ``shape`` for its shape.
+        shape: (m, n), of the whole matrix.
+        modules: every module that holds the parameter (two, where weights are tied).
+        group: index of the param group that it came from: lr and weight decay.
+        index: position among all matrices; keys the rounding and the start.
+    """
+
+    name: str
+    param: nn.Parameter
+    shape: tuple[int, int]
+    modules: tuple[nn.Module, ...]
+    group: int
+    index: int
+
+
+class Leftover(NamedTuple):
+    """A trained parameter that AdamW gets, and why."""
+
+    name: str
+    numel: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The parameters of a model, divided.
+
+    Attributes:
+        matrices: what MoFaSGD trains, in the order of the param groups.
+        leftovers: what AdamW trains.
+        matrix_groups: one param group for each incoming group that has matrices.
+        adamw_groups: one param group for each incoming group that has anything else.
+    """
+
+    matrices: list[Matrix]
+    leftovers: list[Leftover]
+    matrix_groups: list[dict[str, Any]]
+    adamw_groups: list[dict[str, Any]]
+
+    def summary(self) -> str:
+        """One paragraph for the log: what MoFaSGD trains, by shape, and what AdamW trains, by reason."""
+        shapes, reasons = defaultdict(int), defaultdict(list)
+        for matrix in self.matrices:
+            shapes[matrix.shape] += 1
+        for leftover in self.leftovers:
+            reasons[leftover.reason].append(leftover)
+        lines = [
+            f"{len(self.matrices)} matrices on MoFaSGD "
+            f"({_count(sum(m * n * count for (m, n), count in shapes.items()))} parameters), "
+            f"{len(self.leftovers)} tensors on AdamW ({_count(sum(rest.numel for rest in self.leftovers))} parameters)"
+        ]
+        lines += [f"  MoFaSGD {count:4d} x ({m}, {n})" for (m, n), count in shapes.items()]
+        for reason, rests in reasons.items():
+            shown = ", ".join(rest.name for rest in rests[:2]) + (", ..." if len(rests) > 2 else "")
+            numel = _count(sum(rest.numel for rest in rests))
+            lines.append(f"  AdamW   {len(rests):4d} {reason}, {numel} parameters: {shown}")
+        return "\n".join(lines)
+
+
+def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the whole parameter; ``zero.Init`` leaves (0,) in ``param.shape``."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def split_parameters(
+    model: nn.Module, groups: Iterable[Any], options: Options, names: Mapping[nn.Parameter, str] | None = None
+) -> Split:
+    """Divide ``groups`` (parameters, or param groups as dicts, as for any torch optimizer).
+
+    A parameter is a matrix when it is trained, 2-D, at least rank x rank, no embedding, no output head,
+    and not excluded. Embeddings and heads are told by the modules that hold them, not by their names: a
+    head is what ``get_output_embeddings()`` returns or, in a model without that method, the last
+    ``nn.Linear`` if it has the shape of an embedding. A group's own ``lr`` and ``weight_decay`` go before
+    the options'.
+
+    Raises:
+        OptionError: nothing is a matrix, a pattern matches nothing, or ``include`` names what cannot be one.
+    """
+    names = names if names is not None else {p: name for name, p in model.named_parameters()}
+    holders = defaultdict(list)
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            holders[param].append(module)
+    heads = _output_heads(model)
+
+    split = Split([], [], [], [])
+    seen, matched = set(), set()
+    too_small = []
+    for incoming in _as_groups(groups):
+        settings = {key: value for key, value in incoming.items() if key != "params"}
+        matrices, rest = [], []
+        for param in incoming["params"]:
+            if not param.requires_grad:
+                continue
+            if param in seen:
+                raise OptionError(f"parameter {names.get(param)!r} is in two param groups: give each only once")
+            seen.add(param)
+            if param not in names:
+                raise OptionError(
+                    f"a parameter of shape {full_shape(param)} is in no module of the model, so it cannot be told "
+                    "whether it is an embedding: pass the model that owns the parameters"
+                )
+            reason = _why_adamw(param, names[param], holders[param], heads, options, matched)
+            if reason is None:
+                matrices.append(param)
+            else:
+                split.leftovers.append(Leftover(names[param], math.prod(full_shape(param)), reason))
+                rest.append(param)
+                if reason.startswith("smaller"):
+                    too_small.append(min(full_shape(param)))
+        if matrices:
+            for param in matrices:
+                split.matrices.append(
+                    Matrix(
+                        name=names[param],
+                        param=param,
+                        shape=full_shape(param),
+                        modules=tuple(holders[param]),
+                        group=len(split.matrix_groups),
+                        index=len(split.matrices),
+                    )
+                )
+            split.matrix_groups.append(
+                {"lr": options.lr, "weight_decay": options.weight_decay, **settings, "params": matrices}
+            )
+        if rest:
+            split.adamw_groups.append({**_adamw_settings(settings, options), "params": rest})
+
+    for kind in ("include", "exclude"):
+        for pattern in getattr(options, kind):
+            if (kind, pattern) not in matched:
+                raise OptionError(
+                    f"{kind}: the pattern {pattern!r} matches no trained parameter. Names look like "
+                    + ", ".join(repr(name) for name in list(names.values())[:3])
+                )
+    if not split.matrices:
+        raise OptionError(
+            "MoFaSGD found no matrix to train: of the parameters that it was given, none is a trained 2-D weight of "
+            f"at least {options.rank} x {options.rank} that is no embedding and no output head"
+            + (f". Set rank to at most {max(too_small)}" if too_small else ". Use AdamW for this model")
+        )
+    return split
+
+
+def _adamw_settings(settings: dict[str, Any], options: Options) -> dict[str, Any]:
+    """``lr`` follows the shared schedule, ``lr_scale`` takes it to AdamW's; see MoFaSGD.param_groups."""
+    decay = settings.get("weight_decay", options.weight_decay)
+    if decay != 0 and options.adamw_weight_decay is not None or "weight_decay" not in settings:
+        decay = options.weight_decay if options.adamw_weight_decay is None else options.adamw_weight_decay
+    own_lr = "lr" in settings
+    return {
+        "lr": options.lr,
+        **settings,
+        "lr_scale": 1.0 if own_lr else options.adamw_lr_ratio,
+        "weight_decay": decay,
+    }
+
+
+def _as_groups(groups: Iterable[Any]) -> list[dict[str, Any]]:
+    loose, dicts = [], []
+    for item in groups:
+        if isinstance(item, dict):
+            dicts.append({**item, "params": [_parameter(p) for p in item["params"]]})
+        else:
+            loose.append(_parameter(item))
+    return ([{"params": loose}] if loose else []) + dicts
+
+
+def _parameter(item: Any) -> nn.Parameter:
+    return item[1] if isinstance(item, tuple) else item  # named_parameters() gives pairs
+
+
+def _why_adamw(
+    param: nn.Parameter,
+    name: str,
+    modules: Sequence[nn.Module],
+    heads: set[nn.Parameter],
+    options: Options,
+    matched: set[tuple[str, str]],
+) -> str | None:
+    hits = {
+        kind: [pattern for pattern in getattr(options, kind) if re.search(pattern, name)]
+        for kind in ("include", "exclude")
+    }
+    matched.update((kind, pattern) for kind, patterns in hits.items() for pattern in patterns)
+    shape = full_shape(param)
+    included = hits["include"] and not hits["exclude"]
+    if len(shape) != 2:
+        reason = "not 2-D"
+    elif min(shape) < options.rank:
+        reason = f"smaller than rank {options.rank}"
+    elif hits["exclude"]:
+        return "excluded by pattern"
+    elif included:
+        return None
+    elif any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in modules):
+        return "embedding"
+    elif param in heads:
+        return "output head"
+    else:
+        return None
+    if included:
+        raise OptionError(
+            f"include: {hits['include'][0]!r} names {name!r} of shape {shape}, which cannot be a matrix of rank "
+            f"{options.rank}: it is {reason}. Narrow the pattern or lower the rank"
+        )
+    return reason
+
+
+def _output_heads(model: nn.Module) -> set[nn.Parameter]:
+    getters = [getattr(module, "get_output_embeddings", None) for module in model.modules()]
+    heads = [getter() for getter in getters if callable(getter)]
+    if not heads:
+        embeddings = [full_shape(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)]
+        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+        heads = [module for module in last if full_shape(module.weight) in embeddings]
+    return {head.weight for head in heads if getattr(head, "weight", None) is not None}
+
+
+def _count(numel: int) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if numel >= limit:
+            return f"{numel / limit:.2f}{unit}"
+    return str(numel)

@@ -1,0 +1,149 @@
+"""Who owns which matrix, where its numbers lie in the flat buffers, and the two collectives of a step.
+
+Three flat buffers have one layout: the sketches (Y, Z), the owner's factors (U, V, sigma) and the working
+copies of the factors. A segment holds the matrices of one owner, all those of one shape beside each other:
+
+    segment of owner 0                          segment of owner 1
+    [ left (B, m, r) | right (B, n, r) | core (B, r) ][ next shape ... ][ padding ][ ...
+
+so one reduce-scatter gives every owner its sketches, one all-gather gives every rank all factors, and the
+update sees all matrices of one shape as one batch without a copy.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Block", "Layout", "Exchange"]
+
+_ALIGNMENT = 128  # elements; keeps every view 256-byte aligned in 16-bit buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """All matrices of one shape and one param group that one owner has.
+
+    Attributes:
+        owner: rank in the group.
+        shape: (m, n).
+        group: index of the param group.
+        rank: r, of the factors.
+        members: B indices of matrices.
+        offset: of the block's first element in the whole flat buffer.
+    """
+
+    owner: int
+    shape: tuple[int, int]
+    group: int
+    rank: int
+    members: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return len(self.members) * self.rank * (sum(self.shape) + 1)
+
+    def views(self, flat: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """left (B, m, r), right (B, n, r) and core (B, r) of a flat buffer that begins at element ``start``."""
+        (m, n), r, B = self.shape, self.rank, len(self.members)
+        left, right, core = flat.narrow(0, self.offset - start, self.numel).split([B * m * r, B * n * r, B * r])
+        return left.view(B, m, r), right.view(B, n, r), core.view(B, r)
+
+
+class Layout:
+    """Owners and offsets; the same on every rank, from the arguments alone.
+
+    Args:
+        places: (shape, param group) of each matrix.
+        rank: r, of the factors.
+        world_size: number of owners.
+
+    Attributes:
+        blocks: every block, owner by owner.
+        owners: of each matrix.
+        segment: elements of one owner's part, the same for all.
+        numel: elements of a whole flat buffer, segment x world size.
+    """
+
+    def __init__(self, places: Sequence[tuple[tuple[int, int], int]], rank: int, world_size: int):
+        self.owners = _balance([shape for shape, _ in places], world_size)
+        by_owner = [defaultdict(list) for _ in range(world_size)]
+        for index, (place, owner) in enumerate(zip(places, self.owners)):
+            by_owner[owner][place].append(index)
+
+        local, ends = [], []
+        for owner, by_place in enumerate(by_owner):
+            end = 0
+            for (shape, group), members in by_place.items():
+                local.append(Block(owner, shape, group, rank, tuple(members), end))
+                end = _aligned(end + local[-1].numel)
+            ends.append(end)
+        self.segment = max(ends)
+        self.numel = self.segment * world_size
+        self.blocks = [dataclasses.replace(b, offset=b.offset + b.owner * self.segment) for b in local]
+        self._place = {index: (block, i) for block in self.blocks for i, index in enumerate(block.members)}
+
+    def owned_by(self, owner: int) -> list[Block]:
+        return [block for block in self.blocks if block.owner == owner]
+
+    def views(self, flat: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """left (m, r), right (n, r) and core (r,) of one matrix in a whole flat buffer."""
+        block, i = self._place[index]
+        left, right, core = block.views(flat)
+        return left[i], right[i], core[i]
+
+
+class Exchange:
+    """The collectives of one step over one process group; without a group, one process alone.
+
+    Args:
+        group: whose ranks train replicas or shards of one model.
+        mean_scale: what takes a sum over the group's ranks to the mean over the global batch.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, mean_scale: float = 1.0):
+        self.group, self.mean_scale = group, mean_scale
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.world_size = dist.get_world_size(group) if group is not None else 1
+
+    def reduce_scatter(self, flat: Tensor, segment: int) -> Tensor:
+        """The sum over ranks of this rank's segment of ``flat``, as a new tensor."""
+        if self.world_size == 1:
+            return flat.clone()
+        out = flat.new_empty(segment)
+        dist.reduce_scatter_tensor(out, flat, group=self.group)
+        return out
+
+    def all_gather(self, flat: Tensor, segment: int) -> None:
+        """Fill ``flat`` with every rank's segment; this rank's own lies in it already."""
+        if self.world_size > 1:
+            dist.all_gather_into_tensor(flat, flat.narrow(0, self.rank * segment, segment).clone(), group=self.group)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a small tensor over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """``source`` is a rank of the group."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, dist.get_global_rank(self.group, source), group=self.group)
+
+
+def _balance(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
+    """Longest first, each to the owner with the least: segments, and so the work, come out nearly equal."""
+    owners, load = [0] * len(shapes), [0] * world_size
+    for index in sorted(range(len(shapes)), key=lambda i: (-sum(shapes[i]), shapes[i], i)):
+        owner = load.index(min(load))
+        owners[index] = owner
+        load[owner] += sum(shapes[index])
+    return owners
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT

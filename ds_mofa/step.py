@@ -1,0 +1,299 @@
+"""One optimizer step of all matrices: reduce the sketches, update the factors, gather them, write the weights.
+
+This is the core that every backend shares. It knows a process group through :class:`~ds_mofa.partition.Exchange`
+and the weights through a function that gives this rank's shard of a matrix; it does not know DeepSpeed.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_mofa import sketch as sketching
+from ds_mofa.factors import Factors, live_directions, projected_norm, start_factors, update_factors
+from ds_mofa.options import Options
+from ds_mofa.parameters import Matrix
+from ds_mofa.partition import Exchange, Layout
+from ds_mofa.weights import Rounding, Shard, rounding_key, write_updates
+
+__all__ = ["MatrixStep", "whole_matrix", "STATE_FORMAT"]
+
+STATE_FORMAT = 1
+
+
+def whole_matrix(matrix: Matrix) -> Shard:
+    """The shard of a rank that holds all of W."""
+    return Shard(matrix.param.data.view(-1))
+
+
+class MatrixStep:
+    """Factors, sketches and working copies of all matrices, and the step that moves them.
+
+    Memory on each of N ranks, with F = sum of r (m + n + 1) over the matrices: sketches 4 F bytes, working
+    copies 2 F (4 F for fp32 weights), fp32 factors 4 F / N, and during a step another 4 F / N.
+
+    Args:
+        matrices: what to train.
+        options: of the optimizer.
+        exchange: the collectives.
+        device: of the buffers.
+        shard_of: this rank's part of a matrix; asked anew in every step.
+        gathered: see :func:`ds_mofa.sketch.attach`.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        options: Options,
+        *,
+        exchange: Exchange,
+        device: torch.device,
+        shard_of: Callable[[Matrix], Shard] = whole_matrix,
+        gathered=None,
+    ):
+        self.matrices, self.options, self.exchange, self._shard_of = list(matrices), options, exchange, shard_of
+        places = [(matrix.shape, matrix.group) for matrix in matrices]
+        self.layout = Layout(places, options.rank, exchange.world_size)
+        self._mine = self.layout.owned_by(exchange.rank)
+        self._segment_start = exchange.rank * self.layout.segment
+
+        compute = _compute_dtype(matrices)
+        exact = torch.float64 if compute == torch.float64 else torch.float32
+        self.sketches = torch.zeros(self.layout.numel, dtype=exact, device=device)
+        self.working = torch.zeros(self.layout.numel, dtype=compute, device=device)
+        self.factors = torch.zeros(self.layout.segment, dtype=exact, device=device)
+        self._pending: Tensor | None = None
+        self._norm: Tensor | None = None
+        self.steps = 0
+        self.skipped = 0
+        self._draw_test_matrices()
+
+        self._masters: list[Tensor] | None = None
+        if options.master_weights and compute in (torch.bfloat16, torch.float16):
+            self._masters = [shard_of(matrix).flat.to(torch.float32) for matrix in self.matrices]
+
+        views = [(self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))]
+        sketches = [sketching.Sketch(Y, Z, U, V) for (Y, Z, _), (U, V, _) in views]
+        extra = {} if gathered is None else {"gathered": gathered}
+        self._attachment = sketching.attach(self.matrices, sketches, options.capture, **extra)
+
+    # ------------------------------------------------------------------ the step, in its order
+
+    @torch.no_grad()
+    def reduce(self, loss_scale: float = 1.0) -> None:
+        """Give every owner the mean sketches of its matrices, and every rank their norm. Collective.
+
+        Args:
+            loss_scale: what the loss was multiplied by.
+        """
+        pending = self.exchange.reduce_scatter(self.sketches, self.layout.segment)
+        pending.mul_(self.exchange.mean_scale / loss_scale)
+        self.sketches.zero_()
+        square = pending.new_zeros(())
+        for block in self._mine:
+            Y, Z, _ = block.views(pending, self._segment_start)
+            if self.started:
+                U, _, _ = block.views(self.factors, self._segment_start)
+                square += projected_norm(U, Y, Z).sum()
+            else:  # E |G Omega|^2 = |G|^2, and the same of the other sketch
+                square += (Y.square().sum() + Z.square().sum()) / 2
+        self._norm = self.exchange.sum(square).sqrt()
+        self._pending = pending
+
+    @property
+    def norm(self) -> Tensor:
+        """Norm of all matrices' projected gradients, from the last :meth:`reduce`; the same on every rank.
+
+        In the first step an unbiased estimate of the whole gradient's norm. Not finite if any sketch on any
+        rank holds a NaN or Inf.
+        """
+        return self._norm
+
+    @property
+    def finite(self) -> bool:
+        """Whether the reduced sketches can be used; every rank gets the same answer."""
+        return bool(torch.isfinite(self._norm))
+
+    @property
+    def pending(self) -> bool:
+        """Whether reduced sketches wait to be used or discarded."""
+        return self._pending is not None
+
+    @property
+    def started(self) -> bool:
+        return self.steps > 0
+
+    @torch.no_grad()
+    def update(self, groups: Sequence[Mapping[str, Any]], clip: float | Tensor = 1.0) -> None:
+        """Move factors and weights by the pending sketches. Collective.
+
+        Args:
+            groups: the matrix param groups, for ``lr`` and ``weight_decay``.
+            clip: factor on the gradient, <= 1, from clipping by the global norm.
+        """
+        self._update_factors(clip)
+        self.exchange.all_gather(self.working, self.layout.segment)
+        self.steps += 1
+        self._apply(groups)
+
+    def discard(self) -> None:
+        """Forget the pending sketches: factors and weights stay as they are."""
+        self._pending = None
+        self.skipped += 1
+
+    def clear(self) -> None:
+        """Forget what the micro-batches since the last :meth:`reduce` have added."""
+        self.sketches.zero_()
+
+    def detach(self) -> None:
+        """Put the model back as it was before this object."""
+        self._attachment.remove()
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All factors by the names of their matrices, on the CPU: on rank 0 of the group; empty elsewhere. Collective."""
+        flat = self._gather_factors()
+        if flat is None:
+            return {}
+        matrices = {}
+        for matrix in self.matrices:
+            U, V, sigma = self.layout.views(flat, matrix.index)
+            matrices[matrix.name] = {"U": U.clone(), "sigma": sigma.clone(), "V": V.clone()}
+        counters = {"format": STATE_FORMAT, "steps": self.steps, "skipped": self.skipped}
+        return {**{key: torch.tensor(value) for key, value in counters.items()}, "matrices": matrices}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take over factors, whoever owned them when they were saved. Collective; rank 0's ``state`` counts.
+
+        Raises:
+            ValueError: another format, or matrices of other names or shapes than this model's.
+        """
+        device, exact = self.factors.device, self.factors.dtype
+        flat = torch.zeros(self.layout.numel, dtype=exact, device=device)
+        counters = torch.zeros(2, dtype=torch.int64, device=device)
+        problem = None
+        if self.exchange.rank == 0:
+            problem = self._fill_from(state or {}, flat, counters)
+        self._agree(problem)
+        self.exchange.broadcast(flat, 0)
+        self.exchange.broadcast(counters, 0)
+        self.steps, self.skipped = (int(value) for value in counters)
+        self._pending = None
+        self.clear()
+        self.factors.copy_(flat.narrow(0, self._segment_start, self.layout.segment))
+        if self.started:
+            self.working.copy_(flat)
+        else:
+            self._draw_test_matrices()
+
+    def refresh_masters(self) -> None:
+        """Read the fp32 masters anew from the weights, after something else has written those."""
+        if self._masters is not None:
+            for matrix, master in zip(self.matrices, self._masters):
+                master.copy_(self._shard_of(matrix).flat)
+
+    # ------------------------------------------------------------------ parts
+
+    def _update_factors(self, clip: float | Tensor) -> None:
+        beta, gamma = self.options.beta, self.options.gamma
+        pending, self._pending = self._pending.mul_(clip), None
+        for block in self._mine:
+            Y, Z, _ = block.views(pending, self._segment_start)
+            U, V, sigma = block.views(self.factors, self._segment_start)
+            left, right, coefficients = block.views(self.working)
+            if self.started:
+                new = update_factors(Factors(U, sigma, V), Y, Z, beta=beta, gamma=gamma)
+            else:
+                new = start_factors(Y, Z, left.to(Y.dtype), gamma=gamma)
+            for kept, value in zip((U, sigma, V), new):
+                kept.copy_(value)
+            left.copy_(new.U)
+            right.copy_(new.V)
+            coefficients.copy_(self._coefficients(new.sigma))
+
+    def _coefficients(self, sigma: Tensor) -> Tensor:
+        live = live_directions(sigma)
+        if self.options.update_rule == "spectral":
+            return live
+        return live * sigma.reciprocal().clamp_max(self.options.inverse_sigma_clamp)
+
+    def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
+        for block in self.layout.blocks:
+            U, V, coefficients = block.views(self.working)
+            group = groups[block.group]
+            write_updates(
+                [self._shard_of(self.matrices[index]) for index in block.members],
+                U,
+                V,
+                coefficients,
+                indices=block.members,
+                step_size=float(group["lr"]) * self.options.shape_factor(*block.shape),
+                decay=1.0 - float(group["lr"]) * group["weight_decay"],
+                rounding=rounding,
+                masters=None if self._masters is None else [self._masters[index] for index in block.members],
+            )
+
+    def _draw_test_matrices(self) -> None:
+        """Psi in the place of U and Omega in that of V: Gaussian of variance 1 / r, so that |G Omega| ~ |G|."""
+        for matrix in self.matrices:
+            seed, _ = rounding_key(Rounding(False, self.options.seed), matrix.index)
+            generator = torch.Generator().manual_seed(seed)
+            for view in self.layout.views(self.working, matrix.index)[:2]:
+                draw = torch.randn(view.shape, generator=generator) / math.sqrt(self.options.rank)
+                view.copy_(draw)
+
+    def _gather_factors(self) -> Tensor | None:
+        if self.exchange.world_size == 1:
+            return self.factors.cpu()
+        root = self.exchange.rank == 0
+        parts = [torch.empty_like(self.factors) for _ in range(self.exchange.world_size)] if root else None
+        group = self.exchange.group
+        dist.gather(self.factors, parts, dst=dist.get_global_rank(group, 0), group=group)
+        return torch.cat([part.cpu() for part in parts]) if root else None
+
+    def _fill_from(self, state: Mapping[str, Any], flat: Tensor, counters: Tensor) -> str | None:
+        """Rank 0's part of loading; the reason when it cannot."""
+        if int(state.get("format", -1)) != STATE_FORMAT:
+            return (
+                f"the checkpoint holds MoFaSGD state of format {state.get('format', 'none')}, this version reads "
+                f"{STATE_FORMAT}. Load it with the version that wrote it, or start the optimizer anew "
+                "(load_optimizer_states=False)"
+            )
+        saved = state["matrices"]
+        names = {matrix.name for matrix in self.matrices}
+        if saved.keys() != names:
+            odd = sorted(saved.keys() ^ names)
+            return (
+                f"the checkpoint's matrices are not this model's: {len(odd)} are on one side only, such as {odd[0]!r}. "
+                "Use the include, exclude and rank that it was saved with"
+            )
+        for matrix in self.matrices:
+            U, V, sigma = self.layout.views(flat, matrix.index)
+            for key, view in (("U", U), ("V", V), ("sigma", sigma)):
+                value = saved[matrix.name][key]
+                if value.shape != view.shape:
+                    return (
+                        f"the checkpoint's {key} of {matrix.name!r} is {tuple(value.shape)}, this run's is "
+                        f"{tuple(view.shape)}. Use the rank and the model that it was saved with"
+                    )
+                view.copy_(value)
+        counters.copy_(torch.stack([state["steps"], state["skipped"]]))
+        return None
+
+    def _agree(self, problem: str | None) -> None:
+        """Raise on every rank if rank 0 has a problem."""
+        failed = self.exchange.sum(torch.tensor([float(problem is not None)], device=self.factors.device))
+        if failed:
+            raise ValueError(problem or "rank 0 could not load the MoFaSGD state; its message says why")
+
+
+def _compute_dtype(matrices: Sequence[Matrix]) -> torch.dtype:
+    """The dtype of the working copies: the matrices' own, or fp32 where they differ."""
+    dtypes = {matrix.param.dtype for matrix in matrices}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
