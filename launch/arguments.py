@@ -120,6 +120,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     """
     config_path = deepspeed_config_path(argv)
     config = read_json(config_path, "the --deepspeed config")
+    check_deepspeed_config(config, config_path)
     parser = make_parser()
     parser.set_defaults(deepspeed=config_path, **(hardware_defaults() | defaults_from_deepspeed(config)))
     try:
@@ -195,6 +196,15 @@ def nested_value(config: dict, dotted_key: str) -> object:
             return None
         value = value.get(key)
     return value
+
+
+def check_deepspeed_config(config: dict, path: str) -> None:
+    gathers = nested_value(config, "zero_optimization.stage3_gather_16bit_weights_on_model_save")
+    if nested_value(config, "zero_optimization.stage") == 3 and gathers is not True:
+        raise UserError(
+            f'{path}: stage 3 without "stage3_gather_16bit_weights_on_model_save": true in "zero_optimization", so the '
+            "trained model could not be saved. Add it."
+        )
 
 
 def check_model_arguments(args: ModelArguments) -> None:

@@ -1,8 +1,11 @@
 """Joining the other ranks, with DeepSpeed's CPU leftovers cleared."""
 
 import os
+import sys
+import warnings
 from pathlib import Path
 
+import datasets
 import deepspeed
 import torch
 
@@ -20,6 +23,10 @@ def join_ranks() -> None:
             "No launcher started this process. Use `deepspeed launch/train.py ...` (one process per GPU), or "
             "`accelerate launch --config_file configs/accelerate_zero2.yaml launch/train.py ...`."
         )
+    # DeepSpeed's calls by older names: news for its authors, once per rank and name.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if os.environ["RANK"] != "0" or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     deepspeed.init_distributed()
     if not torch.cuda.is_available():
         unlink_shared_buffer()

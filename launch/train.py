@@ -21,6 +21,7 @@ from transformers import ProgressCallback, set_seed
 import ds_mofa  # noqa: F401  registers "MoFaSGD" as a DeepSpeed optimizer, before any engine is made
 from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar
+from launch.checkpoints import checkpoint_to_resume
 from launch.data import load_data
 from launch.distributed import join_ranks
 from launch.errors import UserError
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
         return
     join_ranks()
     model_args, data_args, args = parse_arguments(argv)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     set_seed(args.seed)
     tokenizer, tokenizer_description = load_tokenizer(model_args.tokenizer_source)
     with args.main_process_first(desc="tokenizing"):
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> None:
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if eval_data is not None and not evaluated_last_step(trainer.state):
         trainer.evaluate()
     trainer.save_model()

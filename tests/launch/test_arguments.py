@@ -52,6 +52,13 @@ def test_a_broken_json_is_named_with_its_line(tmp_path):
         read_json(str(file), "the config")
 
 
+def test_stage_3_must_gather_for_saving(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    with pytest.raises(UserError, match="a.json: stage 3 without .*Add it"):
+        parse(*MODEL, *DATA, "--deepspeed", str(file))
+
+
 def test_numbers_in_the_json_become_defaults(tmp_path):
     file = tmp_path / "a.json"
     file.write_text(

@@ -40,14 +40,16 @@ def command_environment(folder: Path) -> dict[str, str]:
     }
 
 
-def train(folder: Path, *words: str, config: str = "zero2_adamw", ranks: int = 2) -> subprocess.CompletedProcess:
+def train(folder: Path, *words: str, config: str = "zero2_mofasgd", ranks: int = 2) -> subprocess.CompletedProcess:
     """Run `deepspeed launch/train.py` from ``folder``, so from elsewhere than the repository's root."""
     command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / "launch/train.py")]
-    command += ["--deepspeed", str(ROOT / f"configs/{config}.json"), "--model_config", "shape.json"]
+    command += ["--deepspeed", str(ROOT / f"configs/{config}.json")]
+    if "--model_name_or_path" not in words:
+        command += ["--model_config", "shape.json"]
     command += ["--train_file", "train.txt", "--eval_file", "eval.jsonl", "--max_length", str(LENGTH)]
     # Five examples to evaluate do not divide by two ranks of two: Accelerate repeats some, and none may count twice.
     command += ["--per_device_eval_batch_size", "2"]
-    command += ["--per_device_train_batch_size", "2", "--learning_rate", "3e-3", "--max_steps", str(STEPS)]
+    command += ["--per_device_train_batch_size", "2", "--max_steps", str(STEPS)]
     command += ["--logging_steps", "1", "--eval_on_start", *words]
     return subprocess.run(
         command, cwd=folder, env=command_environment(folder), capture_output=True, text=True, timeout=300
@@ -61,6 +63,12 @@ def succeeded(run: subprocess.CompletedProcess) -> str:
 
 def log_history(folder: Path) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def losses_in(output: str) -> tuple[float, float]:
+    """The first and the last evaluation loss in what a run printed."""
+    first, last = re.search(r"eval loss ([\d.]+) -> ([\d.]+)", output).groups()
+    return float(first), float(last)
 
 
 def make_inputs(folder: Path) -> None:
@@ -104,16 +112,16 @@ def test_the_model_loads_and_is_the_trained_one(finished):
     assert (folder / "model/model.safetensors").is_file()
     history = log_history(folder / f"model/checkpoint-{STEPS}")
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5
-    first, last = re.search(r"eval loss ([\d.]+) -> ([\d.]+) \(-\d+%\)", output).groups()
-    assert float(last) < float(first)
-    assert answer_loss(folder / "model", folder / "eval.jsonl") == pytest.approx(float(last), abs=0.006)
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.2
+    first, last = losses_in(output)
+    assert last < first - 0.1
+    assert answer_loss(folder / "model", folder / "eval.jsonl") == pytest.approx(last, abs=0.006)
 
 
 def test_the_output_tells_the_story(finished):
     folder, output = finished
     assert "shape.json, random weights, 0.1 M parameters, fp32" in output
-    assert "AdamW, ZeRO stage 2, lr 0.003 (linear)" in output
+    assert "MoFaSGD, ZeRO stage 2, lr 0.006 (linear)" in output
     assert "batch: 4 sequences = 2 each on 2 ranks, 1 times" in output
     assert re.search(rf"{STEPS} steps, [\d,]+ tokens/s, peak memory [\d.]+ GB", output)
     assert output.count("model saved in model") == 1  # by one rank
@@ -130,8 +138,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(finished):
     assert whole.keys() == again.keys()
     for name, weight in whole.items():
         assert torch.equal(weight, again[name]), name
-    ends = [re.search(r"eval loss [\d.]+ -> [\d.]+ .*", text).group() for text in (output, resumed)]
-    assert ends[0] == ends[1]
+    assert losses_in(resumed) == losses_in(output)
 
 
 def test_nothing_is_left_in_shared_memory(finished):
@@ -159,14 +166,17 @@ def test_without_a_launcher_it_says_how_to_start(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_every_stage_saves_what_it_trained(tmp_path, finished, stage):
-    """The stages differ in where things lie, not in what is computed: the weights agree with stage 2's."""
+@pytest.mark.parametrize("config", [f"zero{stage}_{name}" for name in ("mofasgd", "adamw") for stage in (0, 1, 2, 3)])
+def test_every_stage_saves_what_it_trained(tmp_path, finished, config):
     make_inputs(tmp_path)
-    output = succeeded(train(tmp_path, "--output_dir", "model", config=f"zero{stage}_adamw"))
-    last = float(re.search(r"eval loss [\d.]+ -> ([\d.]+)", output).group(1))
+    # Another rate for AdamW, whose default is for fine-tuning: from random weights nothing would be seen to happen.
+    rate = [] if "mofasgd" in config else ["--learning_rate", "3e-3"]
+    output = succeeded(train(tmp_path, "--output_dir", "model", *rate, config=config))
+    first, last = losses_in(output)
+    assert last < first - 0.1
     assert answer_loss(tmp_path / "model", tmp_path / "eval.jsonl") == pytest.approx(last, abs=0.006)
-    if stage < 3:  # stage 3 draws its random weights in another order
+    if config in ("zero0_mofasgd", "zero1_mofasgd"):
+        # The stages differ in where things lie, not in what is computed. (Stage 3 draws other random weights.)
         ours, reference = (load_file(f / "model/model.safetensors") for f in (tmp_path, finished[0]))
         for name in reference:
             torch.testing.assert_close(ours[name], reference[name], atol=1e-4, rtol=1e-3)
@@ -176,8 +186,32 @@ def test_every_stage_saves_what_it_trained(tmp_path, finished, stage):
 @pytest.mark.parametrize("options", [["--packing"], ["--gradient_checkpointing"], ["--bf16"]], ids=" ".join)
 def test_options_that_change_the_step(tmp_path, options):
     make_inputs(tmp_path)
-    output = succeeded(train(tmp_path, "--output_dir", "model", *options))
-    first, last = map(float, re.search(r"eval loss ([\d.]+) -> ([\d.]+)", output).groups())
-    assert last < first - 0.3
-    if "--bf16" not in options:
-        assert answer_loss(tmp_path / "model", tmp_path / "eval.jsonl") == pytest.approx(last, abs=0.006)
+    output = succeeded(train(tmp_path, "--output_dir", "model", "--train_file", "eval.jsonl", *options))
+    first, last = losses_in(output)
+    assert last < first - 0.1
+    precision = 0.05 if "--bf16" in options else 0.006
+    assert answer_loss(tmp_path / "model", tmp_path / "eval.jsonl") == pytest.approx(last, abs=precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_saved_model_is_trained_further(tmp_path, finished, stage):
+    make_inputs(tmp_path)
+    model = str(finished[0] / "model")
+    options = ["--model_name_or_path", model, "--output_dir", "model"]
+    output = succeeded(train(tmp_path, *options, config=f"zero{stage}_mofasgd"))
+    assert losses_in(output)[0] == losses_in(finished[1])[1]  # it starts from the weights that were saved
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it_too(tmp_path):
+    make_inputs(tmp_path)
+    launcher = ["accelerate", "launch", "--config_file", str(ROOT / "configs/accelerate_zero2.yaml")]
+    launcher += ["--main_process_port", str(free_port()), str(ROOT / "launch/train.py")]
+    options = ["--model_config", str(tmp_path / "shape.json"), "--train_file", str(tmp_path / "train.txt")]
+    options += ["--max_length", "64", "--max_steps", "2", "--output_dir", str(tmp_path / "model")]
+    run = subprocess.run(
+        launcher + options, cwd=ROOT, env=command_environment(tmp_path), capture_output=True, text=True, timeout=300
+    )
+    assert "MoFaSGD, ZeRO stage 2, lr 0.006" in succeeded(run)
+    assert (tmp_path / "model/model.safetensors").is_file()
