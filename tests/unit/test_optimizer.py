@@ -8,7 +8,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_reference import dense, departure_from_orthonormal, next_momentum, relative_error, tangent_projection, truncated
+from dense_reference import (
+    dense,
+    departure_from_orthonormal,
+    next_momentum,
+    relative_error,
+    tangent_projection,
+    truncated,
+)
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
