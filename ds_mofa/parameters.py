@@ -92,8 +92,8 @@ def split_parameters(
     A parameter is a matrix when it is trained, 2-D, at least rank x rank, no embedding, no output head,
     and not excluded. Embeddings and heads are told by the modules that hold them, not by their names: a
     head is what ``get_output_embeddings()`` returns or, where it returns none, the last ``nn.Linear`` outside
-    the modules with that method, if it has the shape of an embedding. A group's own ``lr`` and ``weight_decay`` go before
-    the options'.
+    the modules with that method, if it has the shape of an embedding. A group's own ``lr`` and
+    ``weight_decay`` go before the options'.
 
     Raises:
         OptionError: nothing is a matrix, a pattern matches nothing, or ``include`` names what cannot be one.

@@ -50,7 +50,8 @@ def truncated(M: Tensor, r: int) -> Tensor:
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """Frobenius norm of the difference over that of the reference."""
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
+    value, reference = value.detach().double(), reference.detach().double()
+    return float((value - reference).norm() / reference.norm())
 
 
 def departure_from_orthonormal(U: Tensor) -> float:

@@ -182,6 +182,9 @@ def test_factors_stay_orthonormal_and_exact_over_hundreds_of_steps(dtype):
         factors = update_factors(factors, *sketches(factors, G), beta=0.9, gamma=0.1)
         if step % 20 == 19:
             _assert_is_truncated_svd(factors, M, TOLERANCE[dtype])
+            # Nothing adds up: what is there is the rounding of one step.
+            assert departure_from_orthonormal(factors.U) < 4 * torch.finfo(dtype).eps
+            assert departure_from_orthonormal(factors.V) < 4 * torch.finfo(dtype).eps
 
 
 @DTYPES
@@ -347,17 +350,17 @@ def test_start_is_orthonormal_and_descending_for_every_gradient(gradient, shape,
     assert torch.isfinite(new.sigma).all()
 
 
-@pytest.mark.parametrize("decay", ["like 1/i", "like 1/i^2", "geometric"])
+@pytest.mark.parametrize("decay", ["like 1/i", "like 1/i^2", "slow geometric", "fast geometric"])
 def test_start_is_within_a_small_factor_of_the_best_of_half_the_rank(decay):
-    """In the mean over the random test matrices at most 3 times the error of the best rank-c matrix."""
+    """In the mean over the random test matrices at most 2.5 times the error of the best rank-c matrix."""
     generator = torch.Generator().manual_seed(7)
     m, n, r = 48, 40, 8
     i = torch.arange(1, n + 1, dtype=torch.float64)
-    spectrum = {"like 1/i": 1 / i, "like 1/i^2": 1 / i**2, "geometric": 0.7**i}[decay]
+    spectrum = {"like 1/i": 1 / i, "like 1/i^2": 1 / i**2, "slow geometric": 0.7**i, "fast geometric": 0.3**i}[decay]
     G = (random_orthonormal(m, n, generator) * spectrum @ random_orthonormal(n, n, generator).mT)[None]
     best = float((G - truncated(G, 4)).norm())
     errors = [float((G - dense(_start(G, r, seed=seed))).norm()) for seed in range(40)]
-    assert sum(errors) / len(errors) < 3 * best
+    assert sum(errors) / len(errors) < 2.5 * best
     assert min(errors) >= best * (1 - 1e-12)  # nothing of rank c can be better
 
 

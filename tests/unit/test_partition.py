@@ -10,7 +10,9 @@ from ds_mofa.partition import _ALIGNMENT, Exchange, Layout
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 SHAPE = st.tuples(st.integers(1, 40), st.integers(1, 40))
 # Few different shapes, so that blocks of many matrices are common.
-SHAPES = st.lists(SHAPE, min_size=1, max_size=5).flatmap(lambda few: st.lists(st.sampled_from(few), min_size=1, max_size=30))
+SHAPES = st.lists(SHAPE, min_size=1, max_size=5).flatmap(
+    lambda few: st.lists(st.sampled_from(few), min_size=1, max_size=30)
+)
 LAYOUTS = {"shapes": SHAPES, "rank": st.integers(1, 9), "world_size": st.integers(1, 9)}
 
 

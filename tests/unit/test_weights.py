@@ -171,16 +171,24 @@ def test_any_split_of_w_writes_the_same_bits(dtype, m, n, chunk, data):
     assert not torch.equal(whole, W) or not U.any() or not V.any()
 
 
-@SIXTEEN
-@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
-def test_a_split_with_generic_numbers_writes_the_same_bits(world_size, dtype, monkeypatch):
-    m, n, r = 67, 45, 8
+@pytest.mark.parametrize("chunk", [1, 500, 1 << 22])
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+def test_a_split_changes_no_more_than_the_order_of_a_gemm_s_sums(dtype, world_size, chunk, monkeypatch):
+    """With generic numbers a GEMM of other rows may round its fp32 sums otherwise, and by that alone W may differ."""
+    m, n, r = 134, 45, 16
     U, V, W = _normal(m, r), _normal(n, r, seed=1), (0.02 * _normal(m, n, seed=2)).to(dtype)
     length = -(-m * n // world_size)
     cuts = list(range(length, m * n, length))
     whole = _in_pieces(W, [], U, V, 1 << 22, monkeypatch, step_size=1e-4)
-    assert torch.equal(_in_pieces(W, cuts, U, V, 1 << 22, monkeypatch, step_size=1e-4), whole)
-    assert torch.equal(_in_pieces(W, cuts, U, V, 500, monkeypatch, step_size=1e-4), whole)
+    pieces = _in_pieces(W, cuts, U, V, chunk, monkeypatch, step_size=1e-4)
+    if dtype == torch.float32:  # the rounding of a sum of r products, and of the difference from W
+        rounding = torch.finfo(dtype).eps * (r * 1e-4 * U.abs() @ V.abs().T + W.abs())
+        assert ((pieces - whole).abs() <= rounding).all()
+    else:
+        off = pieces != whole
+        assert int(off.sum()) <= 2
+        assert torch.equal(pieces[off], torch.nextafter(whole, pieces)[off])  # the other neighbour
 
 
 @SIXTEEN
