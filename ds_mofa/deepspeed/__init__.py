@@ -2,6 +2,7 @@
 
     registration.py   the name, and the engine's methods that are wrapped
     build.py          from an engine and its config to the optimizer, and what is refused there
+    matrices.py       a matrix as DeepSpeed meets it: its shards, and what accessors are told
     zero.py           ZeRO stages 1 to 3: mixins over the optimizers that DeepSpeed builds
     replicated.py     stage 0, in fp32 and bf16
 """

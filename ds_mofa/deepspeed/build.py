@@ -7,8 +7,9 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import log_dist
 
+from ds_mofa.deepspeed.matrices import mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import ReplicatedMoFaSGD
-from ds_mofa.deepspeed.zero import GatheredWeight, mark_matrices, shard_of
+from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import split_parameters

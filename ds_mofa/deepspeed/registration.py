@@ -15,8 +15,9 @@ from deepspeed.runtime.zero import utils as zero_utils
 from packaging.version import Version
 
 from ds_mofa.deepspeed.build import build_optimizer
+from ds_mofa.deepspeed.matrices import is_matrix
 from ds_mofa.deepspeed.replicated import wrap_replicated
-from ds_mofa.deepspeed.zero import is_matrix, wrap_zero
+from ds_mofa.deepspeed.zero import wrap_zero
 from ds_mofa.optimizer import MoFaSGD
 
 __all__ = ["register", "NAME", "TESTED"]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ds_mofa.deepspeed.matrices import forget
 from ds_mofa.deepspeed.zero import MatrixMixin, swap_class
 from ds_mofa.optimizer import MoFaSGD
 
@@ -51,6 +52,10 @@ class ReplicatedMoFaSGD(MoFaSGD):
 
     def state_dict(self) -> dict:
         return self.with_matrix_state(self.matrix_state or {})
+
+    def destroy(self) -> None:
+        self.matrices.detach()
+        forget(self.split.matrices)
 
 
 class Bf16ReplicatedMixin(MatrixMixin):

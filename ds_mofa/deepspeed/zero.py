@@ -9,39 +9,14 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from torch import Tensor, nn
+from torch import Tensor
 
+from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, forget
 from ds_mofa.optimizer import MoFaSGD, clip_factor
-from ds_mofa.parameters import Matrix
-from ds_mofa.step import whole_matrix
-from ds_mofa.weights import Shard
 
-__all__ = ["wrap_zero", "MatrixMixin", "GatheredWeight", "shard_of", "mark_matrices", "is_matrix", "swap_class"]
-
-_MARK = "ds_mofa_matrix"
-
-
-def mark_matrices(matrices: list[Matrix]) -> None:
-    """Let DeepSpeed's checkpoints and accessors tell a matrix from a parameter of its own."""
-    for matrix in matrices:
-        setattr(matrix.param, _MARK, True)
-
-
-def is_matrix(param: nn.Parameter) -> bool:
-    return getattr(param, _MARK, False)
-
-
-def shard_of(matrix: Matrix) -> Shard:
-    """This rank's part of W: a flat range of the row-major matrix in stage 3, all of it in the others."""
-    param = matrix.param
-    if not hasattr(param, "ds_tensor"):
-        return whole_matrix(matrix)
-    start = dist.get_rank(param.ds_process_group) * param.ds_tensor.ds_numel
-    length = max(0, min(param.ds_tensor.ds_numel, param.ds_numel - start))  # the rest is padding
-    return Shard(param.ds_tensor.data.narrow(0, 0, length), min(start, param.ds_numel))
-
+__all__ = ["wrap_zero", "MatrixMixin", "GatheredWeight", "swap_class"]
 
 class GatheredWeight:
     """The whole of a stage-3 weight: as it stands where the module hooks have gathered it, else gathered here."""
@@ -154,16 +129,14 @@ class MatrixMixin:
 
     def destroy(self) -> None:
         self.mofa.matrices.detach()
-        for matrix in self.mofa.split.matrices:
-            delattr(matrix.param, _MARK)
+        forget(self.mofa.split.matrices)
         if hasattr(super(), "destroy"):
             super().destroy()
 
     def bind_accessors(self) -> None:
         """Answer ``deepspeed.utils.safe_get_full_fp32_param`` and its like for matrices."""
         for matrix in self.mofa.split.matrices:
-            matrix.param._hp_mapping = None
-            matrix.param.get_full_hp_param = _full_precision_getter(matrix.param)
+            answer_for_whole(matrix.param, written=self.mofa.matrices.refresh_masters)
 
 
 class ZeroMixin(MatrixMixin):
@@ -212,7 +185,7 @@ class Stage12Mixin(ZeroMixin):
         return self.with_matrix_norm([super().scaled_global_norm(norm_type)])
 
 
-class Stage3Mixin(ZeroMixin):
+class Stage3Mixin(Stage3Accessors, ZeroMixin):
     """DeepSpeedZeroOptimizer_Stage3."""
 
     def _get_norm_groups(self):
@@ -237,20 +210,6 @@ class Stage3Mixin(ZeroMixin):
         for matrix in self.mofa.split.matrices:
             matrix.param._z3_optimizer = self
 
-    def get_full_hp_param(self, param, optim_state_key=None):
-        if not is_matrix(param):
-            return super().get_full_hp_param(param, optim_state_key)
-        if optim_state_key is not None:
-            return None
-        with GatheredParameters([param]):
-            return param.data.float().clone()
-
-    def get_fp32_grad_for_param(self, param):
-        return None if is_matrix(param) else super().get_fp32_grad_for_param(param)
-
-    def get_local_fp32_grad_for_param(self, param):
-        return None if is_matrix(param) else super().get_local_fp32_grad_for_param(param)
-
 
 class Bf16Mixin(ZeroMixin):
     """BF16_Optimizer: stage 1 in bf16 with fp32 gradient accumulation."""
@@ -265,6 +224,3 @@ class Bf16Mixin(ZeroMixin):
         self._global_norm = torch.as_tensor(self._global_grad_norm)
         super().update_matrices()
 
-
-def _full_precision_getter(param: nn.Parameter):
-    return lambda optim_state_key=None: None if optim_state_key is not None else param.detach().float().clone()

@@ -62,11 +62,20 @@ class Ran:
             raise AttributeError(name) from None
 
 
-def on_ranks(scene: Callable, world: Iterable[int] = (2,), **axes: Iterable[Any]):
-    """Parametrise a test, whose argument ``ran`` is a :class:`Ran`, by every combination of the axes."""
+def on_ranks(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,), **axes: Iterable[Any]):
+    """Parametrise a test, whose argument ``ran`` is a :class:`Ran`, by every combination of the axes.
+
+    Args:
+        scene: what to run.
+        *some: arguments that do not combine freely, each with every combination of the axes.
+        world: numbers of ranks.
+        **axes: values of each other argument.
+    """
+    module = Path(scene.__code__.co_filename).stem
     cases = [
-        Case(Path(scene.__code__.co_filename).stem, scene.__name__, size, json.dumps(dict(zip(axes, values))))
+        Case(module, scene.__name__, size, json.dumps({**fixed, **dict(zip(axes, values))}))
         for size in world
+        for fixed in some or ({},)
         for values in itertools.product(*axes.values())
     ]
     return pytest.mark.parametrize("ran", cases, ids=[case.id for case in cases], indirect=True)

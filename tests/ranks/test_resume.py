@@ -14,9 +14,9 @@ DATA = batches(6)
 SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8, "warmup_max_lr": 1e-2}}
 
 
-def saved_and_resumed(stage: int, dtype: str) -> dict:
+def saved_and_resumed(stage: int, dtype: str, **rest) -> dict:
     """Six steps, saved after three; then three again by an engine that starts from other weights."""
-    settings = config(stage, dtype=dtype, scheduler=SCHEDULE, gradient_clipping=0.5)
+    settings = config(stage, dtype=dtype, scheduler=SCHEDULE, gradient_clipping=0.5, **rest)
     with engine_for(settings) as engine:
         for batch in DATA[:3]:
             train_step(engine, batch)
