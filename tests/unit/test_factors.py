@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from dense_reference import (
+from tests.unit.dense_reference import (
     dense,
     departure_from_orthonormal,
     next_momentum,

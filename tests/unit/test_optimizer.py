@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_reference import (
+from tests.unit.dense_reference import (
     dense,
     departure_from_orthonormal,
     next_momentum,
