@@ -1,5 +1,6 @@
 """From an engine and its config to a MoFaSGD, or to an error that says what to change."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from ds_mofa.deepspeed.replicated import ReplicatedMoFaSGD
 from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.options import OptionError, Options
-from ds_mofa.parameters import split_parameters
+from ds_mofa.parameters import full_shape, split_parameters
 from ds_mofa.partition import Exchange
 from ds_mofa.step import MatrixStep
 
@@ -20,6 +21,8 @@ __all__ = ["build_optimizer"]
 
 # DeepSpeed's own switches of its AdamW: they are for get_optimizer_configuration.
 _PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach", "fused")
+
+_LARGE = 1 << 26  # elements
 
 
 def build_optimizer(engine, model_parameters) -> MoFaSGD:
@@ -41,7 +44,8 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
         settings = {key: value for key, value in settings.items() if value is not None}
         betas, eps = tuple(options.adamw_betas), options.adamw_eps
-        adamw = adamw_class(split.adamw_groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
+        groups = _large_ones_apart(split.adamw_groups)
+        adamw = adamw_class(groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
     elif not replicated_fp32:
         raise OptionError(
             "every trained parameter is a matrix, and DeepSpeed's ZeRO and 16-bit optimizers need at least one for "
@@ -60,6 +64,20 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
     log_dist(split.summary(), ranks=[0])
     facade = ReplicatedMoFaSGD if replicated_fp32 else MoFaSGD
     return facade.from_parts(split, options, adamw, matrices)
+
+
+def _large_ones_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same groups, with every parameter of ``_LARGE`` elements or more in one of its own.
+
+    ZeRO makes a group's flat gradient when the first of its gradients comes. The output head's comes while all
+    activations live, and would bring the room for the embedding's along: 1 GB, for a vocabulary of 128 k.
+    """
+    apart = []
+    for group in groups:
+        large = [param for param in group["params"] if math.prod(full_shape(param)) >= _LARGE]
+        small = [param for param in group["params"] if not any(param is other for other in large)]
+        apart += [{**group, "params": params} for params in ([small] if small else []) + [[param] for param in large]]
+    return apart
 
 
 def _exchange(engine) -> Exchange:
