@@ -5,7 +5,8 @@
 
 A run is BACKEND:OPTIMIZER[:OPTION=VALUE...]. Backends: ``torch`` (one GPU, no DeepSpeed) and ``zero0`` to
 ``zero3``. Options: ``r`` (rank), ``capture``, ``states`` (fp32 or bf16: DeepSpeed's master weights and optimizer
-states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``checkpointing`` (1). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention
+states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``contiguous`` (0 or 1: its contiguous_gradients),
+``checkpointing`` (1). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention
 is sdpa; the batch is the same in every step.
 
 Prints a table and writes results.csv and results.jsonl, with hardware, versions and date.

@@ -155,7 +155,7 @@ class DeepSpeedTrainer:
             "zero_optimization": {
                 "stage": stage,
                 "overlap_comm": True,
-                "contiguous_gradients": True,
+                "contiguous_gradients": options.get("contiguous", "1") == "1",
                 "reduce_bucket_size": int(options.get("bucket", 100_000_000)),
                 "allgather_bucket_size": 200_000_000,
                 "stage3_prefetch_bucket_size": 100_000_000,

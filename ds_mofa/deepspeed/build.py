@@ -69,8 +69,8 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
 def _large_ones_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same groups, with every parameter of ``_LARGE`` elements or more in one of its own.
 
-    ZeRO makes a group's flat gradient when the first of its gradients comes. The output head's comes while all
-    activations live, and would bring the room for the embedding's along: 1 GB, for a vocabulary of 128 k.
+    ZeRO flattens one group's gradients at a time. With embedding and output head in one, that is a second copy of
+    both at once: 4 GB more reserved at a vocabulary of 128 k and a width of 4096.
     """
     apart = []
     for group in groups:
