@@ -1,4 +1,4 @@
-"""Joining the other ranks, with DeepSpeed's CPU leftovers cleared."""
+"""Joining the other ranks and leaving them, with DeepSpeed's CPU leftovers cleared."""
 
 import os
 import sys
@@ -30,6 +30,16 @@ def join_ranks() -> None:
     deepspeed.init_distributed()
     if not torch.cuda.is_available():
         unlink_shared_buffer()
+
+
+def leave_ranks() -> None:
+    """Wait for all ranks, then close the communication.
+
+    Without the wait a rank may be gone while rank 0 still writes the model; without the closing, its communication
+    threads may outlive the interpreter and abort the process, upon which the launcher kills the others.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def unlink_shared_buffer() -> None:

@@ -18,12 +18,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from transformers import ProgressCallback, set_seed
 
-import ds_mofa  # noqa: F401  registers "MoFaSGD" as a DeepSpeed optimizer, before any engine is made
+from ds_mofa import OptionError  # importing it registers "MoFaSGD" with DeepSpeed, before any engine is made
 from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar
 from launch.checkpoints import checkpoint_to_resume
 from launch.data import load_data
-from launch.distributed import join_ranks
+from launch.distributed import join_ranks, leave_ranks
 from launch.errors import UserError
 from launch.models import load_model
 from launch.report import banner, evaluated_last_step, say, summary
@@ -54,12 +54,13 @@ def main(argv: list[str]) -> None:
         trainer.evaluate()
     trainer.save_model()
     say(args, summary(trainer.state, args.output_dir))
+    leave_ranks()
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OptionError) as error:
         # The message is the whole story; a traceback per rank would bury it.
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
