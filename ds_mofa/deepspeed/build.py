@@ -6,7 +6,6 @@ from typing import Any
 
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.utils import log_dist
 
 from ds_mofa.deepspeed.matrices import mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import ReplicatedMoFaSGD
@@ -61,7 +60,8 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         gathered=GatheredWeight if engine.zero_optimization_partition_weights() else None,
     )
     mark_matrices(split.matrices)
-    log_dist(split.summary(), ranks=[0])
+    if dist.get_rank() == 0:
+        print(f"ds_mofa: {split.summary()}", flush=True)  # loggers are often set to warnings only
     facade = ReplicatedMoFaSGD if replicated_fp32 else MoFaSGD
     return facade.from_parts(split, options, adamw, matrices)
 
