@@ -37,7 +37,6 @@ class Sketch:
     def __init__(self, Y: Tensor, Z: Tensor, U: Tensor, V: Tensor):
         self.Y, self.Z, self.U, self.V = Y, Z, U, V
 
-    @torch.no_grad()
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
         """Add G = dy^T x without forming it. x: (tokens, n), dy: (tokens, m), of one dtype."""
         _add_product(self.Y, dy.mT, x @ self.V.to(x.dtype))
@@ -56,7 +55,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     elif out.is_cuda:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out.add_(a @ b)
 
@@ -77,10 +76,13 @@ class SketchedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx = db = None
-        if need_x:
-            with ctx.gathered(weight) as whole:
-                dx = dy @ whole.to(dy.dtype)
         rows = dy.reshape(-1, dy.shape[-1])
+        if need_x:
+            if ctx.gathered is None:
+                dx = (rows @ weight.to(dy.dtype)).view(x.shape)
+            else:
+                with ctx.gathered(weight) as whole:
+                    dx = (rows @ whole.to(dy.dtype)).view(x.shape)
         if need_weight:
             ctx.sketch.add_linear(x.reshape(-1, x.shape[-1]), rows)
         if ctx.has_bias and need_bias:
@@ -88,20 +90,7 @@ class SketchedLinear(torch.autograd.Function):
         return dx, None, db, None, None
 
 
-class _AsItIs:
-    """A weight that is whole where it stands."""
-
-    def __init__(self, weight: Tensor):
-        self.weight = weight
-
-    def __enter__(self) -> Tensor:
-        return self.weight
-
-    def __exit__(self, *_):
-        return None
-
-
-def attach(matrices: Sequence[Matrix], sketches: Sequence[Sketch], mode: CaptureMode, gathered=_AsItIs) -> "Attachment":
+def attach(matrices: Sequence[Matrix], sketches: Sequence[Sketch], mode: CaptureMode, gathered=None) -> "Attachment":
     """Make every backward of the model fill ``sketches``.
 
     Args:
@@ -109,7 +98,7 @@ def attach(matrices: Sequence[Matrix], sketches: Sequence[Sketch], mode: Capture
         sketches: one for each.
         mode: ``"linear"`` or ``"hook"``.
         gathered: context manager from a weight to the whole of it, for backends that release weights
-            between forward and backward.
+            between forward and backward; None where they stay.
 
     Returns:
         The attachment, whose ``remove()`` puts the model back as it was.

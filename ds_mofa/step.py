@@ -77,8 +77,7 @@ class MatrixStep:
 
         views = [(self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))]
         sketches = [sketching.Sketch(Y, Z, U, V) for (Y, Z, _), (U, V, _) in views]
-        extra = {} if gathered is None else {"gathered": gathered}
-        self._attachment = sketching.attach(self.matrices, sketches, options.capture, **extra)
+        self._attachment = sketching.attach(self.matrices, sketches, options.capture, gathered)
 
     # ------------------------------------------------------------------ the step, in its order
 
