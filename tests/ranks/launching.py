@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 import torch
 
-__all__ = ["Case", "Launcher", "Ran", "on_ranks", "remove_shared_buffers"]
+__all__ = ["Case", "Launcher", "Ran", "cases", "on_ranks", "remove_shared_buffers"]
 
 _HERE = Path(__file__).parent
 
@@ -62,6 +62,16 @@ class Ran:
             raise AttributeError(name) from None
 
 
+def cases(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,), **axes: Iterable[Any]) -> list[Case]:
+    """Every combination of the arguments; see :func:`on_ranks`."""
+    return [
+        Case(Path(scene.__code__.co_filename).stem, scene.__name__, size, json.dumps({**fixed, **dict(zip(axes, one))}))
+        for size in world
+        for fixed in some or ({},)
+        for one in itertools.product(*axes.values())
+    ]
+
+
 def on_ranks(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,), **axes: Iterable[Any]):
     """Parametrise a test, whose argument ``ran`` is a :class:`Ran`, by every combination of the axes.
 
@@ -71,14 +81,8 @@ def on_ranks(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,)
         world: numbers of ranks.
         **axes: values of each other argument.
     """
-    module = Path(scene.__code__.co_filename).stem
-    cases = [
-        Case(module, scene.__name__, size, json.dumps({**fixed, **dict(zip(axes, values))}))
-        for size in world
-        for fixed in some or ({},)
-        for values in itertools.product(*axes.values())
-    ]
-    return pytest.mark.parametrize("ran", cases, ids=[case.id for case in cases], indirect=True)
+    found = cases(scene, *some, world=world, **axes)
+    return pytest.mark.parametrize("ran", found, ids=[case.id for case in found], indirect=True)
 
 
 class Launcher:
@@ -89,7 +93,7 @@ class Launcher:
         self._places: dict[Case, Path] = {}
 
     def result(self, case: Case, wanted: Iterable[Case]) -> Ran:
-        """The result of ``case``; runs all of ``wanted`` that are for the same world size first, if need be."""
+        """The result of ``case``; where it must be run, ``wanted`` of the same world size are run with it."""
         if case not in self._places:
             fresh = dict.fromkeys(c for c in [*wanted, case] if c.world == case.world and c not in self._places)
             for c in fresh:

@@ -1,5 +1,6 @@
 """DeepSpeed's ways to keep tensors elsewhere: AdamW's state or the weights on the host, weights twice (hpZ)."""
 
+import pytest
 from comparing import STEPS, assert_same, dense, distances
 from launching import on_ranks
 from test_resume import equal
@@ -53,3 +54,15 @@ def test_hpz_in_bf16(ran):
     for result in ran.ranks:
         assert equal(result["weights"], ran.ranks[0]["weights"])
         assert distances(result, {**dense(), "momenta": {}})["losses"] < 0.01
+
+
+def on_deepspeeds_cpu_adam(stage: int) -> dict:
+    zero = {"offload_optimizer": CPU} | ({"offload_param": CPU} if stage == 3 else {})
+    return train(config(stage, options={"torch_adam": False}, zero_optimization=zero), STEPS)
+
+
+@pytest.mark.slow  # compiles an extension of DeepSpeed's, once a machine
+@pytest.mark.timeout(600)
+@on_ranks(on_deepspeeds_cpu_adam, stage=[2, 3])
+def test_deepspeeds_own_cpu_adam(ran):
+    assert_same(ran, dense())
