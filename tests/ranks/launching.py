@@ -14,10 +14,12 @@ in one process group, one after the other (``driver.py``). A rank that fails end
 be waiting for it; the scenes after the failed one get a new launch.
 """
 
+import ctypes
 import dataclasses
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -64,11 +66,12 @@ class Ran:
 
 def cases(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,), **axes: Iterable[Any]) -> list[Case]:
     """Every combination of the arguments; see :func:`on_ranks`."""
+    module = Path(scene.__code__.co_filename).stem
     return [
-        Case(Path(scene.__code__.co_filename).stem, scene.__name__, size, json.dumps({**fixed, **dict(zip(axes, one))}))
+        Case(module, scene.__name__, size, json.dumps({**fixed, **dict(zip(axes, values))}, sort_keys=True))
         for size in world
         for fixed in some or ({},)
-        for one in itertools.product(*axes.values())
+        for values in itertools.product(*axes.values())
     ]
 
 
@@ -132,9 +135,13 @@ class Launcher:
         log = self._directory / f"world{world}.log"
         try:
             with log.open("w") as file:
-                # A session of its own, so that Ctrl-C reaches the launcher once, through us.
                 process = subprocess.Popen(
-                    list(map(str, command)), env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=self._directory
+                    list(map(str, command)),
+                    env=environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    cwd=self._directory,
+                    preexec_fn=_end_with_parent,
                 )
                 try:
                     code = process.wait()
@@ -156,6 +163,11 @@ def remove_shared_buffers(port: int) -> None:
     """DeepSpeed's CPU backend leaves 69 MB a rank in /dev/shm, named by the port of the run."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
         buffer.unlink(missing_ok=True)
+
+
+def _end_with_parent() -> None:
+    """Have Linux tell the launcher to stop when pytest is killed: it stops its ranks."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _free_port() -> int:

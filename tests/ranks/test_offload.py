@@ -3,7 +3,7 @@
 import pytest
 from comparing import STEPS, assert_same, dense, distances
 from launching import on_ranks
-from test_resume import equal
+from test_resume import equal, saved_and_resumed
 from training import config, train
 
 CPU = {"device": "cpu", "pin_memory": False}
@@ -25,8 +25,11 @@ def persistent() -> dict:
     return train(config(3, zero_optimization={"stage3_param_persistence_threshold": 100_000}), STEPS)
 
 
+HPZ = {"zero_hpz_partition_size": 2}
+
+
 def hpz(dtype: str) -> dict:
-    return train(config(3, dtype=dtype, zero_optimization={"zero_hpz_partition_size": 2}), STEPS)
+    return train(config(3, dtype=dtype, zero_optimization=HPZ), STEPS)
 
 
 @on_ranks(optimizer, stage=[1, 2, 3])
@@ -54,6 +57,14 @@ def test_hpz_in_bf16(ran):
     for result in ran.ranks:
         assert equal(result["weights"], ran.ranks[0]["weights"])
         assert distances(result, {**dense(), "momenta": {}})["losses"] < 0.01
+
+
+# With the seed of the run that was saved: DeepSpeed goes on with the old copies of frozen weights, which are equal then.
+@on_ranks(saved_and_resumed, {"stage": 3, "seed": 0, "zero_optimization": HPZ}, dtype=["fp32", "bf16"])
+def test_hpz_resumes_bit_for_bit(ran):
+    for result in ran.ranks:
+        assert equal(result["saved"], result["loaded"])
+        assert equal(result["uninterrupted"], result["resumed"])
 
 
 def on_deepspeeds_cpu_adam(stage: int) -> dict:
