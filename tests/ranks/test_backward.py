@@ -5,7 +5,7 @@ from comparing import STEPS, assert_same, dense
 from deepspeed import comm as dist
 from launching import on_ranks
 from toys import Checkpointed, Sometimes, batches, micro_batches
-from training import config, evaluate, mean_over_ranks, toy, train, train_step
+from training import config, evaluate, mean_over_ranks, toy, train
 
 MICRO = 3
 

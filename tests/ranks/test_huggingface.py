@@ -21,7 +21,8 @@ LR, DECAY = 3e-2, 0.05
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=52, num_hidden_layers=2)
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False))
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=False))
 
 
 def sentences(count: int) -> list[dict]:

@@ -59,7 +59,7 @@ def test_hpz_in_bf16(ran):
         assert distances(result, {**dense(), "momenta": {}})["losses"] < 0.01
 
 
-# With the seed of the run that was saved: DeepSpeed goes on with the old copies of frozen weights, which are equal then.
+# The seed is that of the run that was saved: after loading DeepSpeed goes on with its old copies of frozen weights.
 @on_ranks(saved_and_resumed, {"stage": 3, "seed": 0, "zero_optimization": HPZ}, dtype=["fp32", "bf16"])
 def test_hpz_resumes_bit_for_bit(ran):
     for result in ran.ranks:
