@@ -10,12 +10,20 @@ All are float32 (float64 in tests), on any device. Inputs must be finite: the ca
 for all ranks, whether a step with a NaN or Inf in it is skipped.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ds_mofa.kernels import triton_serves
+from ds_mofa.kernels.svd import jacobi_svd
+
 __all__ = ["Factors", "update_factors", "start_factors", "projected_norm", "orthonormal_complement", "live_directions"]
+
+
+_EXACT = torch.finfo(torch.float64).eps
 
 
 class Factors(NamedTuple):
@@ -57,14 +65,10 @@ def update_factors(factors: Factors, Y: Tensor, Z: Tensor, *, beta: float, gamma
 
     top = torch.cat([beta * torch.diag_embed(sigma) + gamma * A, gamma * R_V.mT], dim=-1)
     bottom = torch.cat([gamma * R_U, R_U.new_zeros(*R_U.shape[:-1], R_V.shape[-2])], dim=-1)
-    P, sigma, Qt = torch.linalg.svd(torch.cat([top, bottom], dim=-2), full_matrices=False)
-    P, sigma, Q = P[..., :r], sigma[..., :r], Qt[..., :r, :].mT
+    P, sigma, Q = _leading_svd(torch.cat([top, bottom], dim=-2), r)
 
-    # Any orthonormal P and Q diagonalise a zero core; the identity is the one that moves nothing.
-    still = (sigma[..., :1] == 0).unsqueeze(-1)
-    P = torch.where(still, torch.eye(*P.shape[-2:], dtype=P.dtype, device=P.device), P)
-    Q = torch.where(still, torch.eye(*Q.shape[-2:], dtype=Q.dtype, device=Q.device), Q)
-    return Factors(_rotate(U, Q_U, P), sigma, _rotate(V, Q_V, Q))
+    still = (sigma[..., :1] == 0).unsqueeze(-1)  # any orthonormal P and Q diagonalise a zero core
+    return Factors(torch.where(still, U, _rotate(U, Q_U, P)), sigma, torch.where(still, V, _rotate(V, Q_V, Q)))
 
 
 def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float) -> Factors:
@@ -121,20 +125,72 @@ def orthonormal_complement(U: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
     arbitrary one and gets zero in R.
     """
     m, r = U.shape[-2:]
-    Y = _project_out(U, _project_out(U, Y))
-    fill = _fill_in(U, min(r, m - r))
-    if m < 2 * r:
-        Q = fill  # any basis of the whole complement will do
-    else:
-        Q, R = torch.linalg.qr(Y)
-        size = R.diagonal(dim1=-2, dim2=-1).abs()
-        dead = size <= 32 * torch.finfo(Y.dtype).eps * size.amax(-1, keepdim=True)
-        Q = torch.where(dead.unsqueeze(-2), fill, Q)
-    # A direction of relative size s keeps a part eps / s of span U, and a filled one keeps all of its
-    # own. Twice is enough.
+    eps = torch.finfo(U.dtype).eps
+    basis, Y = U.double(), Y.double()
+    Y = _project_out(basis, _project_out(basis, Y))
+    fill = _fill_in(basis, min(r, m - r))
+    # With fewer than 2 r rows there is room for the whole complement of span U: any basis of it will do.
+    Q = fill if m < 2 * r else _replace_dependent(Y, fill, eps)
+    # A direction of relative size s keeps a part eps / s of span U, and a filled one all of its own.
+    for _ in range(3):
+        Q = _orthonormalise(_project_out(basis, Q), eps)
+    return Q.to(U.dtype), (Q.mT @ Y).to(U.dtype)
+
+
+def _orthonormalise(X: Tensor, eps: float) -> Tensor:
+    """Orthonormal columns that span those of X (B, m, k), float64, for data that is good to ``eps``.
+
+    Cholesky-QR, all products: X = Q L^T with L L^T = X^T X is right to 1e-16 cond(X)^2, so that a second pass
+    finishes what a first one leaves. Data that is itself float64 needs Householder's QR.
+    """
+    if eps == _EXACT:
+        return torch.linalg.qr(X).Q
+    X = X / _scale(X)
+    L = _cholesky(X)
+    # A product with the small inverse: solving with m right-hand sides takes a GPU four times as long.
+    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    return X @ torch.linalg.solve_triangular(L, identity, upper=False).mT
+
+
+def _replace_dependent(X: Tensor, fill: Tensor, eps: float) -> Tensor:
+    """X (B, m, k) with every column that depends on those before it, to ``32 eps``, replaced by that of ``fill``."""
+    X = X / _scale(X)
+    factor = torch.linalg.qr(X).R if eps == _EXACT else _cholesky(X)
+    size = factor.diagonal(dim1=-2, dim2=-1).abs()
+    least = (32 * eps * size.amax(-1, keepdim=True)).clamp_min(2 * _shift(X) ** 0.5 if eps != _EXACT else 0.0)
+    return torch.where((size <= least).unsqueeze(-2), fill, X)
+
+
+def _cholesky(X: Tensor) -> Tensor:
+    """L (B, k, k) with L L^T = X^T X, for X of norm 1."""
+    gram = X.mT @ X
+    gram.diagonal(dim1=-2, dim2=-1).add_(_shift(X))
+    return torch.linalg.cholesky_ex(gram).L
+
+
+def _shift(X: Tensor) -> float:
+    """Keeps the Gram matrix of a singular X of norm 1 positive."""
+    return 4 * X.shape[-1] * torch.finfo(X.dtype).eps
+
+
+def _scale(X: Tensor) -> Tensor:
+    norm = X.norm(dim=(-2, -1), keepdim=True)
+    return torch.where(norm > 0, norm, 1)
+
+
+def _leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """P (B, p, r), sigma (B, r), Q (B, q, r) of K (B, p, q): its r leading singular triplets."""
+    if not triton_serves(K):
+        P, sigma, Qt = torch.linalg.svd(K, full_matrices=False)
+        return P[..., :r], sigma[..., :r], Qt[..., :r, :].mT
+    scaled, sigma, Q = (x[..., :r] for x in jacobi_svd(K))
+    # The columns of K Q are P sigma; where sigma vanishes there is no P in them, and any will do.
+    eps = torch.finfo(K.dtype).eps
+    P = scaled.double() / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2)
+    P = _replace_dependent(P, _fill_in(P, r), eps)
     for _ in range(2):
-        Q = torch.linalg.qr(_project_out(U, Q)).Q
-    return Q, Q.mT @ Y
+        P = _orthonormalise(P, eps)
+    return P.to(K.dtype), sigma, Q
 
 
 def _rotate(U: Tensor, Q: Tensor, P: Tensor) -> Tensor:
@@ -157,10 +213,14 @@ def _project_out(U: Tensor, Y: Tensor) -> Tensor:
 
 
 def _fill_in(like: Tensor, k: int) -> Tensor:
-    """(B, m, k) fixed generic columns: the same on every rank and in every run."""
+    """(B, m, k) fixed generic columns of norm about 1: the same on every rank and in every run."""
+    return _generic_columns(like.shape[-2], k, like.dtype, like.device).expand(*like.shape[:-2], -1, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _generic_columns(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    fill = torch.randn(like.shape[-2], k, generator=generator, dtype=torch.float64)
-    return fill.to(like).expand(*like.shape[:-2], -1, -1)
+    return (torch.randn(m, k, generator=generator, dtype=torch.float64) / math.sqrt(m)).to(device, dtype)
 
 
 def _square_sum(X: Tensor) -> Tensor:

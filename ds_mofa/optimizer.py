@@ -128,17 +128,21 @@ class MoFaSGD(torch.optim.Optimizer):
         """Scale the gradients of this step down to a global norm of at most ``max_norm``.
 
         The norm is over AdamW's gradients and the matrices' projected ones, of which only the sketches exist;
-        ``torch.nn.utils.clip_grad_norm_`` would see AdamW's alone. Call it between backward and ``step``.
+        ``torch.nn.utils.clip_grad_norm_`` would see AdamW's alone. Call it after the last backward and before
+        ``step``; a second call finds the gradients as the first has left them.
 
         Returns:
             The norm before clipping, a scalar tensor.
         """
-        self.matrices.reduce()
+        if not self.matrices.pending:
+            self.matrices.reduce()
         grads = [p.grad for group in self.adamw_groups for p in group["params"] if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([self.matrices.norm.float(), *map(torch.linalg.vector_norm, grads)]))
-        self._clip = clip_factor(norm, max_norm)
+        ours = self.matrices.norm.float() * self._clip
+        norm = torch.linalg.vector_norm(torch.stack([ours, *map(torch.linalg.vector_norm, grads)]))
+        clip = clip_factor(norm, max_norm)
         for grad in grads:
-            grad.mul_(self._clip)
+            grad.mul_(clip)
+        self._clip = self._clip * clip
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -146,6 +150,8 @@ class MoFaSGD(torch.optim.Optimizer):
         if self.adamw is not None:
             self.adamw.zero_grad(set_to_none)
         self.matrices.clear()
+        self.matrices.drop_pending()
+        self._clip = 1.0
 
     @contextlib.contextmanager
     def adamw_lr(self) -> Iterator[None]:

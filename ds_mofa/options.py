@@ -50,7 +50,7 @@ class Options:
         include: regular expressions, searched in parameter names: 2-D parameters to make matrices although
             they are embeddings or output heads.
         exclude: likewise: parameters to leave to AdamW. Wins over ``include``.
-        seed: of the start's test matrices and of the stochastic rounding.
+        seed: of the start's test matrices and of the stochastic rounding, 0 <= seed < 2^31.
 
     Everything else that is trained, by AdamW:
 
@@ -93,14 +93,14 @@ class Options:
             if getattr(self, name) is not None:
                 self._number(name, getattr(self, name), low=0)
         for name in ("rank", "seed"):
-            self._integer(name, getattr(self, name), low=1 if name == "rank" else 0)
+            self._integer(name, getattr(self, name), low=1 if name == "rank" else 0, high=2**31)
         if not isinstance(self.master_weights, bool):
             raise OptionError(f"master_weights={self.master_weights!r} must be true or false")
         for name, hint in get_type_hints(Options).items():
             choices = get_args(hint)
             if choices and all(isinstance(choice, str) for choice in choices) and getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}")
-        if isinstance(self.adamw_betas, str | float | int) or len(self.adamw_betas) != 2:
+        if not _is_list(self.adamw_betas) or len(self.adamw_betas) != 2:
             raise OptionError(f"adamw_betas={self.adamw_betas!r} must be two numbers, such as [0.9, 0.999]")
         for beta in self.adamw_betas:
             self._number("adamw_betas", beta, low=0, high=1)
@@ -156,19 +156,23 @@ class Options:
             raise OptionError(f"{name}={value!r} must be {bounds}")
 
     @staticmethod
-    def _integer(name: str, value: Any, *, low: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise OptionError(f"{name}={value!r} must be a whole number >= {low}")
+    def _integer(name: str, value: Any, *, low: int, high: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
+            raise OptionError(f"{name}={value!r} must be a whole number >= {low} and < {high}")
 
     @staticmethod
     def _patterns(name: str, patterns: Any) -> None:
-        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        if not _is_list(patterns) or not all(isinstance(pattern, str) for pattern in patterns):
             raise OptionError(f'{name}={patterns!r} must be a list of regular expressions, such as ["lm_head"]')
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise OptionError(f"{name}: {pattern!r} is not a regular expression ({error})") from None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _unknown(key: str, known: list[str]) -> str:

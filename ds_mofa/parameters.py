@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ds_mofa.options import OptionError, Options
 
@@ -91,9 +91,9 @@ def split_parameters(
 
     A parameter is a matrix when it is trained, 2-D, at least rank x rank, no embedding, no output head,
     and not excluded. Embeddings and heads are told by the modules that hold them, not by their names: a
-    head is what ``get_output_embeddings()`` returns or, in a model without that method, the last
-    ``nn.Linear`` if it has the shape of an embedding. A group's own ``lr`` and ``weight_decay`` go before
-    the options'.
+    head is what ``get_output_embeddings()`` returns or, where it returns none, the last ``nn.Linear`` outside
+    the modules with that method, if it has the shape of an embedding. A group's own ``lr`` and
+    ``weight_decay`` go before the options'.
 
     Raises:
         OptionError: nothing is a matrix, a pattern matches nothing, or ``include`` names what cannot be one.
@@ -124,6 +124,11 @@ def split_parameters(
                 )
             reason = _why_adamw(param, names[param], holders[param], heads, options, matched)
             if reason is None:
+                if not param.is_contiguous():
+                    raise OptionError(
+                        f"the matrix {names[param]!r} is not contiguous in memory (strides {param.stride()}): set "
+                        "param.data = param.data.contiguous() before the optimizer is built, or exclude it"
+                    )
                 matrices.append(param)
             else:
                 split.leftovers.append(Leftover(names[param], math.prod(full_shape(param)), reason))
@@ -182,7 +187,8 @@ def _as_groups(groups: Iterable[Any]) -> list[dict[str, Any]]:
     loose, dicts = [], []
     for item in groups:
         if isinstance(item, dict):
-            dicts.append({**item, "params": [_parameter(p) for p in item["params"]]})
+            params = [item["params"]] if isinstance(item["params"], Tensor) else item["params"]
+            dicts.append({**item, "params": [_parameter(p) for p in params]})
         else:
             loose.append(_parameter(item))
     return ([{"params": loose}] if loose else []) + dicts
@@ -206,36 +212,38 @@ def _why_adamw(
     }
     matched.update((kind, pattern) for kind, patterns in hits.items() for pattern in patterns)
     shape = full_shape(param)
-    included = hits["include"] and not hits["exclude"]
+    impossible = None
     if len(shape) != 2:
-        reason = "not 2-D"
+        impossible = "not 2-D"
     elif min(shape) < options.rank:
-        reason = f"smaller than rank {options.rank}"
-    elif hits["exclude"]:
-        return "excluded by pattern"
-    elif included:
+        impossible = f"smaller than rank {options.rank}"
+
+    if hits["include"] and not hits["exclude"]:
+        if impossible:
+            raise OptionError(
+                f"include: {hits['include'][0]!r} names {name!r} of shape {shape}, which cannot be a matrix of rank "
+                f"{options.rank}: it is {impossible}. Narrow the pattern or lower the rank"
+            )
         return None
-    elif any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in modules):
-        return "embedding"
-    elif param in heads:
-        return "output head"
-    else:
-        return None
-    if included:
-        raise OptionError(
-            f"include: {hits['include'][0]!r} names {name!r} of shape {shape}, which cannot be a matrix of rank "
-            f"{options.rank}: it is {reason}. Narrow the pattern or lower the rank"
-        )
-    return reason
+    if len(shape) == 2:  # what no rank would make a matrix comes before "smaller"
+        if hits["exclude"]:
+            return "excluded by pattern"
+        if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in modules):
+            return "embedding"
+        if param in heads:
+            return "output head"
+    return impossible
 
 
 def _output_heads(model: nn.Module) -> set[nn.Parameter]:
-    getters = [getattr(module, "get_output_embeddings", None) for module in model.modules()]
-    heads = [getter() for getter in getters if callable(getter)]
+    asked = [module for module in model.modules() if callable(getattr(module, "get_output_embeddings", None))]
+    heads = [head for head in (module.get_output_embeddings() for module in asked) if head is not None]
     if not heads:
+        # A module with the method has answered for what is in it, but not for a head that stands beside it.
+        answered = {part for module in asked for part in module.modules()}
         embeddings = [full_shape(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)]
         last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-        heads = [module for module in last if full_shape(module.weight) in embeddings]
+        heads = [module for module in last if module not in answered and full_shape(module.weight) in embeddings]
     return {head.weight for head in heads if getattr(head, "weight", None) is not None}
 
 

@@ -25,11 +25,12 @@ _ALIGNMENT = 128  # elements; keeps every view 256-byte aligned in 16-bit buffer
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """All matrices of one shape that one owner has.
+    """All matrices of one shape and one param group that one owner has.
 
     Attributes:
         owner: rank in the group.
         shape: (m, n).
+        group: index of the param group.
         rank: r, of the factors.
         members: B indices of matrices.
         offset: of the block's first element in the whole flat buffer.
@@ -37,6 +38,7 @@ class Block:
 
     owner: int
     shape: tuple[int, int]
+    group: int
     rank: int
     members: tuple[int, ...]
     offset: int
@@ -53,7 +55,12 @@ class Block:
 
 
 class Layout:
-    """Owners and offsets for matrices of the given shapes; the same on every rank, from the shapes alone.
+    """Owners and offsets; the same on every rank, from the arguments alone.
+
+    Args:
+        places: (shape, param group) of each matrix.
+        rank: r, of the factors.
+        world_size: number of owners.
 
     Attributes:
         blocks: every block, owner by owner.
@@ -62,17 +69,17 @@ class Layout:
         numel: elements of a whole flat buffer, segment x world size.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], rank: int, world_size: int):
-        self.owners = _balance(shapes, world_size)
+    def __init__(self, places: Sequence[tuple[tuple[int, int], int]], rank: int, world_size: int):
+        self.owners = _balance([shape for shape, _ in places], world_size)
         by_owner = [defaultdict(list) for _ in range(world_size)]
-        for index, (shape, owner) in enumerate(zip(shapes, self.owners)):
-            by_owner[owner][shape].append(index)
+        for index, (place, owner) in enumerate(zip(places, self.owners)):
+            by_owner[owner][place].append(index)
 
         local, ends = [], []
-        for owner, by_shape in enumerate(by_owner):
+        for owner, by_place in enumerate(by_owner):
             end = 0
-            for shape, members in by_shape.items():
-                local.append(Block(owner, shape, rank, tuple(members), end))
+            for (shape, group), members in by_place.items():
+                local.append(Block(owner, shape, group, rank, tuple(members), end))
                 end = _aligned(end + local[-1].numel)
             ends.append(end)
         self.segment = max(ends)

@@ -133,6 +133,8 @@ class Attachment:
 
     def replace_forward(self, module: nn.Linear, sketch: Sketch, gathered) -> None:
         def forward(self, x: Tensor) -> Tensor:
+            if self is not module:  # a deep copy, made for an average or a reference, has no sketch of its own
+                return nn.Linear.forward(self, x)
             if not torch.is_grad_enabled() or not self.weight.requires_grad:
                 return _linear(x, self.weight, self.bias)
             device = x.device.type

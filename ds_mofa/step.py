@@ -17,7 +17,7 @@ from ds_mofa.factors import Factors, live_directions, projected_norm, start_fact
 from ds_mofa.options import Options
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition import Exchange, Layout
-from ds_mofa.weights import Shard, rounding_key, write_update
+from ds_mofa.weights import Rounding, Shard, rounding_key, write_updates
 
 __all__ = ["MatrixStep", "whole_matrix", "STATE_FORMAT"]
 
@@ -55,7 +55,8 @@ class MatrixStep:
         gathered=None,
     ):
         self.matrices, self.options, self.exchange, self._shard_of = list(matrices), options, exchange, shard_of
-        self.layout = Layout([matrix.shape for matrix in matrices], options.rank, exchange.world_size)
+        places = [(matrix.shape, matrix.group) for matrix in matrices]
+        self.layout = Layout(places, options.rank, exchange.world_size)
         self._mine = self.layout.owned_by(exchange.rank)
         self._segment_start = exchange.rank * self.layout.segment
 
@@ -139,9 +140,13 @@ class MatrixStep:
         self._apply(groups)
 
     def discard(self) -> None:
-        """Forget the pending sketches: factors and weights stay as they are."""
-        self._pending = None
+        """Skip this step: factors and weights stay as they are."""
+        self.drop_pending()
         self.skipped += 1
+
+    def drop_pending(self) -> None:
+        """Forget what the last :meth:`reduce` has given."""
+        self._pending = None
 
     def clear(self) -> None:
         """Forget what the micro-batches since the last :meth:`reduce` have added."""
@@ -182,7 +187,7 @@ class MatrixStep:
         self.exchange.broadcast(flat, 0)
         self.exchange.broadcast(counters, 0)
         self.steps, self.skipped = (int(value) for value in counters)
-        self._pending = None
+        self.drop_pending()
         self.clear()
         self.factors.copy_(flat.narrow(0, self._segment_start, self.layout.segment))
         if self.started:
@@ -224,25 +229,27 @@ class MatrixStep:
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
         if self._wants_masters and self._masters is None:
             self._masters = [self._shard_of(matrix).flat.to(torch.float32) for matrix in self.matrices]
-        for matrix in self.matrices:
-            group = groups[matrix.group]
-            U, V, coefficients = self.layout.views(self.working, matrix.index)
-            write_update(
-                self._shard_of(matrix),
+        rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
+        for block in self.layout.blocks:
+            U, V, coefficients = block.views(self.working)
+            group = groups[block.group]
+            write_updates(
+                [self._shard_of(self.matrices[index]) for index in block.members],
                 U,
                 V,
                 coefficients,
-                step_size=float(group["lr"]) * self.options.shape_factor(*matrix.shape),
+                indices=block.members,
+                step_size=float(group["lr"]) * self.options.shape_factor(*block.shape),
                 decay=1.0 - float(group["lr"]) * group["weight_decay"],
-                rounding=self.options.rounding,
-                key=rounding_key(self.options.seed, self.steps, matrix.index),
-                master=None if self._masters is None else self._masters[matrix.index],
+                rounding=rounding,
+                masters=None if self._masters is None else [self._masters[index] for index in block.members],
             )
 
     def _draw_test_matrices(self) -> None:
         """Psi in the place of U and Omega in that of V: Gaussian of variance 1 / r, so that |G Omega| ~ |G|."""
         for matrix in self.matrices:
-            generator = torch.Generator().manual_seed(rounding_key(self.options.seed, 0, matrix.index).first)
+            seed, _ = rounding_key(Rounding(False, self.options.seed), matrix.index)
+            generator = torch.Generator().manual_seed(seed)
             for view in self.layout.views(self.working, matrix.index)[:2]:
                 draw = torch.randn(view.shape, generator=generator) / math.sqrt(self.options.rank)
                 view.copy_(draw)

@@ -7,16 +7,14 @@ gets the same.
 """
 
 import dataclasses
-import hashlib
-import struct
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ds_mofa.options import Rounding
+from ds_mofa.kernels import triton_serves
 
-__all__ = ["Shard", "RoundingKey", "rounding_key", "write_update", "round_stochastically", "random_bits"]
+__all__ = ["Shard", "Rounding", "write_updates", "rounding_key", "round_stochastically", "random_bits"]
 
 _CHUNK = 1 << 22  # elements of W per pass; bounds the fp32 temporaries to some tens of MB
 
@@ -34,45 +32,70 @@ class Shard:
     start: int = 0
 
 
-class RoundingKey(NamedTuple):
-    """Two 32-bit words that key the random bits of one matrix in one step."""
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How 16-bit weights are rounded.
 
-    first: int
-    second: int
+    Attributes:
+        stochastic: or to nearest.
+        seed: of the run, below 2^31.
+        step: number of the optimizer step.
+    """
 
-
-def rounding_key(seed: int, step: int, index: int) -> RoundingKey:
-    """The key for matrix number ``index`` in step number ``step``."""
-    digest = hashlib.blake2b(struct.pack("<QQQ", seed, step, index), digest_size=8).digest()
-    return RoundingKey(*struct.unpack("<II", digest))
+    stochastic: bool
+    seed: int = 0
+    step: int = 0
 
 
 @torch.no_grad()
-def write_update(
-    shard: Shard,
+def write_updates(
+    shards: Sequence[Shard],
     U: Tensor,
     V: Tensor,
     coefficients: Tensor,
     *,
+    indices: Sequence[int],
     step_size: float,
     decay: float,
     rounding: Rounding,
-    key: RoundingKey,
-    master: Tensor | None = None,
+    masters: Sequence[Tensor] | None = None,
 ) -> None:
-    """W <- decay W - step_size U diag(coefficients) V^T on ``shard``, in fp32 (fp64 for fp64 weights).
+    """W <- decay W - step_size U diag(coefficients) V^T for B matrices of one shape, in fp32 (fp64 for fp64).
 
     Args:
-        shard: the part of W to change, any floating dtype.
-        U: (m, r), the whole of it.
-        V: (n, r).
-        coefficients: (r,), of each direction.
+        shards: the parts of each W to change; all of the same range and dtype.
+        U: (B, m, r).
+        V: (B, n, r).
+        coefficients: (B, r), of each direction.
+        indices: of the matrices in the model; they key the random bits.
         step_size: lr times the factor by shape.
         decay: 1 - lr * weight_decay.
-        rounding: how 16-bit weights are rounded; with a master, always to nearest.
-        key: of the random bits.
-        master: fp32 copy of the shard's elements, updated in the place of the weights, which follow it.
+        rounding: of 16-bit weights; with masters, always to nearest.
+        masters: fp32 copies of the shards' elements, updated in the place of the weights, which follow them.
     """
+    if masters is not None:
+        rounding = dataclasses.replace(rounding, stochastic=False)
+    if triton_serves(shards[0].flat):
+        from ds_mofa.kernels import _write
+
+        _write.launch(shards, U, V, coefficients, indices, step_size, decay, rounding, masters)
+        return
+    for i, shard in enumerate(shards):
+        key = rounding_key(rounding, indices[i])
+        master = None if masters is None else masters[i]
+        _write_one(shard, U[i], V[i], coefficients[i], step_size, decay, key if rounding.stochastic else None, master)
+
+
+def _write_one(
+    shard: Shard,
+    U: Tensor,
+    V: Tensor,
+    coefficients: Tensor,
+    step_size: float,
+    decay: float,
+    key: tuple[int, int] | None,
+    master: Tensor | None,
+) -> None:
     n = V.shape[0]
     exact = torch.promote_types(shard.flat.dtype, torch.float32)
     device = shard.flat.device  # the host's, where ZeRO offloads the weights
@@ -90,10 +113,16 @@ def write_update(
         new = torch.sub(source[held].to(exact) * decay, delta, alpha=step_size)
         if master is not None:
             master[held] = new
-        if rounding == "stochastic" and master is None and shard.flat.dtype in (torch.bfloat16, torch.float16):
+        if key is not None and shard.flat.dtype in (torch.bfloat16, torch.float16):
             bits = random_bits(row, last_row - row, n, key, device).view(-1)[inside]
             new = round_stochastically(new, bits, shard.flat.dtype)
         shard.flat[held] = new.to(shard.flat.dtype)
+
+
+def rounding_key(rounding: Rounding, index: int) -> tuple[int, int]:
+    """Two 32-bit words that key the random bits of matrix number ``index`` in this step."""
+    first = _mix_int(rounding.seed + 0x9E3779B9 * (index + 1))
+    return first, _mix_int(first + rounding.step)
 
 
 def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,32 +141,33 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         return ((word + bits.int()) & -0x10000).view(torch.float32)
     normal = ((word + (bits >> 3).int()) & -0x2000).view(torch.float32)
     smallest = 2.0**-24  # below 2^-14 fp16 is a fixed-point number of this spacing
-    subnormal = torch.floor(x / smallest + bits.float() / 65536) * smallest
+    steps = x / smallest
+    below = steps.floor()  # apart from the bits: their sum would be rounded itself
+    subnormal = (below + (bits < (steps - below) * 65536)) * smallest
     return torch.where(x.abs() < 2.0**-14, subnormal, normal)
 
 
-def random_bits(row: int, rows: int, n: int, key: RoundingKey, device: torch.device) -> Tensor:
+def random_bits(row: int, rows: int, n: int, key: tuple[int, int], device: torch.device) -> Tensor:
     """int64 (rows, n), uniform in [0, 2^16): the bits of rows [row, row + rows) of an m x n matrix.
 
-    One 32-bit word, hashed from the counter row * ceil(n / 2) + column // 2, serves two columns: its low half
-    the even one, its high half the odd one.
+    Each row has a 32-bit word of its own, hashed from its number and the key. Hashed again with c, it gives the
+    word of columns 2 c (the low half) and 2 c + 1 (the high half).
     """
-    pairs = -(-n // 2)
-    first = row * pairs
-    counter = torch.arange(first, first + rows * pairs, dtype=torch.int64, device=device).view(rows, pairs)
-    word = _hash(counter, key)
-    return torch.stack([word & 0xFFFF, word >> 16], dim=-1).view(rows, 2 * pairs)[:, :n].contiguous()
+    row_word = _mix(torch.arange(row, row + rows, dtype=torch.int64, device=device) ^ key[0])
+    row_word = _mix((row_word + key[1]) & 0xFFFFFFFF)
+    pair = torch.arange(-(-n // 2), dtype=torch.int64, device=device)
+    word = _mix(row_word.unsqueeze(1) ^ pair)
+    return torch.stack([word & 0xFFFF, word >> 16], dim=-1).view(rows, -1)[:, :n].contiguous()
 
 
-def _hash(x: Tensor, key: RoundingKey) -> Tensor:
-    """32 well-mixed bits from a counter and a key: two rounds of xor-shift and multiply, the key before each."""
-    x = _mix((x ^ key.first) & 0xFFFFFFFF)
-    return _mix((x + key.second) & 0xFFFFFFFF)
-
-
-def _mix(x: Tensor) -> Tensor:
+def _mix(x):
+    """32 bits to 32 bits, each of them depending on all: xor-shift and multiply, twice."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & 0xFFFFFFFF
     x = x ^ (x >> 15)
     x = (x * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
+
+
+def _mix_int(x: int) -> int:
+    return _mix(x & 0xFFFFFFFF)

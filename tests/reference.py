@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.weights import rounding_key
+from ds_mofa.weights import Rounding, rounding_key
 
 __all__ = ["DenseMomentum", "Reference"]
 
@@ -28,7 +28,7 @@ class DenseMomentum:
         self.rank = rank
         self.M = torch.zeros(shape, dtype=torch.float64)
         self.left = self.right = None
-        generator = torch.Generator().manual_seed(rounding_key(seed, 0, index).first)
+        generator = torch.Generator().manual_seed(rounding_key(Rounding(False, seed), index)[0])
         psi, omega = (torch.randn(size, rank, generator=generator) / math.sqrt(rank) for size in shape)
         self.psi, self.omega = psi.double(), omega.double()
 

@@ -1,25 +1,27 @@
 """From an engine and its config to a MoFaSGD, or to an error that says what to change."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.utils import log_dist
 
 from ds_mofa.deepspeed.matrices import mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import ReplicatedMoFaSGD
 from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.options import OptionError, Options
-from ds_mofa.parameters import split_parameters
+from ds_mofa.parameters import full_shape, split_parameters
 from ds_mofa.partition import Exchange
 from ds_mofa.step import MatrixStep
 
 __all__ = ["build_optimizer"]
 
 # DeepSpeed's own switches of its AdamW: they are for get_optimizer_configuration.
-_PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach")
+_PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach", "fused")
+
+_LARGE = 1 << 26  # elements
 
 
 def build_optimizer(engine, model_parameters) -> MoFaSGD:
@@ -41,7 +43,8 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
         settings = {key: value for key, value in settings.items() if value is not None}
         betas, eps = tuple(options.adamw_betas), options.adamw_eps
-        adamw = adamw_class(split.adamw_groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
+        groups = _large_ones_apart(split.adamw_groups)
+        adamw = adamw_class(groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
     elif not replicated_fp32:
         raise OptionError(
             "every trained parameter is a matrix, and DeepSpeed's ZeRO and 16-bit optimizers need at least one for "
@@ -57,9 +60,24 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         gathered=GatheredWeight if engine.zero_optimization_partition_weights() else None,
     )
     mark_matrices(split.matrices)
-    log_dist(split.summary(), ranks=[0])
+    if dist.get_rank() == 0:
+        print(f"ds_mofa: {split.summary()}", flush=True)  # loggers are often set to warnings only
     facade = ReplicatedMoFaSGD if replicated_fp32 else MoFaSGD
     return facade.from_parts(split, options, adamw, matrices)
+
+
+def _large_ones_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same groups, with every parameter of ``_LARGE`` elements or more in one of its own.
+
+    ZeRO flattens one group's gradients at a time. With embedding and output head in one, that is a second copy of
+    both at once: 4 GB more reserved at a vocabulary of 128 k and a width of 4096.
+    """
+    apart = []
+    for group in groups:
+        large = [param for param in group["params"] if math.prod(full_shape(param)) >= _LARGE]
+        small = [param for param in group["params"] if not any(param is other for other in large)]
+        apart += [{**group, "params": params} for params in ([small] if small else []) + [[param] for param in large]]
+    return apart
 
 
 def _exchange(engine) -> Exchange:

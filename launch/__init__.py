@@ -1,0 +1,1 @@
+"""The fine-tuning command: ``deepspeed launch/train.py ...`` and the modules it is made of."""

@@ -1,0 +1,236 @@
+"""Command-line arguments, and how they agree with the DeepSpeed JSON.
+
+Three groups of options: which model, which data, and everything of TRL's ``SFTConfig`` (itself everything of HF's
+``TrainingArguments``). The DeepSpeed JSON is read first: a number that it fixes becomes the default of the matching
+option, so that a JSON alone fully describes a run, and HF raises when a command line contradicts it.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+from trl import SFTConfig
+
+from launch.errors import UserError
+
+# Starting points, not tuned values. MoFaSGD's update has a fixed size per step, so its scale differs from AdamW's.
+DEFAULT_LEARNING_RATE = {"mofasgd": 6e-3, "adamw": 2e-5, "adam": 2e-5}
+
+# DeepSpeed JSON key -> the option that HF fills it from, or checks it against.
+JSON_KEY_TO_OPTION = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "bf16.enabled": "bf16",
+    "fp16.enabled": "fp16",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+    "scheduler.params.warmup_num_steps": "warmup_steps",
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer to train."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Pretrained model: a local folder, or a name on the Hub."}
+    )
+    model_config: str | None = field(
+        default=None,
+        metadata={"help": "JSON with a model's shape (see configs/models): random weights, for measuring."},
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer, if not the model's own. Default with --model_config: one token per byte."},
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention kernel: sdpa, flash_attention_2, flash_attention_3, eager."}
+    )
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Where the tokenizer comes from; None for the byte-level one."""
+        return self.tokenizer_name_or_path or self.model_name_or_path
+
+
+@dataclass
+class DataArguments:
+    """Which data to train and evaluate on."""
+
+    train_file: list[str] = field(
+        default_factory=list, metadata={"help": "Training data: .txt (a text) or .jsonl (a record per line); several may be given."}
+    )
+    eval_file: list[str] = field(default_factory=list, metadata={"help": "Evaluation data, as --train_file."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset to load with `datasets.load_dataset`, instead of --train_file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Training split of --dataset_name."})
+    dataset_eval_split: str | None = field(
+        default=None, metadata={"help": "Evaluation split of --dataset_name, such as `validation`."}
+    )
+    ignore_keys: list[str] = field(
+        default_factory=list, metadata={"help": "Keys of the records to leave out, such as `id source`."}
+    )
+
+
+@dataclass
+class TrainingArguments(SFTConfig):
+    """TRL's ``SFTConfig`` with the defaults of a fine-tuning command that measures what it does."""
+
+    output_dir: str = field(default="out/model", metadata={"help": "Checkpoints, logs and the final model go here."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in backward: less memory, more time."}
+    )
+    bf16: bool = field(
+        default=False, metadata={"help": "Train in bf16. Default: where the GPU has it; `--bf16 false` for fp32."}
+    )
+    report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb."})
+    eval_packing: bool = field(
+        default=False, metadata={"help": "Not supported: evaluation keeps to one example per row, so that each counts once."}
+    )
+    save_strategy: str = field(
+        default="no", metadata={"help": "When to write checkpoints to resume from: no, steps, epoch."}
+    )
+
+
+class Parser(HfArgumentParser):
+    """Complains like the rest of the command, instead of with a page of usage from every rank."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}. `python launch/train.py --help` lists all options.")
+
+
+def make_parser() -> Parser:
+    return Parser((ModelArguments, DataArguments, TrainingArguments), prog="deepspeed launch/train.py")
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Parse and check a command line.
+
+    Args:
+        argv: the words after the script's name, with the ``--local_rank`` that DeepSpeed's launcher adds.
+    """
+    config_path = deepspeed_config_path(argv)
+    config = read_json(config_path, "the --deepspeed config")
+    check_deepspeed_config(config, config_path)
+    parser = make_parser()
+    parser.set_defaults(deepspeed=config_path, **(hardware_defaults() | defaults_from_deepspeed(config)))
+    try:
+        *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except ValueError as error:  # options that TrainingArguments finds to contradict each other or the machine
+        raise UserError(str(error)) from error
+    if unknown:
+        parser.error(f"unknown options: {' '.join(unknown)}")
+    model_args, data_args, training_args = groups
+    check_model_arguments(model_args)
+    check_data_arguments(data_args, training_args)
+    return model_args, data_args, training_args
+
+
+def deepspeed_config_path(argv: list[str]) -> str:
+    """The value of ``--deepspeed``, or the file that ``accelerate launch`` names in its place."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--deepspeed", default=os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+    path = parser.parse_known_args(argv)[0].deepspeed
+    if path is None:
+        raise UserError(
+            "No DeepSpeed config, so nothing says which optimizer to train with. Give one, such as "
+            "--deepspeed configs/zero2_mofasgd.json."
+        )
+    return path
+
+
+def read_json(path: str, what: str) -> dict:
+    """Read a JSON object; ``what`` names its role in the error messages."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such file, given as {what}. Pass a path that exists (shipped ones: configs/).")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: {what} is not valid JSON ({error.msg}, column {error.colno}). Correct that line."
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {what} must be a JSON object {{...}}, not a {type(content).__name__}.")
+    return content
+
+
+def hardware_defaults() -> dict[str, object]:
+    """bf16 on GPUs that have it, and fp32 on a CPU, where bf16 is slow and saves nothing worth having."""
+    on_gpu = torch.cuda.is_available()
+    return {"use_cpu": not on_gpu, "bf16": on_gpu and torch.cuda.is_bf16_supported()}
+
+
+def defaults_from_deepspeed(config: dict) -> dict[str, object]:
+    """Option defaults that a DeepSpeed config implies: its own numbers, and a learning rate for its optimizer."""
+    defaults: dict[str, object] = {}
+    optimizer = str(config.get("optimizer", {}).get("type", "")).lower()
+    if optimizer in DEFAULT_LEARNING_RATE:
+        defaults["learning_rate"] = DEFAULT_LEARNING_RATE[optimizer]
+    for key, option in JSON_KEY_TO_OPTION.items():
+        value = nested_value(config, key)
+        if value not in (None, "auto"):
+            defaults[option] = value
+    betas = nested_value(config, "optimizer.params.betas")
+    if betas not in (None, "auto"):
+        defaults["adam_beta1"], defaults["adam_beta2"] = betas
+    if defaults.get("fp16"):
+        defaults["bf16"] = False
+    return defaults
+
+
+def nested_value(config: dict, dotted_key: str) -> object:
+    """``config["a"]["b"]`` for ``"a.b"``, or None where any part is missing."""
+    value: object = config
+    for key in dotted_key.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value
+
+
+def check_deepspeed_config(config: dict, path: str) -> None:
+    gathers = nested_value(config, "zero_optimization.stage3_gather_16bit_weights_on_model_save")
+    if nested_value(config, "zero_optimization.stage") == 3 and gathers is not True:
+        raise UserError(
+            f'{path}: stage 3 without "stage3_gather_16bit_weights_on_model_save": true in "zero_optimization", so the '
+            "trained model could not be saved. Add it."
+        )
+
+
+def check_model_arguments(args: ModelArguments) -> None:
+    if args.model_name_or_path and args.model_config:
+        raise UserError(
+            "--model_name_or_path and --model_config are both given. Keep the first to fine-tune a pretrained model, "
+            "the second to build one with random weights."
+        )
+    if not args.model_name_or_path and not args.model_config:
+        raise UserError(
+            "No model. Give --model_name_or_path (a folder or a Hub name) or --model_config (configs/models/*.json)."
+        )
+
+
+def check_data_arguments(args: DataArguments, training_args: TrainingArguments) -> None:
+    if args.dataset_name and (args.train_file or args.eval_file):
+        raise UserError("--dataset_name and --train_file/--eval_file are both given. Keep one source of data.")
+    if not args.dataset_name and not args.train_file:
+        raise UserError("No training data. Give --train_file (.txt or .jsonl) or --dataset_name.")
+    if training_args.eval_packing:
+        raise UserError("--eval_packing would count some examples twice. Leave it out; --packing is for training alone.")
+    has_eval_data = bool(args.eval_file or args.dataset_eval_split)
+    wants_eval = training_args.eval_strategy != "no" or training_args.eval_on_start
+    if wants_eval and not has_eval_data:
+        raise UserError(
+            "Evaluation is asked for but there is nothing to evaluate on. Add --eval_file or --dataset_eval_split."
+        )
+
+

@@ -1,0 +1,55 @@
+"""Joining the other ranks and leaving them, with DeepSpeed's CPU leftovers cleared."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import datasets
+import deepspeed
+import torch
+
+from launch.errors import UserError
+
+
+def join_ranks() -> None:
+    """Start torch.distributed through DeepSpeed.
+
+    To be called before HF's ``TrainingArguments`` exist: on a CPU those would start it without DeepSpeed, and
+    ``zero.Init`` would then find no communication of its own.
+    """
+    if "RANK" not in os.environ:
+        raise UserError(
+            "No launcher started this process. Use `deepspeed launch/train.py ...` (one process per GPU), or "
+            "`accelerate launch --config_file configs/accelerate_zero2.yaml launch/train.py ...`."
+        )
+    # DeepSpeed's calls by older names: news for its authors, once per rank and name.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if os.environ["RANK"] != "0" or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    deepspeed.init_distributed()
+    if not torch.cuda.is_available():
+        unlink_shared_buffer()
+
+
+def leave_ranks() -> None:
+    """Wait for all ranks, then close the communication.
+
+    Without the wait a rank may be gone while rank 0 still writes the model; without the closing, its communication
+    threads may outlive the interpreter and abort the process, upon which the launcher kills the others.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def unlink_shared_buffer() -> None:
+    """Remove this rank's 69 MB all-reduce buffer from /dev/shm.
+
+    DeepSpeed's CPU communication never does, and a few dozen runs would fill the memory of a small machine. Every rank
+    has mapped all buffers by the time of the barrier, and a mapping outlives its name.
+    """
+    torch.distributed.barrier()
+    name = "deepspeed_allreduce_buffer_{}_{}_{}_{}".format(
+        os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]
+    )
+    (Path("/dev/shm") / name).unlink(missing_ok=True)

@@ -1,0 +1,153 @@
+"""Reading data files: every record is checked, and every complaint names its file and line.
+
+A record is one of four shapes, told apart by its keys:
+
+    {"text": "..."}                                                     a text
+    {"prompt": "...", "completion": "..."}                              a prompt and the answer to learn
+    {"instruction": "...", "input": "..." (may be left out), "output": "..."}   the same, as instruction data has it
+    {"messages": [{"role": "user", "content": "..."}, ...]}             a chat
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from launch.errors import UserError
+
+# Required keys and optional ones, by shape.
+SHAPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "text": (frozenset({"text"}), frozenset()),
+    "prompt": (frozenset({"prompt", "completion"}), frozenset()),
+    "instruction": (frozenset({"instruction", "output"}), frozenset({"input"})),
+    "chat": (frozenset({"messages"}), frozenset({"tools"})),
+}
+ACCEPTED = "accepted: text | prompt, completion | instruction, input (optional), output | messages, tools (optional)"
+ROLES = ("system", "user", "assistant", "tool")
+# Texts are read in pieces of about this many characters, so that a large file never lies in memory as a whole.
+TEXT_PIECE = 1 << 20
+
+
+def read_records(path: str, ignore_keys: Iterable[str] = ()) -> Iterator[tuple[str, str, dict]]:
+    """Read one file of either kind.
+
+    Yields:
+        (where, shape, record): ``where`` is "file:line", ``shape`` a key of ``SHAPES`` or "piece" for a piece of a
+        .txt file, whose record also says whether it is the file's "first" and "last" one.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such file. Check --train_file and --eval_file (relative to where you run).")
+    if file.suffix == ".txt":
+        yield from read_text(file)
+    elif file.suffix == ".jsonl":
+        yield from read_jsonl(file, ignore_keys)
+    else:
+        raise UserError(
+            f"{path}: a data file must end in .txt (a text) or .jsonl (one JSON record per line), not "
+            f"'{file.suffix}'. Rename or convert it."
+        )
+
+
+def read_text(file: Path) -> Iterator[tuple[str, str, dict]]:
+    """Cut one text into pieces at line ends; the pieces together are the file, character for character."""
+    line_number, piece_line, piece, size, first = 0, 1, [], 0, True
+    # newline="" keeps \r\n as it is: the model should see the file's own characters.
+    with file.open(encoding="utf-8", newline="") as lines:
+        try:
+            for line in lines:
+                line_number += 1
+                if size and size + len(line) > TEXT_PIECE:
+                    yield f"{file}:{piece_line}", "piece", {"text": "".join(piece), "first": first, "last": False}
+                    piece_line, piece, size, first = line_number, [], 0, False
+                piece.append(line)
+                size += len(line)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}:{line_number + 1}: not UTF-8 ({error.reason}) near here. Convert it to UTF-8.") from None
+    text = "".join(piece)
+    if first and not text.strip():
+        raise UserError(f"{file}: the file is empty. Give a file with text in it.")
+    yield f"{file}:{piece_line}", "piece", {"text": text, "first": first, "last": True}
+
+
+def read_jsonl(file: Path, ignore_keys: Iterable[str]) -> Iterator[tuple[str, str, dict]]:
+    """Read one JSON record per line; blank lines are skipped."""
+    ignored, found = frozenset(ignore_keys), False
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            if not raw.strip():
+                continue
+            where = f"{file}:{number}"
+            try:
+                record = json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from None
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{where}: not valid JSON ({error.msg}, column {error.colno}). Each line must be one whole record."
+                ) from None
+            found = True
+            yield where, *checked_record(record, where, ignored)
+    if not found:
+        raise UserError(f"{file}: the file holds no record. Give one JSON record per line; {ACCEPTED}.")
+
+
+def checked_record(record: object, where: str, ignored: frozenset[str] = frozenset()) -> tuple[str, dict]:
+    """Check one record.
+
+    Args:
+        record: what was read.
+        where: "file:line", or a dataset's name and row, for the messages.
+        ignored: keys to leave out.
+
+    Returns:
+        (shape, record) with the ignored keys gone.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a record must be a JSON object {{...}}, not a {type(record).__name__}; {ACCEPTED}.")
+    record = {key: value for key, value in record.items() if key not in ignored}
+    shapes = [shape for shape, (required, _) in SHAPES.items() if required <= record.keys()]
+    if len(shapes) != 1:
+        problem = "fits no known shape" if not shapes else f"fits several shapes ({', '.join(shapes)})"
+        raise UserError(
+            f"{where}: the record has keys {sorted(record)} and {problem}; {ACCEPTED}. Rename the keys, or name those "
+            "to leave out with --ignore_keys."
+        )
+    shape = shapes[0]
+    required, optional = SHAPES[shape]
+    unknown = sorted(record.keys() - required - optional)
+    if unknown:
+        raise UserError(
+            f"{where}: unknown keys {unknown} beside {sorted(required)}; {ACCEPTED}. Remove them, or pass "
+            f"--ignore_keys {' '.join(unknown)}."
+        )
+    if shape == "chat":
+        check_messages(record["messages"], where)
+    else:
+        check_strings(record, where)
+    return shape, record
+
+
+def check_strings(record: dict, where: str) -> None:
+    """Every value is a string, and all but an instruction's "input" say something."""
+    for key, value in record.items():
+        if key == "input" and value is None:
+            continue
+        if not isinstance(value, str):
+            raise UserError(f"{where}: {key!r} must be a string, not {json.dumps(value)[:60]}. Correct the record.")
+        if not value and key != "input":
+            raise UserError(f"{where}: {key!r} is empty, so there is nothing to learn. Fill it or remove the record.")
+
+
+def check_messages(messages: object, where: str) -> None:
+    """A chat is a non-empty list of messages with a known role, one of them the assistant's."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: 'messages' must be a non-empty list of {{'role': ..., 'content': ...}}.")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f"{where}: message {number} must be an object with a 'role' and a 'content'.")
+        if message["role"] not in ROLES:
+            raise UserError(f"{where}: message {number} has the role {message['role']!r}; known roles: {', '.join(ROLES)}.")
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise UserError(f"{where}: message {number} ({message['role']}) needs a 'content' string.")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError(f"{where}: no message has the role 'assistant', so there is no answer to learn from.")

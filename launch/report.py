@@ -1,0 +1,90 @@
+"""What train.py prints: what it is about to do, and what came of it."""
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerState
+
+from launch.arguments import ModelArguments, TrainingArguments, nested_value
+from launch.models import count_parameters
+
+
+def say(args: TrainingArguments, text: str) -> None:
+    """Print once, not once per rank."""
+    if args.process_index == 0:
+        print(text, flush=True)
+
+
+def banner(
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: str,
+    train_data: Dataset,
+    eval_data: Dataset | None,
+) -> str:
+    """One line for each thing that decides the run, defaults included."""
+    if model_args.model_config:
+        origin = f"{model_args.model_config}, random weights"
+    else:
+        origin = model_args.model_name_or_path
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    lines = {
+        "model": f"{origin}, {count_parameters(model) / 1e6:,.1f} M parameters, {precision}",
+        "tokenizer": tokenizer,
+        "train data": describe_data(train_data, args),
+        "eval data": describe_data(eval_data, args) if eval_data is not None else "none",
+        "optimizer": f"{describe_optimizer(args)}, lr {args.learning_rate:g} ({args.lr_scheduler_type.value})",
+        "batch": f"{batch} sequences = {args.per_device_train_batch_size} each on {args.world_size} ranks, "
+        f"{args.gradient_accumulation_steps} times",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:>{width}}: {value}" for name, value in lines.items())
+
+
+def describe_data(data: Dataset, args: TrainingArguments) -> str:
+    """Sizes of a dataset, and what of it the sequence length cuts off."""
+    lengths = pc.list_value_length(data.data.column("input_ids"))
+    tokens = pc.sum(lengths).as_py()
+    text = f"{len(data):,} examples, {tokens:,} tokens"
+    if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):
+        return text
+    overflow = pc.sum(pc.max_element_wise(pc.subtract(lengths, args.max_length), 0)).as_py()
+    if overflow:
+        text += f"; --max_length {args.max_length} cuts off {overflow:,} tokens ({overflow / tokens:.1%})"
+    return text
+
+
+def describe_optimizer(args: TrainingArguments) -> str:
+    if args.hf_deepspeed_config is None:
+        return str(args.optim)
+    config = args.hf_deepspeed_config.config
+    name = nested_value(config, "optimizer.type") or args.optim
+    return f"{name}, ZeRO stage {nested_value(config, 'zero_optimization.stage') or 0}"
+
+
+def evaluations(state: TrainerState) -> list[dict]:
+    """The evaluations so far, in order; those before a resumed checkpoint included."""
+    return [entry for entry in state.log_history if "eval_loss" in entry]
+
+
+def evaluated_last_step(state: TrainerState) -> bool:
+    done = evaluations(state)
+    return bool(done) and done[-1]["step"] == state.global_step
+
+
+def summary(state: TrainerState, output_dir: str) -> str:
+    """The end of a run: how the loss moved, how fast it went, where the model lies."""
+    lines = []
+    steps = [entry for entry in state.log_history if "tokens_per_second" in entry]
+    done = evaluations(state)
+    if done:
+        first, last = done[0]["eval_loss"], done[-1]["eval_loss"]
+        line = f"eval loss {last:.2f}" if len(done) == 1 else f"eval loss {first:.2f} -> {last:.2f} ({last / first - 1:+.0%})"
+        lines.append(f"{line}, perplexity {done[-1]['eval_perplexity']:.2f}")
+    if steps:
+        speed = sum(entry["tokens_per_second"] for entry in steps) / len(steps)
+        memory = max(entry["peak_memory_gb"] for entry in steps)
+        lines.append(f"{state.global_step} steps, {speed:,.0f} tokens/s, peak memory {memory:.2f} GB on one rank")
+    lines.append(f'model saved in {output_dir}: AutoModelForCausalLM.from_pretrained("{output_dir}")')
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Fine-tune a causal language model with DeepSpeed and any optimizer that its JSON names, MoFaSGD among them.
+
+    deepspeed launch/train.py --deepspeed configs/zero2_mofasgd.json \
+        --model_name_or_path path/to/model --train_file chats.jsonl --eval_file held_out.jsonl --output_dir out/model
+
+Built on TRL's SFTTrainer, for what it carries beyond HF's Trainer and would otherwise be ours to write: packing that
+keeps packed examples apart, batches without padding, and a head that computes the loss without ever holding the
+(tokens x vocabulary) logits, which at a vocabulary of 128,256 would be the largest tensor of a step.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+# A script's first import folder is its own; this makes it the repository's, from wherever the launcher runs it.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from transformers import ProgressCallback, set_seed
+
+from ds_mofa import OptionError  # importing it registers "MoFaSGD" with DeepSpeed, before any engine is made
+from launch.arguments import make_parser, parse_arguments
+from launch.callbacks import ProgressBar
+from launch.checkpoints import checkpoint_to_resume
+from launch.data import load_data
+from launch.distributed import join_ranks, leave_ranks
+from launch.errors import UserError
+from launch.models import load_model
+from launch.report import banner, evaluated_last_step, say, summary
+from launch.tokenizer import load_tokenizer
+from launch.trainer import FineTuner
+
+
+def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        make_parser().print_help()
+        return
+    join_ranks()
+    model_args, data_args, args = parse_arguments(argv)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    set_seed(args.seed)
+    tokenizer, tokenizer_description = load_tokenizer(model_args.tokenizer_source)
+    with args.main_process_first(desc="tokenizing"):
+        train_data, eval_data = load_data(data_args, tokenizer, args.max_length)
+    model = load_model(model_args, args, tokenizer)
+    say(args, banner(model_args, args, model, tokenizer_description, train_data, eval_data))
+    trainer = FineTuner(
+        model=model, args=args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer
+    )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ProgressBar)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if eval_data is not None and not evaluated_last_step(trainer.state):
+        trainer.evaluate()
+    trainer.save_model()
+    say(args, summary(trainer.state, args.output_dir))
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (UserError, OptionError) as error:
+        # The message is the whole story; a traceback per rank would bury it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,109 @@
+"""TRL's trainer, with speed, memory and perplexity in its logs."""
+
+import math
+import resource
+import time
+from contextlib import contextmanager
+
+import torch
+from trl import SFTTrainer
+
+from launch.encoding import IGNORED
+
+
+class FineTuner(SFTTrainer):
+    """``SFTTrainer`` whose logs also hold:
+
+    - ``tokens_per_second``: over all ranks, since the last log, evaluation and checkpoints left out;
+    - ``peak_memory_gb``: the largest of all ranks, in 1e9 bytes (see ``peak_memory``);
+    - ``eval_perplexity``: exp of the evaluation loss.
+
+    Its evaluation loss is the mean over tokens, so that perplexity is what the word says. HF's is the mean over
+    batches of each batch's mean: with answers of unequal length it depends on the batch size, and on the number of
+    ranks, since examples that fill up the last batches count again.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._interval_start: float | None = None  # seconds
+        self._interval_tokens = 0  # all tokens trained on, when the interval began
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)  # (summed loss, tokens) of this rank's evaluation
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        if self._interval_start is None:
+            self._interval_start = time.perf_counter()
+        return super().training_step(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        self._eval_sums.zero_()
+        with self.stopped_clock():
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        self.ignore_repeats(inputs)
+        # The first label is never predicted.
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().item()
+        step = super().prediction_step(model, inputs, *args, **kwargs)
+        self._eval_sums += torch.tensor([step[0].item() * tokens, tokens], dtype=torch.float64)
+        return step
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with self.stopped_clock():
+            super()._save_checkpoint(*args, **kwargs)
+
+    @contextmanager
+    def stopped_clock(self):
+        """Leave the time spent inside out of ``tokens_per_second``."""
+        start = time.perf_counter()
+        yield
+        if self._interval_start is not None:
+            self._interval_start += time.perf_counter() - start
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs:
+            # The same dictionary is what evaluate() returns.
+            logs["eval_loss"] = self.mean_eval_loss()
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        elif "loss" in logs and self._interval_start is not None:
+            now, tokens = time.perf_counter(), self._total_train_tokens
+            logs["tokens_per_second"] = (tokens - self._interval_tokens) / (now - self._interval_start)
+            logs["peak_memory_gb"] = self.largest(peak_memory(self.args.device) / 1e9)
+            self._interval_start, self._interval_tokens = now, tokens
+        super().log(logs, start_time)
+
+    def ignore_repeats(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Take out of the loss, in place, the examples that Accelerate repeats so that all last batches are full."""
+        progress = self.accelerator.gradient_state
+        if not progress.end_of_dataloader or progress.remainder <= 0:
+            return
+        # ``remainder`` examples are left for all ranks together, dealt out in rank order.
+        size = self.args.per_device_eval_batch_size
+        left = progress.remainder - self.args.process_index * size
+        labels = inputs["labels"]  # (batch, length), or (1, all lengths) without padding
+        if self.padding_free:
+            example = (inputs["position_ids"] == 0).cumsum(dim=1) - 1
+        else:
+            example = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+        labels[example >= left] = IGNORED
+
+    def mean_eval_loss(self) -> float:
+        """Mean loss per token of an evaluation, over all ranks; every rank must call it."""
+        # fp64 would be enough for any data, but not every device gathers it; sums of fp32 means are exact to 1e-7.
+        sums = self.accelerator.gather(self._eval_sums.float()[None].to(self.args.device)).double().sum(dim=0)
+        return (sums[0] / sums[1].clamp(min=1)).item()
+
+    def largest(self, value: float) -> float:
+        """The largest of a number over all ranks; every rank must call it."""
+        return self.accelerator.gather(torch.tensor([value], device=self.args.device)).max().item()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the peak that PyTorch has allocated on a GPU, or the peak resident size of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite instead of an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,107 @@
+"""Step time, tokens/s and peak memory of MoFaSGD beside its competitors, each in a process of its own.
+
+    python profiling/throughput.py --model_config configs/models/llama-3.1-8b.json --shapes 1024x8 4096x2 \
+        --runs torch:AdamW torch:MoFaSGD:r=8 zero2:AdamW zero2:MoFaSGD:r=32 --output_dir out/throughput
+
+A run is BACKEND:OPTIMIZER[:OPTION=VALUE...]. Backends: ``torch`` (one GPU, no DeepSpeed) and ``zero0`` to
+``zero3``. Options: ``r`` (rank), ``capture``, ``states`` (fp32 or bf16: DeepSpeed's master weights and optimizer
+states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``contiguous`` (0 or 1: its contiguous_gradients),
+``checkpointing`` (1). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention
+is sdpa; the batch is the same in every step.
+
+Prints a table and writes results.csv and results.jsonl, with hardware, versions and date.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = Path(__file__).with_name("throughput_worker.py")
+COLUMNS = {
+    "run": "run",
+    "shape": "tokens x micro-batches",
+    "micro_batch_ms": "fwd+bwd / micro-batch [ms]",
+    "step_ms": "optimizer step [ms]",
+    "tokens_per_second": "tokens/s per GPU",
+    "peak_allocated_gb": "peak allocated [GB]",
+    "nvml_gb": "NVML used [GB]",
+    "last_loss": "last loss",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_config", required=True, help="shape of the model, such as configs/models/*.json")
+    parser.add_argument("--runs", nargs="+", required=True, metavar="BACKEND:OPTIMIZER[:OPTION=VALUE...]")
+    parser.add_argument("--shapes", nargs="+", default=["1024x8"], metavar="TOKENSxMICRO_BATCHES")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before measuring")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps to measure; the median counts")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for one run")
+    parser.add_argument("--output_dir", default="out/throughput")
+    args = parser.parse_args()
+
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for shape in args.shapes:
+        for run in args.runs:
+            result = measure(run, shape, args, out)
+            results.append(result)
+            print(json.dumps(result), flush=True)
+            with open(out / "results.jsonl", "a") as file:
+                file.write(json.dumps(result) + "\n")
+    write_csv(results, out / "results.csv")
+    print(table(results))
+    if any("error" in result for result in results):
+        sys.exit(f"some runs failed; their logs are in {out}")
+
+
+def measure(run: str, shape: str, args: argparse.Namespace, out: Path) -> dict:
+    """One run in its own process (or processes): what the worker measured, or the end of what it printed."""
+    name = f"{run}-{shape}".replace(":", "_").replace("=", "")
+    result_file, log = out / f"{name}.json", out / f"{name}.log"
+    result_file.unlink(missing_ok=True)
+    launcher = [sys.executable]
+    if args.gpus > 1 or not run.startswith("torch:"):
+        launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(args.gpus)]
+    command = [*launcher, str(WORKER), "--run", run, "--shape", shape, "--model_config", args.model_config]
+    command += ["--warmup", str(args.warmup), "--steps", str(args.steps), "--result", str(result_file.resolve())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])}
+    with open(log, "w") as file:
+        try:
+            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=args.timeout)
+        except subprocess.TimeoutExpired:
+            file.write(f"\nstopped after {args.timeout} s\n")
+    row = {"run": run, "shape": shape, "gpus": args.gpus, "date": datetime.date.today().isoformat()}
+    if result_file.exists():
+        return {**row, **json.loads(result_file.read_text())}
+    errors = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
+    return {**row, "error": (errors or [f"no result, see {log}"])[-1][-300:]}
+
+
+def write_csv(results: list[dict], path: Path) -> None:
+    names = list(dict.fromkeys(name for result in results for name in result))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(results)
+
+
+def table(results: list[dict]) -> str:
+    """The results as a Markdown table."""
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + " --- |" * len(COLUMNS)]
+    for result in results:
+        cells = [result.get("error", result.get(name, "")) if name == "micro_batch_ms" else result.get(name, "") for name in COLUMNS]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

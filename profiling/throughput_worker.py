@@ -1,0 +1,195 @@
+"""One measured run of profiling/throughput.py: builds the model, trains a few steps, writes what it saw."""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+import ds_mofa
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--shape", required=True)
+    parser.add_argument("--model_config", required=True)
+    parser.add_argument("--warmup", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--result", required=True)
+    parser.add_argument("--local_rank", type=int, default=0)
+    args = parser.parse_args()
+
+    backend, optimizer, *options = args.run.split(":")
+    options = dict(option.split("=") for option in options)
+    tokens, micro_batches = map(int, args.shape.split("x"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", args.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)
+
+    if backend == "torch":
+        trainer = TorchTrainer(args.model_config, optimizer, options, micro_batches, device)
+    else:
+        trainer = DeepSpeedTrainer(args.model_config, backend, optimizer, options, micro_batches, device)
+    vocabulary = trainer.config.vocab_size
+    generator = torch.Generator().manual_seed(args.local_rank)
+    batches = torch.randint(vocabulary, (micro_batches, 1, tokens), generator=generator).to(device)
+
+    micro_ms, step_ms = [], []
+    loss = None
+    for step in range(args.warmup + args.steps):
+        if step == args.warmup and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = clock(device)
+        for ids in batches:
+            loss = trainer.accumulate(ids)
+        middle = clock(device)
+        trainer.step()
+        end = clock(device)
+        if step >= args.warmup:
+            micro_ms.append((middle - start) * 1e3 / micro_batches)
+            step_ms.append((end - middle) * 1e3)
+
+    micro, step = statistics.median(micro_ms), statistics.median(step_ms)
+    result = {
+        "micro_batch_ms": round(micro, 2),
+        "step_ms": round(step, 2),
+        "tokens_per_second": round(tokens * micro_batches / (micro * micro_batches + step) * 1e3),
+        "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
+        "peak_reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else None,
+        "nvml_gb": round(nvml_used(args.local_rank) / 1e9, 2) if cuda else None,
+        "last_loss": round(float(loss), 4),
+        "hardware": torch.cuda.get_device_name() if cuda else "CPU",
+        "model": Path(args.model_config).stem,
+        "parameters": trainer.parameters,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ds_mofa": ds_mofa.__version__,
+        **trainer.versions(),
+    }
+    if args.local_rank == 0:
+        Path(args.result).write_text(json.dumps(result))
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after everything queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def nvml_used(index: int) -> int:
+    """Bytes in use on the whole GPU, by all processes, as the driver counts them."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).used
+
+
+def build_model(path: str, options: dict, device: torch.device):
+    config = AutoConfig.for_model(**json.loads(Path(path).read_text()))
+    config.use_cache = False
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if options.get("checkpointing") == "1":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def optimizer_params(optimizer: str, options: dict) -> dict:
+    if optimizer.lower() != "mofasgd":
+        return {"lr": 1e-5}
+    chosen = {"capture": options["capture"]} if "capture" in options else {}
+    return {"lr": 3e-3, "adamw_lr": 1e-5, "rank": int(options.get("r", 8)), **chosen}
+
+
+class TorchTrainer:
+    """A plain loop on one GPU: weights, gradients and AdamW's states in bf16."""
+
+    def __init__(self, path: str, optimizer: str, options: dict, micro_batches: int, device: torch.device):
+        self.model, self.micro_batches = build_model(path, options, device), micro_batches
+        self.config, self.parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
+        params = optimizer_params(optimizer, options)
+        if optimizer.lower() == "mofasgd":
+            self.optimizer = ds_mofa.MoFaSGD(self.model, **params)
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), **params, fused=device.type == "cuda")
+
+    def accumulate(self, ids: torch.Tensor) -> torch.Tensor:
+        loss = self.model(input_ids=ids, labels=ids).loss
+        (loss / self.micro_batches).backward()
+        return loss.detach()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def versions(self) -> dict:
+        return {}
+
+
+class DeepSpeedTrainer:
+    """``deepspeed.initialize`` with a ZeRO stage."""
+
+    def __init__(
+        self, path: str, backend: str, optimizer: str, options: dict, micro_batches: int, device: torch.device
+    ):
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+        stage = int(backend.removeprefix("zero"))
+        pure = options.get("states", "fp32") == "bf16"
+        fused = {"fused": True} if device.type == "cuda" else {}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": micro_batches,
+            "bf16": {"enabled": True, "bf16_master_weights_and_grads": pure, "bf16_optimizer_states": pure},
+            "zero_optimization": {
+                "stage": stage,
+                "overlap_comm": True,
+                "contiguous_gradients": options.get("contiguous", "1") == "1",
+                "reduce_bucket_size": int(options.get("bucket", 100_000_000)),
+                "allgather_bucket_size": 200_000_000,
+                "stage3_prefetch_bucket_size": 100_000_000,
+                "stage3_param_persistence_threshold": 100_000,
+            },
+            "optimizer": {
+                "type": optimizer,
+                "params": {**optimizer_params(optimizer, options), "torch_adam": True, **fused},
+            },
+            "steps_per_print": 10**9,
+        }
+        # While it lives, transformers builds models under zero.Init in stage 3.
+        self._hf_config = HfDeepSpeedConfig(config)
+        model = build_model(path, options, device)
+        self.config = model.config
+        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        self._version = deepspeed.__version__
+        self.micro_batches, self._count = micro_batches, 0
+
+    def accumulate(self, ids: torch.Tensor) -> torch.Tensor:
+        if self._count:
+            self.engine.step()  # counts the micro-batch before; the last one's call is the optimizer's
+        self._count = (self._count + 1) % self.micro_batches
+        loss = self.engine(input_ids=ids, labels=ids).loss
+        self.engine.backward(loss)
+        return loss.detach()
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def versions(self) -> dict:
+        return {"deepspeed": self._version, "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Package metadata. The base install is what the optimizer needs; training, tests and logs are extras."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# TRL 1.16 has no release for Python 3.10, so the training command needs 3.11; the optimizer itself does not.
+TRAIN = ["transformers>=5.17", "accelerate>=1.15", "trl>=1.16; python_version >= '3.11'", "datasets>=5.2"]
+LOGS = ["tensorboard>=2.20"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
+
+setup(
+    name="ds_mofa",
+    version="0.1.0",
+    description="MoFaSGD for DeepSpeed: full-parameter fine-tuning at LoRA's memory, from one line of JSON",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["ds_mofa", "ds_mofa.*"]),
+    python_requires=">=3.10,<3.14",
+    install_requires=["torch>=2.11", "deepspeed>=0.19.8", "numpy", "nvidia-ml-py>=12"],
+    extras_require={"train": TRAIN, "logs": LOGS, "test": TEST, "all": TRAIN + LOGS + TEST},
+)

@@ -1,0 +1,157 @@
+"""The Triton kernels against their PyTorch twins, on a GPU."""
+
+import pytest
+import torch
+
+from ds_mofa import MoFaSGD, weights
+from ds_mofa.factors import Factors, update_factors
+from ds_mofa.kernels import svd
+from ds_mofa.weights import Rounding, Shard, write_updates
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def _eighths(*shape):
+    """Numbers whose products and sums are exact in fp32 and tf32, so that the order of a sum cannot matter."""
+    return torch.randint(-4, 5, shape).float() / 8
+
+
+@pytest.mark.parametrize("masters", [False, True], ids=["", "masters"])
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("size", [1.0, 1e-4])  # in fp16 the second is subnormal
+@pytest.mark.parametrize(
+    ("m", "n", "r", "start", "stop"),
+    [
+        (40, 37, 5, 0, 1480),  # an odd row: no two neighbours are a word
+        (40, 37, 5, 50, 777),
+        (70, 300, 8, 0, 21000),
+        (70, 300, 8, 1002, 20000),  # a shard from the middle of a row to the middle of another
+        (70, 300, 8, 3, 20995),
+        (33, 1000, 40, 1500, 1502),
+        (8, 16, 8, 17, 17),  # an empty shard
+        (257, 1030, 128, 0, 264710),
+    ],
+)
+def test_the_write_gives_the_bits_of_its_twin(m, n, r, start, stop, size, dtype, stochastic, masters):
+    torch.manual_seed(0)
+    U, V = _eighths(2, m, r).to(dtype), _eighths(2, n, r).to(dtype)
+    coefficients = (torch.rand(2, r) > 0.3).to(dtype)
+    W = (torch.randn(2, stop - start) * 0.02 * size).to(dtype)
+    written = []
+    for device in ("cpu", "cuda"):
+        parts = W.to(device, copy=True)
+        fp32 = parts.float() if masters else None
+        write_updates(
+            [Shard(part, start) for part in parts],
+            U.to(device),
+            V.to(device),
+            coefficients.to(device),
+            indices=(3, 9),
+            step_size=2.0**-10,
+            decay=0.75,
+            rounding=Rounding(stochastic, seed=12345, step=7),
+            masters=list(fp32) if masters else None,
+        )
+        written.append((parts.cpu(), fp32.cpu() if masters else None))
+    assert torch.equal(written[0][0], written[1][0])
+    if masters:
+        assert torch.equal(written[0][1], written[1][1])
+    assert start == stop or not torch.equal(written[1][0], W)
+
+
+def test_the_write_of_fp32_weights_agrees_to_rounding():
+    torch.manual_seed(0)
+    U, V, W = torch.randn(1, 70, 8), torch.randn(1, 300, 8), torch.randn(1, 21000)
+    cpu, gpu = W.clone(), W.cuda()
+    for device, parts in (("cpu", cpu), ("cuda", gpu)):
+        ones = torch.ones(1, 8, device=device)
+        arguments = {"indices": (0,), "step_size": 0.1, "decay": 0.9, "rounding": Rounding(True)}
+        write_updates([Shard(parts[0])], U.to(device), V.to(device), ones, **arguments)
+    assert (gpu.cpu() - cpu).norm() / cpu.norm() < 1e-6
+
+
+def test_random_words_are_counted_in_32_bits_beyond_two_billion_elements():
+    """A matrix of 2^31 elements and more is addressed right: its last row gets its own bits."""
+    m, n = 70000, 32768
+    if torch.cuda.mem_get_info()[0] < 6 * m * n:
+        pytest.skip("needs 14 GB")
+    W = torch.full((m * n,), 1.0, dtype=torch.bfloat16, device="cuda")
+    U, V = torch.ones(1, m, 1, device="cuda").bfloat16(), torch.ones(1, n, 1, device="cuda").bfloat16()
+    arguments = {"indices": (0,), "step_size": 2.0**-12, "decay": 1.0, "rounding": Rounding(True, 1, 1)}
+    write_updates([Shard(W)], U, V, U[:, :1, 0], **arguments)
+    row = torch.full((n,), 1.0, dtype=torch.bfloat16)
+    key = weights.rounding_key(Rounding(True, 1, 1), 0)
+    bits = weights.random_bits(m - 1, 1, n, key, row.device).view(-1)
+    expected = weights.round_stochastically(row.float() - 2.0**-12, bits, torch.bfloat16).bfloat16()
+    assert torch.equal(W[-n:].cpu(), expected)
+
+
+@pytest.mark.parametrize("rows,columns", [(8, 8), (6, 7), (7, 6), (16, 16), (64, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize("kind", ["generic", "rank one", "zero", "graded"])
+def test_jacobi_agrees_with_the_library(kind, rows, columns):
+    torch.manual_seed(0)
+    K = torch.randn(5, rows, columns, device="cuda")
+    if kind == "rank one":
+        K = torch.randn(5, rows, 1, device="cuda") @ torch.randn(5, 1, columns, device="cuda")
+    elif kind == "zero":
+        K = torch.zeros_like(K)
+    elif kind == "graded":
+        K = K * torch.logspace(0, -6, columns, device="cuda")
+    scaled, sigma, Q = svd.jacobi_svd(K)
+    _, expected, _ = svd.jacobi_svd_twin(K.double())
+    norm = K.double().norm().clamp_min(1e-30)
+    assert (sigma - expected).norm() / norm < 2e-5
+    assert (K.double() @ Q.double() - scaled).norm() / norm < 1e-5
+    identity = torch.eye(columns, device="cuda")
+    assert (Q.mT @ Q - identity).abs().max() < 2e-4
+    assert (sigma[:, :-1] >= sigma[:, 1:]).all()
+
+
+@pytest.mark.parametrize("kind", ["generic", "rank one", "zero", "inside", "graded"])
+@pytest.mark.parametrize(("m", "n", "r"), [(300, 200, 32), (40, 30, 4), (12, 50, 8), (64, 64, 64), (600, 500, 128)])
+def test_the_update_on_a_gpu_is_the_dense_one(m, n, r, kind):
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(3, size, r, device="cuda")).Q for size in (m, n))
+    sigma = torch.rand(3, r, device="cuda").sort(-1, descending=True).values
+    G = torch.randn(3, m, n, device="cuda")
+    if kind == "rank one":
+        G = torch.randn(3, m, 1, device="cuda") @ torch.randn(3, 1, n, device="cuda")
+    elif kind == "zero":
+        G = torch.zeros_like(G)
+    elif kind == "inside":
+        G = U @ torch.randn(3, r, r, device="cuda") @ V.mT
+    elif kind == "graded":
+        G = G * torch.logspace(0, -9, n, device="cuda")
+    new = update_factors(Factors(U, sigma, V), G @ V, G.mT @ U, beta=0.85, gamma=0.15)
+
+    U, V, sigma, G = (x.double() for x in (U, V, sigma, G))
+    projected = U @ (U.mT @ G) + G @ V @ V.mT - U @ (U.mT @ G @ V) @ V.mT
+    P, S, Qt = torch.linalg.svd(0.85 * U @ torch.diag_embed(sigma) @ V.mT + 0.15 * projected, full_matrices=False)
+    best = P[..., :r] @ torch.diag_embed(S[..., :r]) @ Qt[..., :r, :]
+    got = new.U.double() @ torch.diag_embed(new.sigma.double()) @ new.V.double().mT
+    assert (got - best).norm() / best.norm() < 1e-4
+    for factor in (new.U, new.V):
+        assert (factor.mT @ factor - torch.eye(r, device="cuda")).abs().max() < 1e-5
+
+
+def test_a_bf16_model_learns_and_keeps_no_weight_gradient():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(64, 128), torch.nn.Linear(128, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)
+    ).to("cuda", torch.bfloat16)
+    optimizer = MoFaSGD(model, lr=2e-2, rank=8)
+    ids = torch.randint(64, (16, 32), device="cuda")
+    losses = []
+    for _ in range(60):
+        logits = model(ids).float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(1, 1).flatten())
+        loss.backward()
+        assert model[1].weight.grad is None
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]

@@ -1,0 +1,97 @@
+"""A command line and a DeepSpeed JSON agree, or the user is told how they do not."""
+
+import json
+
+import pytest
+
+from launch.arguments import deepspeed_config_path, defaults_from_deepspeed, parse_arguments, read_json
+from launch.errors import UserError
+
+MODEL = ["--model_config", "configs/models/llama-tiny.json"]
+DATA = ["--train_file", "train.txt"]
+CONFIG = ["--deepspeed", "configs/zero2_adamw.json"]
+
+
+@pytest.fixture(autouse=True)
+def one_rank_without_a_launcher(monkeypatch, tmp_path):
+    """What TrainingArguments needs of a launcher: nothing, once there is no DeepSpeed engine to start."""
+    monkeypatch.setattr("launch.arguments.TrainingArguments.__post_init__", lambda self: None)
+
+
+def parse(*words: str):
+    return parse_arguments([*words, "--output_dir", "out"])
+
+
+BAD_LINES = {
+    "two models": (MODEL + ["--model_name_or_path", "x"] + DATA + CONFIG, "both given.*Keep the first"),
+    "no model": (DATA + CONFIG, "No model. Give --model_name_or_path"),
+    "no data": (MODEL + CONFIG, "No training data"),
+    "two sources": (MODEL + DATA + CONFIG + ["--dataset_name", "x"], "Keep one source of data"),
+    "evaluation of nothing": (MODEL + DATA + CONFIG + ["--eval_on_start"], "nothing to evaluate on"),
+    "unknown option": (MODEL + DATA + CONFIG + ["--lerning_rate", "1"], "unknown options: --lerning_rate 1.*--help"),
+    "not a number": (MODEL + DATA + CONFIG + ["--learning_rate", "fast"], "invalid float value: 'fast'.*--help"),
+    "packed evaluation": (MODEL + DATA + CONFIG + ["--eval_packing"], "count some examples twice"),
+    "no DeepSpeed config": (MODEL + DATA, "which optimizer to train with"),
+    "a config that is not there": (MODEL + DATA + ["--deepspeed", "nowhere.json"], "nowhere.json: no such file"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_command_line_says_what_to_do(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(*words)
+
+
+def test_a_broken_json_is_named_with_its_line(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{\n  "a": 1,\n  "b" 2\n}')
+    with pytest.raises(UserError, match="a.json:3: the config is not valid JSON"):
+        read_json(str(file), "the config")
+    file.write_text("[1]")
+    with pytest.raises(UserError, match="a.json: the config must be a JSON object"):
+        read_json(str(file), "the config")
+
+
+def test_stage_3_must_gather_for_saving(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    with pytest.raises(UserError, match="a.json: stage 3 without .*Add it"):
+        parse(*MODEL, *DATA, "--deepspeed", str(file))
+
+
+def test_numbers_in_the_json_become_defaults(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(
+        json.dumps(
+            {
+                "train_micro_batch_size_per_gpu": 3,
+                "gradient_accumulation_steps": 5,
+                "gradient_clipping": "auto",
+                "optimizer": {"type": "AdamW", "params": {"lr": 0.25, "betas": [0.5, 0.75], "eps": "auto"}},
+            }
+        )
+    )
+    _, _, args = parse(*MODEL, *DATA, "--deepspeed", str(file))
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (3, 5)
+    assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (0.25, 0.5, 0.75)
+    assert args.max_grad_norm == 1.0  # HF's own default
+    # What the command line says wins here; HF then raises where it contradicts the JSON.
+    assert parse(*MODEL, *DATA, "--deepspeed", str(file), "--learning_rate", "0.5")[2].learning_rate == 0.5
+
+
+@pytest.mark.parametrize(("name", "rate"), [("MoFaSGD", 6e-3), ("mofasgd", 6e-3), ("AdamW", 2e-5)])
+def test_each_optimizer_has_its_own_learning_rate(name, rate):
+    config = {"optimizer": {"type": name, "params": {"lr": "auto"}}}
+    assert defaults_from_deepspeed(config)["learning_rate"] == rate
+
+
+def test_fp16_in_the_json_turns_bf16_off():
+    assert defaults_from_deepspeed({"fp16": {"enabled": True}}) == {"fp16": True, "bf16": False}
+    assert defaults_from_deepspeed({"fp16": {"enabled": "auto"}}) == {}
+
+
+def test_accelerate_names_the_config_through_the_environment(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "a.json")
+    assert deepspeed_config_path([]) == "a.json"
+    assert deepspeed_config_path(["--deepspeed", "b.json"]) == "b.json"
+    assert deepspeed_config_path(["--deepspeed=b.json"]) == "b.json"

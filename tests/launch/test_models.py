@@ -1,0 +1,59 @@
+"""The shipped shapes are the published models, and a wrong shape is refused with a reason."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from launch.errors import UserError
+from launch.models import build_model, check_vocabulary, config_from_shape, count_parameters
+from launch.tokenizer import byte_tokenizer
+
+# As the model cards give them, in parameters; Llama 3.2's embedding is tied to its head and counts once.
+PUBLISHED = {
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
+def test_shapes_have_the_published_size(name, parameters):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_from_shape(f"configs/models/{name}.json"))
+    assert count_parameters(model) == parameters
+
+
+def test_the_tiny_shape_fits_the_byte_tokenizer_and_runs():
+    config = config_from_shape("configs/models/llama-tiny.json")
+    check_vocabulary(config, byte_tokenizer())
+    model = build_model(config, torch.device("cpu"), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, config.vocab_size)
+
+
+def test_a_tokenizer_larger_than_the_model_raises():
+    with pytest.raises(UserError, match="The tokenizer has 262 tokens and the model only 100"):
+        check_vocabulary(LlamaConfig(vocab_size=100), byte_tokenizer())
+
+
+BAD_SHAPES = {
+    "no type": ({"hidden_size": 8}, 'no "model_type"'),
+    "unknown type": ({"model_type": "lama"}, "not a model that transformers can build"),
+    "misspelt key": ({"model_type": "llama", "hiden_size": 8}, "llama has no setting hiden_size"),
+    "heads do not divide": (
+        {"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3},
+        "not a model that transformers can build",
+    ),
+}
+
+
+@pytest.mark.parametrize(("shape", "message"), BAD_SHAPES.values(), ids=BAD_SHAPES)
+def test_a_bad_shape_is_named(tmp_path, shape, message):
+    file = tmp_path / "shape.json"
+    file.write_text(json.dumps(shape))
+    with pytest.raises(UserError, match=message) as raised:
+        config_from_shape(str(file))
+    assert str(raised.value).startswith(str(file))

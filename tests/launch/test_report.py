@@ -1,0 +1,56 @@
+"""What is printed is what happened."""
+
+from types import SimpleNamespace
+
+from datasets import Dataset
+from transformers import TrainerState
+
+from launch.report import describe_data, evaluated_last_step, summary
+
+
+def data(*lengths: int) -> Dataset:
+    return Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+
+
+def options(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**({"max_length": 4, "packing": False, "packing_strategy": "bfd"} | changes))
+
+
+def test_what_the_length_cuts_off_is_said():
+    assert describe_data(data(4, 1), options()) == "2 examples, 5 tokens"
+    assert describe_data(data(9, 6, 1), options()) == (
+        "3 examples, 16 tokens; --max_length 4 cuts off 7 tokens (43.8%)"
+    )
+    assert "cuts off 7 tokens" in describe_data(data(9, 6, 1), options(packing=True))
+
+
+def test_nothing_is_cut_off_where_there_is_no_limit_or_it_splits():
+    for changes in ({"max_length": None}, {"packing": True, "packing_strategy": "bfd_split"}):
+        assert describe_data(data(9, 6, 1), options(**changes)) == "3 examples, 16 tokens"
+
+
+def evaluation(step: int, loss: float) -> dict:
+    return {"step": step, "eval_loss": loss, "eval_perplexity": 2.0}
+
+
+def step(number: int, speed: float, memory: float) -> dict:
+    return {"step": number, "loss": 1.0, "tokens_per_second": speed, "peak_memory_gb": memory}
+
+
+def test_the_summary_compares_the_first_evaluation_with_the_last():
+    history = [evaluation(0, 5.0), step(1, 100, 1.5), evaluation(1, 9.0), step(2, 300, 1.25), evaluation(2, 2.5)]
+    text = summary(TrainerState(global_step=2, log_history=history), "out/model")
+    assert "eval loss 5.00 -> 2.50 (-50%), perplexity 2.00" in text
+    assert "2 steps, 200 tokens/s, peak memory 1.50 GB on one rank" in text
+    assert 'from_pretrained("out/model")' in text
+
+
+def test_the_summary_of_one_evaluation_has_no_arrow():
+    text = summary(TrainerState(global_step=2, log_history=[evaluation(2, 2.5)]), "out/model")
+    assert text.startswith("eval loss 2.50, perplexity")
+
+
+def test_the_last_step_is_evaluated_once():
+    assert evaluated_last_step(TrainerState(global_step=2, log_history=[evaluation(2, 1.0)]))
+    assert not evaluated_last_step(TrainerState(global_step=3, log_history=[evaluation(2, 1.0)]))
+    assert not evaluated_last_step(TrainerState(global_step=3))

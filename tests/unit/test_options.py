@@ -1,0 +1,175 @@
+"""Options: what is refused, and that the message says which option, which value, and what would be right."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from ds_mofa import OptionError, Options
+
+# option, value, what the message must offer
+BAD = [
+    ("lr", 0, "> 0"),
+    ("lr", -1e-3, "> 0"),
+    ("lr", "6e-3", "number"),
+    ("lr", None, "number"),
+    ("lr", True, "number"),
+    ("lr", math.nan, "> 0"),
+    ("lr", math.inf, "> 0"),
+    ("rank", 0, "whole number >= 1"),
+    ("rank", -4, "whole number >= 1"),
+    ("rank", 8.0, "whole number >= 1"),
+    ("rank", "8", "whole number >= 1"),
+    ("rank", True, "whole number >= 1"),
+    ("beta", 1, ">= 0 and < 1"),
+    ("beta", 1.5, ">= 0 and < 1"),
+    ("beta", -0.1, ">= 0 and < 1"),
+    ("beta", [0.9, 0.95], "number >= 0 and < 1"),
+    ("weight_decay", -0.01, ">= 0"),
+    ("weight_decay", None, ">= 0"),
+    ("adjust_lr_fn", "rms", "'match_rms_adamw', 'original', 'none'"),
+    ("adjust_lr_fn", None, "'match_rms_adamw', 'original', 'none'"),
+    ("update_rule", "Spectral", "'spectral', 'inverse_sigma'"),
+    ("update_rule", ["spectral"], "'spectral', 'inverse_sigma'"),
+    ("inverse_sigma_clamp", 0, "> 0"),
+    ("rounding", "bf16", "'stochastic', 'nearest'"),
+    ("master_weights", 1, "true or false"),
+    ("master_weights", "false", "true or false"),
+    ("capture", "hooks", "'linear', 'hook'"),
+    ("include", "lm_head", '["lm_head"]'),
+    ("include", None, '["lm_head"]'),
+    ("include", [1], '["lm_head"]'),
+    ("include", ["(head"], "'(head' is not a regular expression"),
+    ("exclude", "lm_head", '["lm_head"]'),
+    ("exclude", 3, '["lm_head"]'),
+    ("exclude", ["*"], "'*' is not a regular expression"),
+    ("seed", -1, "whole number >= 0"),
+    ("seed", 2**31, "< 2147483648"),
+    ("seed", 0.5, "whole number >= 0"),
+    ("adamw_lr", -1e-4, ">= 0"),
+    ("adamw_lr", "1e-4", "number"),
+    ("adamw_betas", 0.9, "two numbers"),
+    ("adamw_betas", None, "two numbers"),
+    ("adamw_betas", "0.9", "two numbers"),
+    ("adamw_betas", [0.9], "two numbers"),
+    ("adamw_betas", [0.9, 0.99, 0.999], "two numbers"),
+    ("adamw_betas", [0.9, 1.0], "< 1"),
+    ("adamw_betas", [0.9, "0.99"], "number"),
+    ("adamw_eps", 0, "> 0"),
+    ("adamw_weight_decay", -1, ">= 0"),
+]
+
+
+@pytest.mark.parametrize("name, value, right", BAD, ids=[f"{name}={value!r}" for name, value, _ in BAD])
+def test_a_bad_value_is_refused_by_name_with_what_is_right(name, value, right):
+    with pytest.raises(OptionError) as error:
+        Options.from_config({name: value})
+    message = str(error.value)
+    assert message.startswith(name), message
+    assert right in message, message
+    shown = value[0] if isinstance(value, list) and "regular" in right else value
+    items = value if isinstance(value, list) else [value]
+    assert repr(shown) in message or any(repr(item) in message for item in items), message
+
+
+def test_every_option_has_a_bad_value_in_the_table():
+    assert {name for name, _, _ in BAD} == {field.name for field in dataclasses.fields(Options)}
+
+
+GOOD = {
+    "lr": 1,
+    "rank": 1,
+    "beta": 0,
+    "weight_decay": 0,
+    "seed": 2**31 - 1,
+    "adamw_lr": 0,
+    "adamw_betas": (0, 0.5),
+    "adamw_weight_decay": 0,
+    "include": ["a", "b$"],
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_the_ends_of_a_range_are_allowed(name):
+    options, rest = Options.from_config({name: GOOD[name]})
+    assert getattr(options, name) == GOOD[name] and rest == {}
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("learning_rate", None),
+        ("ranks", "rank"),
+        ("weightdecay", "weight_decay"),
+        ("adam_betas", "adamw_betas"),
+        ("beta_s", "betas"),
+        ("Capture", "capture"),
+        ("torch_adm", "torch_adam"),
+        ("xyzzy", None),
+    ],
+)
+def test_a_misspelt_name_gets_a_suggestion_and_the_list(typed, meant):
+    with pytest.raises(OptionError) as error:
+        Options.from_config({typed: 1}, passed_on=["torch_adam"])
+    message = str(error.value)
+    assert repr(typed) in message and "adjust_lr_fn" in message and "torch_adam" in message
+    if meant is None:
+        assert "xyzzy" != typed or "did you mean" not in message
+    else:
+        assert f"did you mean {meant!r}?" in message
+
+
+@pytest.mark.parametrize("alias, name, value", [("betas", "adamw_betas", [0.8, 0.9]), ("eps", "adamw_eps", 1e-6)])
+def test_the_names_of_an_adamw_config_are_understood(alias, name, value):
+    options, _ = Options.from_config({alias: value})
+    assert getattr(options, name) == value
+    with pytest.raises(OptionError, match="are the same option"):
+        Options.from_config({alias: value, name: value})
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "betas", "eps", "rank"])
+def test_an_auto_that_nobody_filled_in_is_explained(name):
+    with pytest.raises(OptionError, match=f'{name}="auto" was not filled in'):
+        Options.from_config({name: "auto"})
+
+
+def test_what_is_passed_on_is_left_alone():
+    options, rest = Options.from_config({"lr": 0.1, "torch_adam": "auto"}, passed_on=["torch_adam", "foreach"])
+    assert options == Options(lr=0.1) and rest == {"torch_adam": "auto"}
+
+
+def test_options_cannot_change_after_the_check():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().lr = -1
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16), (1, 100)])
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+def test_the_factor_by_shape_is_that_of_torch_muon(adjust_lr_fn, shape):
+    """On a gradient of one singular value Muon's step has, up to that factor, one size for all shapes."""
+
+    def moved(shape, adjust_lr_fn):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = torch.zeros(shape)
+        weight.grad[0, 0] = 1
+        torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, adjust_lr_fn=adjust_lr_fn).step()
+        return float(weight.detach().norm())
+
+    square = moved((32, 32), "original")  # there the factor is 1
+    expected = Options(adjust_lr_fn=adjust_lr_fn).shape_factor(*shape)
+    assert moved(shape, adjust_lr_fn) / square == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_factor_by_shape_in_numbers():
+    assert Options(adjust_lr_fn="none").shape_factor(7, 900) == 1
+    assert Options(adjust_lr_fn="original").shape_factor(400, 100) == 2
+    assert Options(adjust_lr_fn="original").shape_factor(100, 400) == 1
+    assert Options(adjust_lr_fn="match_rms_adamw").shape_factor(25, 100) == pytest.approx(2)
+
+
+def test_derived_numbers():
+    assert Options(beta=0.85).gamma == pytest.approx(0.15)
+    assert Options(lr=1e-2).adamw_lr_ratio == 0.1
+    assert Options(lr=1e-2, adamw_lr=2e-4).adamw_lr_ratio == pytest.approx(0.02)
+    assert Options(lr=1e-2, adamw_lr=0).adamw_lr_ratio == 0
