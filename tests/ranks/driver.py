@@ -18,6 +18,7 @@ import numpy
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 from launching import remove_shared_buffers
 
 import ds_mofa  # noqa: F401  registers the optimizer's name
@@ -61,6 +62,7 @@ def run(entry: dict, place: Path, rank: int) -> None:
     except BaseException:
         (place / f"rank{rank}.failed").write_text(traceback.format_exc())
         sys.exit(1)
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's: it outlives its engine, and the next one would use it
     gc.collect()
 
 

@@ -14,10 +14,12 @@ in one process group, one after the other (``driver.py``). A rank that fails end
 be waiting for it; the scenes after the failed one get a new launch.
 """
 
+import ctypes
 import dataclasses
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from typing import Any
 import pytest
 import torch
 
-__all__ = ["Case", "Launcher", "Ran", "on_ranks", "remove_shared_buffers"]
+__all__ = ["Case", "Launcher", "Ran", "cases", "on_ranks", "remove_shared_buffers"]
 
 _HERE = Path(__file__).parent
 
@@ -62,6 +64,17 @@ class Ran:
             raise AttributeError(name) from None
 
 
+def cases(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,), **axes: Iterable[Any]) -> list[Case]:
+    """Every combination of the arguments; see :func:`on_ranks`."""
+    module = Path(scene.__code__.co_filename).stem
+    return [
+        Case(module, scene.__name__, size, json.dumps({**fixed, **dict(zip(axes, values))}, sort_keys=True))
+        for size in world
+        for fixed in some or ({},)
+        for values in itertools.product(*axes.values())
+    ]
+
+
 def on_ranks(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,), **axes: Iterable[Any]):
     """Parametrise a test, whose argument ``ran`` is a :class:`Ran`, by every combination of the axes.
 
@@ -71,14 +84,8 @@ def on_ranks(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,)
         world: numbers of ranks.
         **axes: values of each other argument.
     """
-    module = Path(scene.__code__.co_filename).stem
-    cases = [
-        Case(module, scene.__name__, size, json.dumps({**fixed, **dict(zip(axes, values))}))
-        for size in world
-        for fixed in some or ({},)
-        for values in itertools.product(*axes.values())
-    ]
-    return pytest.mark.parametrize("ran", cases, ids=[case.id for case in cases], indirect=True)
+    found = cases(scene, *some, world=world, **axes)
+    return pytest.mark.parametrize("ran", found, ids=[case.id for case in found], indirect=True)
 
 
 class Launcher:
@@ -89,7 +96,7 @@ class Launcher:
         self._places: dict[Case, Path] = {}
 
     def result(self, case: Case, wanted: Iterable[Case]) -> Ran:
-        """The result of ``case``; runs all of ``wanted`` that are for the same world size first, if need be."""
+        """The result of ``case``; where it must be run, ``wanted`` of the same world size are run with it."""
         if case not in self._places:
             fresh = dict.fromkeys(c for c in [*wanted, case] if c.world == case.world and c not in self._places)
             for c in fresh:
@@ -128,9 +135,13 @@ class Launcher:
         log = self._directory / f"world{world}.log"
         try:
             with log.open("w") as file:
-                # A session of its own, so that Ctrl-C reaches the launcher once, through us.
                 process = subprocess.Popen(
-                    list(map(str, command)), env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=self._directory
+                    list(map(str, command)),
+                    env=environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    cwd=self._directory,
+                    preexec_fn=_end_with_parent,
                 )
                 try:
                     code = process.wait()
@@ -152,6 +163,11 @@ def remove_shared_buffers(port: int) -> None:
     """DeepSpeed's CPU backend leaves 69 MB a rank in /dev/shm, named by the port of the run."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
         buffer.unlink(missing_ok=True)
+
+
+def _end_with_parent() -> None:
+    """Have Linux tell the launcher to stop when pytest is killed: it stops its ranks."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _free_port() -> int:

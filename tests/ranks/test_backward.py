@@ -5,7 +5,7 @@ from comparing import STEPS, assert_same, dense
 from deepspeed import comm as dist
 from launching import on_ranks
 from toys import Checkpointed, Sometimes, batches, micro_batches
-from training import config, evaluate, mean_over_ranks, toy, train, train_step
+from training import config, evaluate, mean_over_ranks, toy, train
 
 MICRO = 3
 
@@ -110,42 +110,42 @@ def none_in_the_third(count: int) -> list:
     return [batches(count)[i] if i == 1 else batch for i, batch in enumerate(sparse_batches(count))]
 
 
-@on_ranks(by, world=[2], way=["raw"], stage=[1, 2, 3])
+@on_ranks(by, way=["raw"], stage=[1, 2, 3])
 def test_raw_backward(ran):
     assert_same(ran, dense())
 
 
-@on_ranks(by, world=[2], way=["no_sync"], stage=[0, 1])
+@on_ranks(by, way=["no_sync"], stage=[0, 1])
 def test_no_sync(ran):
     assert_same(ran, dense())
 
 
-@on_ranks(by, world=[2], way=["coalesced"], stage=[1, 2, 3])
+@on_ranks(by, way=["coalesced"], stage=[1, 2, 3])
 def test_coalesced_reduction(ran):
     assert_same(ran, dense())
 
 
-@on_ranks(by, world=[2], way=["unmanaged"], stage=[0, 2, 3])
+@on_ranks(by, way=["unmanaged"], stage=[0, 2, 3])
 def test_accumulation_that_the_caller_manages(ran):
     assert_same(ran, dense())
 
 
-@on_ranks(by, world=[2], way=["interrupted"], stage=[0, 1, 2, 3])
+@on_ranks(by, way=["interrupted"], stage=[0, 1, 2, 3])
 def test_evaluation_within_a_step_leaves_no_trace(ran):
     assert_same(ran, dense())
 
 
-@on_ranks(checkpointed, world=[2], stage=[0, 2, 3], reentrant=[False, True], capture=["linear"])
+@on_ranks(checkpointed, stage=[0, 2, 3], reentrant=[False, True], capture=["linear"])
 def test_gradient_checkpointing(ran):
     assert_same(ran, dense())
 
 
-@on_ranks(checkpointed, world=[2], stage=[3], reentrant=[False, True], capture=["hook"])
+@on_ranks(checkpointed, stage=[3], reentrant=[False, True], capture=["hook"])
 def test_gradient_checkpointing_with_the_hook(ran):
     assert_same(ran, dense())
 
 
-@on_ranks(unused, world=[2], stage=[0, 1, 2, 3])
+@on_ranks(unused, stage=[0, 1, 2, 3])
 def test_a_matrix_unused_in_a_step_or_on_one_rank(ran):
     assert_same(ran, dense(Sometimes, data=none_in_the_third if ran.stage == 3 else sparse_batches))
 

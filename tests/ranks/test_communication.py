@@ -63,7 +63,7 @@ def one_step(stage: int, micro: int, clip: float) -> dict:
         return {"calls": calls, "buffer": engine.basic_optimizer.matrices.layout.numel, "adamw": sum(adamw)}
 
 
-@on_ranks(one_step, world=[2], stage=[0, 1, 2, 3], micro=[1, 3], clip=[0.0, 1.0])
+@on_ranks(one_step, {"micro": 1, "clip": 0.0}, {"micro": 3, "clip": 1.0}, stage=[0, 1, 2, 3])
 def test_one_reduce_scatter_and_one_all_gather_a_step(ran):
     for result in ran.ranks:
         ours = [(name, size) for package, name, size in result["calls"] if package == "ds_mofa"]
@@ -74,7 +74,7 @@ def test_one_reduce_scatter_and_one_all_gather_a_step(ran):
         }
 
 
-@on_ranks(one_step, world=[2], stage=[0, 1, 2, 3], micro=[1], clip=[0.0])
+@on_ranks(one_step, {"micro": 1, "clip": 0.0}, stage=[0, 1, 2, 3])
 def test_deepspeed_reduces_adamws_gradients_only(ran):
     for result in ran.ranks:
         sizes = [size for package, name, size in result["calls"] if package == "deepspeed" and name in REDUCTIONS]

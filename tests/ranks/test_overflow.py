@@ -7,7 +7,7 @@ from toys import batches, micro_batches
 from training import config, engine_for, train_step, whole_momenta, whole_weights
 
 SCALER = {"loss_scale": 0, "initial_scale_power": 10, "hysteresis": 1}
-BAD_STEP, STEPS = 2, 6
+BAD_STEP, STEPS = 2, 5
 
 
 def one_bad_step(stage: int, dtype: str, where: str, rank: int, clip: float = 0.0) -> dict:
@@ -67,7 +67,7 @@ def assert_left_out(ran) -> None:
             assert name == "frozen.weight" or not torch.equal(value, after["weights"][name])
 
 
-@on_ranks(one_bad_step, world=[2], stage=[1, 2, 3], dtype=["fp16"], where=["loss", "sketches"], rank=[0, 1])
+@on_ranks(one_bad_step, stage=[1, 2, 3], dtype=["fp16"], where=["loss", "sketches"], rank=[0, 1])
 def test_an_fp16_overflow_on_one_rank_is_left_out_by_all(ran):
     assert_left_out(ran)
     for result in ran.ranks:
@@ -77,19 +77,15 @@ def test_an_fp16_overflow_on_one_rank_is_left_out_by_all(ran):
 
 @on_ranks(
     one_bad_step,
-    world=[2],
+    {"where": "loss", "rank": 0},
+    {"where": "sketches", "rank": 1},
     stage=[0, 1, 2, 3],
     dtype=["fp32", "bf16"],
-    where=["loss", "sketches"],
-    rank=[0, 1],
-    clip=[0.0],
 )
 def test_a_nan_on_one_rank_is_left_out_by_all(ran):
     assert_left_out(ran)
 
 
-@on_ranks(
-    one_bad_step, world=[2], stage=[0, 1, 2, 3], dtype=["fp32", "bf16"], where=["sketches"], rank=[1], clip=[0.5]
-)
+@on_ranks(one_bad_step, {"where": "sketches", "rank": 0, "clip": 0.5}, stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
 def test_a_nan_does_not_reach_adamw_through_the_clipping(ran):
     assert_left_out(ran)

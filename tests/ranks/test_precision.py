@@ -82,7 +82,7 @@ def test_other_optimizers_resume_bit_for_bit(ran):
         assert equal(result["uninterrupted"], result["resumed"])
 
 
-@on_ranks(under_autocast, stage=[0, 1, 2, 3], capture=["linear", "hook"])
+@on_ranks(under_autocast, *(dict(stage=stage, capture="linear") for stage in range(4)), dict(stage=3, capture="hook"))
 def test_plain_autocast_stays_near_the_reference(ran):
     assert_near(ran, dense())
 

@@ -14,8 +14,8 @@ DATA = batches(6)
 SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8, "warmup_max_lr": 1e-2}}
 
 
-def saved_and_resumed(stage: int, dtype: str, **rest) -> dict:
-    """Six steps, saved after three; then three again by an engine that starts from other weights."""
+def saved_and_resumed(stage: int, dtype: str, seed: int = 1, **rest) -> dict:
+    """Six steps, saved after three; then three again by an engine that starts from other weights: those of ``seed``."""
     settings = config(stage, dtype=dtype, scheduler=SCHEDULE, gradient_clipping=0.5, **rest)
     with engine_for(settings) as engine:
         for batch in DATA[:3]:
@@ -23,7 +23,7 @@ def saved_and_resumed(stage: int, dtype: str, **rest) -> dict:
         engine.save_checkpoint("saved")
         saved = whole_weights(engine.module)
         uninterrupted = end_of(engine)
-    with engine_for(settings, model=toy(seed=1)) as engine:
+    with engine_for(settings, model=toy(seed=seed)) as engine:
         engine.load_checkpoint("saved")
         loaded = whole_weights(engine.module)
         resumed = end_of(engine)
@@ -92,7 +92,7 @@ def equal(a, b) -> bool:
     return a == b
 
 
-@on_ranks(saved_and_resumed, world=[2], stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
+@on_ranks(saved_and_resumed, stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(ran):
     for result in ran.ranks:
         assert equal(result["saved"], result["loaded"])
@@ -102,7 +102,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(ran):
     assert not equal(ran.ranks[0]["saved"], ran.ranks[0]["resumed"]["weights"])
 
 
-@on_ranks(files, world=[2], stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
+@on_ranks(files, stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
 def test_our_state_is_tensors_numbers_and_strings_only(ran):
     assert ran.ranks[0]["own"], "no file has our state"
     assert ran.ranks[0]["strange"] == []
@@ -110,14 +110,14 @@ def test_our_state_is_tensors_numbers_and_strings_only(ran):
     assert set(matrices or ran.ranks[0]["own"][0]["matrices"]) == set(Toy.MATRICES)
 
 
-@on_ranks(files, world=[2], stage=[1, 2, 3], dtype=["fp32", "bf16"])
+@on_ranks(files, stage=[1, 2, 3], dtype=["fp32", "bf16"])
 def test_zero_to_fp32_writes_the_trained_matrices(ran):
     first = ran.ranks[0]
     for name in Toy.MATRICES:
         assert torch.equal(first["fp32"][name].float(), first["weights"][name].float()), name
 
 
-@on_ranks(files, world=[2], stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
+@on_ranks(files, stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
 def test_save_16bit_model_writes_the_trained_matrices(ran):
     first = ran.ranks[0]
     for name in Toy.MATRICES:

@@ -10,7 +10,18 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 from toys import Toy, batches, micro_batches
 
-__all__ = ["OPTIONS", "config", "engine_for", "toy", "train", "train_step", "evaluate", "whole_weights", "whole_momenta"]
+__all__ = [
+    "OPTIONS",
+    "config",
+    "engine_for",
+    "evaluate",
+    "mean_over_ranks",
+    "toy",
+    "train",
+    "train_step",
+    "whole_momenta",
+    "whole_weights",
+]
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6, "torch_adam": True}
 
@@ -66,7 +77,9 @@ def mean_over_ranks(value: Tensor) -> float:
     return value.item() / dist.get_world_size()
 
 
-def train(settings: dict[str, Any], steps: int, look=lambda engine: None, data=None, step=None, **kwargs) -> dict[str, Any]:
+def train(
+    settings: dict[str, Any], steps: int, *, look=lambda engine: None, data=None, step=None, **kwargs
+) -> dict[str, Any]:
     """Train on ``steps`` batches and evaluate one more.
 
     Args:
