@@ -34,12 +34,7 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    if not Version(TESTED[0]) <= Version(deepspeed.__version__.split("+")[0]) <= Version(TESTED[1]):
-        warnings.warn(
-            f"ds_mofa is tested with DeepSpeed {TESTED[0]} to {TESTED[1]}, this is {deepspeed.__version__}: its hooks "
-            f"may not fit. Install deepspeed=={TESTED[1]} if anything looks wrong",
-            stacklevel=3,
-        )
+    warn_if_untested(deepspeed.__version__)
     ds_config.DEEPSPEED_OPTIMIZERS.append(NAME)
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(MoFaSGD)
 
@@ -56,6 +51,16 @@ def register() -> None:
     # reads this name from the engine's module, so that is where it must change.
     optimized = ds_engine.is_optimized_parameter
     ds_engine.is_optimized_parameter = lambda param: optimized(param) and not is_matrix(param)
+
+
+def warn_if_untested(version: str) -> None:
+    """Warn where DeepSpeed's ``version`` is outside the range that the tests run on."""
+    if not Version(TESTED[0]) <= Version(Version(version).base_version) <= Version(TESTED[1]):
+        warnings.warn(
+            f"ds_mofa is tested with DeepSpeed {TESTED[0]} to {TESTED[1]}, this is {version}: its hooks may not fit. "
+            f"Install deepspeed=={TESTED[1]} if anything looks wrong",
+            stacklevel=4,
+        )
 
 
 def optimizer_of(engine: DeepSpeedEngine) -> MoFaSGD | None:
