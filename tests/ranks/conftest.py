@@ -1,4 +1,4 @@
-"""The fixture ``ran`` of ``launching.on_ranks``, and the marker for what takes long."""
+"""The fixture ``ran`` of ``launching.on_ranks``."""
 
 import sys
 from pathlib import Path
@@ -9,10 +9,6 @@ _HERE = Path(__file__).parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent)]  # the scenes' modules, and the reference
 
 from launching import Case, Launcher, Ran  # noqa: E402
-
-
-def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "slow: takes minutes; leave out with -m 'not slow'")
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,9 @@ def on_ranks(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,)
         **axes: values of each other argument.
     """
     found = cases(scene, *some, world=world, **axes)
-    return pytest.mark.parametrize("ran", found, ids=[case.id for case in found], indirect=True)
+    parametrised = pytest.mark.parametrize("ran", found, ids=[case.id for case in found], indirect=True)
+    patient = pytest.mark.timeout(1200)  # the first test of a world size waits for the scenes of all
+    return lambda test: patient(parametrised(test))
 
 
 class Launcher:

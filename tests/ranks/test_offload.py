@@ -73,7 +73,6 @@ def on_deepspeeds_cpu_adam(stage: int) -> dict:
 
 
 @pytest.mark.slow  # compiles an extension of DeepSpeed's, once a machine
-@pytest.mark.timeout(600)
 @on_ranks(on_deepspeeds_cpu_adam, stage=[2, 3])
 def test_deepspeeds_own_cpu_adam(ran):
     assert_same(ran, dense())
