@@ -14,7 +14,6 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 

@@ -75,7 +75,9 @@ class MatrixStep:
         self._wants_masters = options.master_weights and compute in (torch.bfloat16, torch.float16)
         self._masters: list[Tensor] | None = None
 
-        views = [(self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))]
+        views = [
+            (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
+        ]
         sketches = [sketching.Sketch(Y, Z, U, V) for (Y, Z, _), (U, V, _) in views]
         self._attachment = sketching.attach(self.matrices, sketches, options.capture, gathered)
 
@@ -158,7 +160,7 @@ class MatrixStep:
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """All factors by the names of their matrices, on the CPU: on rank 0 of the group; empty elsewhere. Collective."""
+        """All factors by the names of their matrices, on the CPU of the group's rank 0; empty elsewhere. Collective."""
         flat = self._gather_factors()
         if flat is None:
             return {}

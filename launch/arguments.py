@@ -65,7 +65,8 @@ class DataArguments:
     """Which data to train and evaluate on."""
 
     train_file: list[str] = field(
-        default_factory=list, metadata={"help": "Training data: .txt (a text) or .jsonl (a record per line); several may be given."}
+        default_factory=list,
+        metadata={"help": "Training data: .txt (a text) or .jsonl (a record per line); several may be given."},
     )
     eval_file: list[str] = field(default_factory=list, metadata={"help": "Evaluation data, as --train_file."})
     dataset_name: str | None = field(
@@ -94,7 +95,8 @@ class TrainingArguments(SFTConfig):
     )
     report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb."})
     eval_packing: bool = field(
-        default=False, metadata={"help": "Not supported: evaluation keeps to one example per row, so that each counts once."}
+        default=False,
+        metadata={"help": "Not supported: evaluation keeps to one example per row, so that each counts once."},
     )
     save_strategy: str = field(
         default="no", metadata={"help": "When to write checkpoints to resume from: no, steps, epoch."}
@@ -225,12 +227,12 @@ def check_data_arguments(args: DataArguments, training_args: TrainingArguments) 
     if not args.dataset_name and not args.train_file:
         raise UserError("No training data. Give --train_file (.txt or .jsonl) or --dataset_name.")
     if training_args.eval_packing:
-        raise UserError("--eval_packing would count some examples twice. Leave it out; --packing is for training alone.")
+        raise UserError(
+            "--eval_packing would count some examples twice. Leave it out; --packing is for training alone."
+        )
     has_eval_data = bool(args.eval_file or args.dataset_eval_split)
     wants_eval = training_args.eval_strategy != "no" or training_args.eval_on_start
     if wants_eval and not has_eval_data:
         raise UserError(
             "Evaluation is asked for but there is nothing to evaluate on. Add --eval_file or --dataset_eval_split."
         )
-
-

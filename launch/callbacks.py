@@ -28,8 +28,7 @@ class ProgressBar(ProgressCallback):
             return
         if "eval_loss" in logs:
             self.training_bar.write(
-                f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}, "
-                f"perplexity {logs['eval_perplexity']:.2f}"
+                f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}"
             )
         elif "loss" in logs:
             self.training_bar.set_postfix_str(describe(logs), refresh=False)

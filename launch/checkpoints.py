@@ -22,7 +22,8 @@ def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
         folder = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         if folder is None:
             raise UserError(
-                f"{output_dir}: no checkpoint to resume from. Checkpoints are written with --save_strategy steps or epoch."
+                f"{output_dir}: no checkpoint to resume from. Checkpoints are written with --save_strategy steps or "
+                "epoch."
             )
     if not (Path(folder) / "trainer_state.json").is_file() or not list(Path(folder).glob("global_step*")):
         raise UserError(

@@ -70,7 +70,9 @@ class Encoder:
                 "variant, pass --tokenizer_name_or_path with one, or use records with 'prompt' and 'completion'."
             )
         if self.marked_template is not None:
-            encoded = self.render(messages, where, tools, chat_template=self.marked_template, return_assistant_tokens_mask=True)
+            encoded = self.render(
+                messages, where, tools, chat_template=self.marked_template, return_assistant_tokens_mask=True
+            )
             ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         else:
             ids, mask = self.answers_by_prefix(messages, where, tools)
@@ -79,7 +81,10 @@ class Encoder:
                 f"{where}: the chat template gives the assistant no tokens, so there is nothing to learn. Check the "
                 "record's assistant messages and the template's {% generation %} markers."
             )
-        return {"input_ids": ids, "labels": [token if answer else IGNORED for token, answer in zip(ids, mask, strict=True)]}
+        return {
+            "input_ids": ids,
+            "labels": [token if answer else IGNORED for token, answer in zip(ids, mask, strict=True)],
+        }
 
     def answers_by_prefix(self, messages: list[dict], where: str, tools: list | None) -> tuple[list[int], list[int]]:
         """Find the answers without markers: what an assistant message adds to the conversation before it.

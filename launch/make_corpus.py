@@ -12,7 +12,16 @@ import sysconfig
 from pathlib import Path
 
 # Bodies of tests and generated tables would be a third of the text and teach little.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__", "encodings"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+}
 EVAL_SHARE = 0.03
 
 

@@ -62,7 +62,9 @@ def read_text(file: Path) -> Iterator[tuple[str, str, dict]]:
                 piece.append(line)
                 size += len(line)
         except UnicodeDecodeError as error:
-            raise UserError(f"{file}:{line_number + 1}: not UTF-8 ({error.reason}) near here. Convert it to UTF-8.") from None
+            raise UserError(
+                f"{file}:{line_number + 1}: not UTF-8 ({error.reason}) near here. Convert it to UTF-8."
+            ) from None
     text = "".join(piece)
     if first and not text.strip():
         raise UserError(f"{file}: the file is empty. Give a file with text in it.")
@@ -146,7 +148,9 @@ def check_messages(messages: object, where: str) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError(f"{where}: message {number} must be an object with a 'role' and a 'content'.")
         if message["role"] not in ROLES:
-            raise UserError(f"{where}: message {number} has the role {message['role']!r}; known roles: {', '.join(ROLES)}.")
+            raise UserError(
+                f"{where}: message {number} has the role {message['role']!r}; known roles: {', '.join(ROLES)}."
+            )
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise UserError(f"{where}: message {number} ({message['role']}) needs a 'content' string.")
     if not any(message["role"] == "assistant" for message in messages):

@@ -80,7 +80,11 @@ def summary(state: TrainerState, output_dir: str) -> str:
     done = evaluations(state)
     if done:
         first, last = done[0]["eval_loss"], done[-1]["eval_loss"]
-        line = f"eval loss {last:.2f}" if len(done) == 1 else f"eval loss {first:.2f} -> {last:.2f} ({last / first - 1:+.0%})"
+        line = (
+            f"eval loss {last:.2f}"
+            if len(done) == 1
+            else f"eval loss {first:.2f} -> {last:.2f} ({last / first - 1:+.0%})"
+        )
         lines.append(f"{line}, perplexity {done[-1]['eval_perplexity']:.2f}")
     if steps:
         speed = sum(entry["tokens_per_second"] for entry in steps) / len(steps)

@@ -73,7 +73,10 @@ def measure(run: str, shape: str, args: argparse.Namespace, out: Path) -> dict:
         launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(args.gpus)]
     command = [*launcher, str(WORKER), "--run", run, "--shape", shape, "--model_config", args.model_config]
     command += ["--warmup", str(args.warmup), "--steps", str(args.steps), "--result", str(result_file.resolve())]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
+    }
     with open(log, "w") as file:
         try:
             subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=args.timeout)
@@ -98,7 +101,10 @@ def table(results: list[dict]) -> str:
     """The results as a Markdown table."""
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + " --- |" * len(COLUMNS)]
     for result in results:
-        cells = [result.get("error", result.get(name, "")) if name == "micro_batch_ms" else result.get(name, "") for name in COLUMNS]
+        cells = [
+            result.get("error", result.get(name, "")) if name == "micro_batch_ms" else result.get(name, "")
+            for name in COLUMNS
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

@@ -1,10 +1,10 @@
 """The DeepSpeed backend: `"type": "MoFaSGD"` through `deepspeed.initialize`, for every ZeRO stage.
 
-    registration.py   the name, and the engine's methods that are wrapped
-    build.py          from an engine and its config to the optimizer, and what is refused there
-    matrices.py       a matrix as DeepSpeed meets it: its shards, and what accessors are told
-    zero.py           ZeRO stages 1 to 3: mixins over the optimizers that DeepSpeed builds
-    replicated.py     stage 0, in fp32 and bf16
+registration.py   the name, and the engine's methods that are wrapped
+build.py          from an engine and its config to the optimizer, and what is refused there
+matrices.py       a matrix as DeepSpeed meets it: its shards, and what accessors are told
+zero.py           ZeRO stages 1 to 3: mixins over the optimizers that DeepSpeed builds
+replicated.py     stage 0, in fp32 and bf16
 """
 
 from ds_mofa.deepspeed.registration import register

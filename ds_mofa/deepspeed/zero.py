@@ -18,6 +18,7 @@ from ds_mofa.optimizer import MoFaSGD, clip_factor
 
 __all__ = ["wrap_zero", "MatrixMixin", "GatheredWeight", "swap_class"]
 
+
 class GatheredWeight:
     """The whole of a stage-3 weight: as it stands where the module hooks have gathered it, else gathered here."""
 
@@ -223,4 +224,3 @@ class Bf16Mixin(ZeroMixin):
     def update_matrices(self) -> None:
         self._global_norm = torch.as_tensor(self._global_grad_norm)
         super().update_matrices()
-

@@ -101,8 +101,17 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("run")
     make_inputs(folder)
     output = succeeded(
-        train(folder, "--output_dir", "model", "--save_strategy", "steps", "--save_steps", str(STEPS // 2),
-              "--report_to", "tensorboard")  # fmt: skip
+        train(
+            folder,
+            "--output_dir",
+            "model",
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            str(STEPS // 2),
+            "--report_to",
+            "tensorboard",
+        )  # fmt: skip
     )
     return folder, output
 

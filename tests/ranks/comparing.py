@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from launching import Ran
+from reference import Reference
 from torch import nn
 from toys import Toy, batches
 from training import OPTIONS, toy
-
-from reference import Reference
 
 __all__ = ["STEPS", "TOLERANCE", "assert_same", "dense", "distances"]
 

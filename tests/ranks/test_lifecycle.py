@@ -4,10 +4,9 @@ import functools
 
 from comparing import STEPS, assert_same, dense, distances
 from launching import on_ranks
+from reference import Reference
 from toys import Toy, batches
 from training import OPTIONS, config, engine_for, evaluate, toy, train, train_step, whole_momenta, whole_weights
-
-from reference import Reference
 
 
 def twice(stage: int) -> dict:

@@ -4,17 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.unit.dense_reference import (
-    dense,
-    departure_from_orthonormal,
-    next_momentum,
-    random_factors,
-    random_orthonormal,
-    relative_error,
-    sketches,
-    tangent_projection,
-    truncated,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +14,17 @@ from ds_mofa.factors import (
     projected_norm,
     start_factors,
     update_factors,
+)
+from tests.unit.dense_reference import (
+    dense,
+    departure_from_orthonormal,
+    next_momentum,
+    random_factors,
+    random_orthonormal,
+    relative_error,
+    sketches,
+    tangent_projection,
+    truncated,
 )
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

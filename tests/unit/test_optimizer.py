@@ -8,6 +8,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
+
+from ds_mofa import MoFaSGD, OptionError, Options
+from ds_mofa.factors import Factors
 from tests.unit.dense_reference import (
     dense,
     departure_from_orthonormal,
@@ -16,11 +21,6 @@ from tests.unit.dense_reference import (
     tangent_projection,
     truncated,
 )
-from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
-
-from ds_mofa import MoFaSGD, OptionError, Options
-from ds_mofa.factors import Factors
 
 CAPTURE = pytest.mark.parametrize("capture", ["linear", "hook"])
 RULE = pytest.mark.parametrize("update_rule", ["spectral", "inverse_sigma"])

@@ -6,7 +6,6 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.unit.dense_reference import relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ds_mofa.options import Options
 from ds_mofa.parameters import split_parameters
 from ds_mofa.sketch import Sketch, attach
+from tests.unit.dense_reference import relative_error
 
 RANK = 3
 MODES = pytest.mark.parametrize("mode", ["linear", "hook"])

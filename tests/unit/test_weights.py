@@ -20,7 +20,9 @@ def _normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def _write(W, U, V, coefficients=None, *, start=0, step_size=0.01, decay=1.0, rounding="stochastic", when=WHEN, master=None):
+def _write(
+    W, U, V, coefficients=None, *, start=0, step_size=0.01, decay=1.0, rounding="stochastic", when=WHEN, master=None
+):
     coefficients = torch.ones(U.shape[1], dtype=U.dtype) if coefficients is None else coefficients
     seed, step, index = when
     write_updates(
@@ -348,7 +350,14 @@ def test_small_updates_arrive_in_the_mean_and_are_lost_to_nearest(share_of_spaci
     for rounding in ("stochastic", "nearest"):
         written = W.clone()
         for step in range(steps):
-            _write(written, -torch.ones(m, 1), torch.ones(n, 1), step_size=wanted / steps, rounding=rounding, when=(0, step, 0))
+            _write(
+                written,
+                -torch.ones(m, 1),
+                torch.ones(n, 1),
+                step_size=wanted / steps,
+                rounding=rounding,
+                when=(0, step, 0),
+            )
         arrived[rounding] = float((written.double() - W.double()).mean()) / wanted
     # The mean of m n random walks of 50 steps: its standard deviation in units of what is wanted.
     deviation = math.sqrt(steps * share_of_spacing / (m * n)) / (share_of_spacing * steps)
