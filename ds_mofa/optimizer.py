@@ -186,6 +186,7 @@ class MoFaSGD(torch.optim.Optimizer):
         """The whole state around the matrices', which it takes a collective to gather."""
         return {
             "mofasgd": matrices,
+            "masters": self.matrices.master_state(),
             "matrix_groups": self.group_settings(),
             "adamw": self.adamw.state_dict() if self.adamw is not None else None,
         }
@@ -196,7 +197,7 @@ class MoFaSGD(torch.optim.Optimizer):
         if self.adamw is not None:
             self.adamw.load_state_dict(state_dict["adamw"])
         self.matrices.load_state_dict(state_dict["mofasgd"])
-        self.matrices.refresh_masters()
+        self.matrices.load_master_state(state_dict["masters"])
 
     def group_settings(self) -> list[dict[str, Any]]:
         """What the matrix groups say besides their parameters."""

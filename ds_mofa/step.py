@@ -196,11 +196,43 @@ class MatrixStep:
         else:
             self._draw_test_matrices()
 
+    def master_state(self) -> dict[str, Tensor]:
+        """This rank's fp32 masters by the names of their matrices, on the CPU: its shards in stage 3; all of them on
+        rank 0, and nothing elsewhere, where every rank has the same. Empty without masters or before the first step.
+        """
+        if self._masters is None:
+            return {}
+        return {
+            matrix.name: master.to("cpu", copy=True)
+            for matrix, master in zip(self.matrices, self._masters)
+            if self.exchange.rank == 0 or not self._is_whole(matrix)
+        }
+
+    @torch.no_grad()
+    def load_master_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over masters from the same rank of a world of the same size; what is missing is read from the weights.
+
+        Collective. The weights must have been loaded before.
+        """
+        if not self._wants_masters:
+            return
+        self._make_masters()
+        for matrix, master in zip(self.matrices, self._masters):
+            if matrix.name in saved:
+                master.copy_(saved[matrix.name])
+            if self._is_whole(matrix):
+                self.exchange.broadcast(master, 0)
+
     def refresh_masters(self) -> None:
         """Read the fp32 masters anew from the weights, after something else has written those."""
         if self._masters is not None:
-            for matrix, master in zip(self.matrices, self._masters):
-                master.copy_(self._shard_of(matrix).flat)
+            self._make_masters()
+
+    def _make_masters(self) -> None:
+        self._masters = [self._shard_of(matrix).flat.to(torch.float32) for matrix in self.matrices]
+
+    def _is_whole(self, matrix: Matrix) -> bool:
+        return self._shard_of(matrix).flat.numel() == math.prod(matrix.shape)
 
     # ------------------------------------------------------------------ parts
 
@@ -229,7 +261,7 @@ class MatrixStep:
 
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
         if self._wants_masters and self._masters is None:
-            self._masters = [self._shard_of(matrix).flat.to(torch.float32) for matrix in self.matrices]
+            self._make_masters()
         rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
         for block in self.layout.blocks:
             U, V, coefficients = block.views(self.working)

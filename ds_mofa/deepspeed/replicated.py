@@ -78,4 +78,5 @@ class Bf16ReplicatedMixin(MatrixMixin):
         super().load_state_dict(state_dict, load_optimizer_states=load_optimizer_states)
         if load_optimizer_states:
             self.load_matrices(state_dict)
-        self.mofa.matrices.refresh_masters()
+        else:
+            self.mofa.matrices.refresh_masters()

@@ -115,7 +115,12 @@ class MatrixMixin:
 
     def state_dict(self) -> dict:
         state = super().state_dict()
-        state["mofasgd"] = {"matrices": self.matrix_state or {}, "groups": self.mofa.group_settings()}
+        matrices = self.mofa.matrices
+        state["mofasgd"] = {
+            "matrices": self.matrix_state or {},
+            "masters": matrices.master_state(),
+            "groups": self.mofa.group_settings(),
+        }
         return state
 
     def load_matrices(self, state: dict) -> None:
@@ -127,6 +132,7 @@ class MatrixMixin:
             )
         self.mofa.load_group_settings(saved["groups"])
         self.mofa.matrices.load_state_dict(saved["matrices"])
+        self.mofa.matrices.load_master_state(saved["masters"])
 
     def destroy(self) -> None:
         self.mofa.matrices.detach()
@@ -147,7 +153,8 @@ class ZeroMixin(MatrixMixin):
         super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
         if load_optimizer_states:
             self.load_matrices(state_dict_list[dist.get_rank(self.dp_process_group)])
-        self.mofa.matrices.refresh_masters()
+        else:
+            self.mofa.matrices.refresh_masters()
 
 
 class Stage12Mixin(ZeroMixin):

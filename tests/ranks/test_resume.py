@@ -94,6 +94,16 @@ def equal(a, b) -> bool:
 
 @on_ranks(saved_and_resumed, stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(ran):
+    assert_resumed(ran)
+
+
+@on_ranks(saved_and_resumed, stage=[0, 2, 3], dtype=["bf16"], options=[{"master_weights": True}])
+def test_masters_are_resumed_bit_for_bit(ran):
+    """Whole ones, which rank 0 saves for all, and shards: without them the weights would start half a spacing off."""
+    assert_resumed(ran)
+
+
+def assert_resumed(ran) -> None:
     for result in ran.ranks:
         assert equal(result["saved"], result["loaded"])
         for what in ("losses", "lr", "weights", "state"):
