@@ -147,7 +147,7 @@ def _orthonormalise(X: Tensor, eps: float) -> Tensor:
         return torch.linalg.qr(X).Q
     X = X / _scale(X)
     L = _cholesky(X)
-    # A product with the small inverse: solving with m right-hand sides takes a GPU four times as long.
+    # A product with the small inverse: a GPU solves for m right-hand sides more slowly than it multiplies.
     identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
     return X @ torch.linalg.solve_triangular(L, identity, upper=False).mT
 
