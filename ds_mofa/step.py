@@ -4,8 +4,9 @@ This is the core that every backend shares. It knows a process group through :cl
 and the weights through a function that gives this rank's shard of a matrix; it does not know DeepSpeed.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,7 +136,8 @@ class MatrixStep:
             groups: the matrix param groups, for ``lr`` and ``weight_decay``.
             clip: factor on the gradient, <= 1, from clipping by the global norm.
         """
-        self._update_factors(clip)
+        with _full_fp32():
+            self._update_factors(clip)
         self.exchange.all_gather(self.working, self.layout.segment)
         self.steps += 1
         self._apply(groups)
@@ -330,6 +332,20 @@ class MatrixStep:
         failed = self.exchange.sum(torch.tensor([float(problem is not None)], device=self.factors.device))
         if failed:
             raise ValueError(problem or "rank 0 could not load the MoFaSGD state; its message says why")
+
+
+@contextlib.contextmanager
+def _full_fp32() -> Iterator[None]:
+    """Within: fp32 products on a GPU are fp32. Scripts switch TF32 on for the model; it has three digits, and the
+    factors would lose their orthonormality to it.
+    """
+    matmul = torch.backends.cuda.matmul
+    chosen = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = chosen
 
 
 def _compute_dtype(matrices: Sequence[Matrix]) -> torch.dtype:

@@ -30,10 +30,13 @@ def jacobi_svd(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     columns[:, :q] = K.mT
     rotations = torch.eye(even, dtype=K.dtype, device=K.device).repeat(B, 1, 1)
     _jacobi.launch(columns, rotations, _MAX_SWEEPS, _TOLERANCE)
-    sigma, order = columns.square().sum(-1).sqrt().sort(dim=-1, descending=True, stable=True)
-    columns = columns.gather(1, order.unsqueeze(-1).expand(-1, -1, p))
-    rotations = rotations.gather(1, order.unsqueeze(-1).expand(-1, -1, even))
-    return columns[:, :q].mT, sigma[:, :q], rotations[:, :q, :q].mT
+    Q = rotations[:, :q, :q].mT  # the zero column has turned with none
+    # Thousands of rotations change a column's length in the fifth digit: take it, and K's part, anew.
+    Q = Q / Q.square().sum(-2, keepdim=True).sqrt()
+    scaled = K @ Q
+    sigma, order = scaled.square().sum(-2).sqrt().sort(dim=-1, descending=True, stable=True)
+    order = order.unsqueeze(-2)
+    return scaled.gather(-1, order.expand_as(scaled)), sigma, Q.gather(-1, order.expand_as(Q))
 
 
 def jacobi_svd_twin(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:

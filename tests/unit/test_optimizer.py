@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from ds_mofa import MoFaSGD, OptionError, Options
-from ds_mofa.factors import Factors
+from ds_mofa import step as step_module
+from ds_mofa.factors import Factors, update_factors
 from tests.unit.dense_reference import (
     dense,
     departure_from_orthonormal,
@@ -839,3 +840,24 @@ def test_the_best_rank_r_matrix_is_what_the_momentum_is():
     for name in MATRICES:
         best = truncated(plain.get_parameter(name).grad, RANK)
         assert relative_error(dense(factors_of(optimizer)[name])[0], best) < 1e-3
+
+
+@pytest.mark.parametrize("chosen", ["highest", "high"])
+def test_the_factors_are_updated_in_full_fp32_whatever_the_script_has_chosen(chosen, monkeypatch):
+    """TF32 has three digits; a script that switches it on means it for the model."""
+    seen = []
+
+    def spy(*args, **kwargs):
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return update_factors(*args, **kwargs)
+
+    monkeypatch.setattr(step_module, "update_factors", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(chosen)
+    try:
+        model = build()
+        train(model, optimizer_of(model), range(2))
+        assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen and set(seen) == {"ieee"}
