@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ds_mofa.options import CaptureMode
+from ds_mofa.options import CaptureMode, OptionError
 from ds_mofa.parameters import Matrix
 
 __all__ = ["Sketch", "attach", "SketchedLinear"]
 
 # zero.Init replaces F.linear for the whole process by one that computes weight gradients.
 _linear = torch._C._nn.linear
+_OURS = "ds_mofa_forward"
 
 
 class Sketch:
@@ -117,10 +118,17 @@ class Attachment:
     """What :func:`attach` changed in a model."""
 
     def __init__(self):
-        self._modules: list[nn.Module] = []
+        self._forwards: list[tuple[nn.Module, types.MethodType]] = []
         self._hooks = []
 
     def replace_forward(self, module: nn.Linear, sketch: Sketch, gathered) -> None:
+        if "forward" in vars(module) and not hasattr(module.forward, _OURS):
+            other = getattr(module.forward, "__qualname__", repr(module.forward))
+            raise OptionError(
+                f'the forward of {module} has been replaced by {other}, which capture "linear" would undo: build '
+                'the optimizer before that is done, or set capture to "hook"'
+            )
+
         def forward(self, x: Tensor) -> Tensor:
             if self is not module:  # a deep copy, made for an average or a reference, has no sketch of its own
                 return nn.Linear.forward(self, x)
@@ -133,8 +141,9 @@ class Attachment:
                     return SketchedLinear.apply(x, self.weight, self.bias, sketch, gathered)
             return SketchedLinear.apply(x, self.weight, self.bias, sketch, gathered)
 
+        setattr(forward, _OURS, True)
         module.forward = types.MethodType(forward, module)
-        self._modules.append(module)
+        self._forwards.append((module, module.forward))
 
     def add_hook(self, param: nn.Parameter, sketch: Sketch) -> None:
         def hook(param: nn.Parameter) -> None:
@@ -145,8 +154,9 @@ class Attachment:
         self._hooks.append(param.register_post_accumulate_grad_hook(hook))
 
     def remove(self) -> None:
-        for module in self._modules:
-            module.__dict__.pop("forward", None)
+        for module, forward in self._forwards:
+            if vars(module).get("forward") is forward:  # a later optimizer's stays
+                del module.forward
         for hook in self._hooks:
             hook.remove()
-        self._modules, self._hooks = [], []
+        self._forwards, self._hooks = [], []

@@ -34,7 +34,8 @@ class MatrixStep:
     """Factors, sketches and working copies of all matrices, and the step that moves them.
 
     Memory on each of N ranks, with F = sum of r (m + n + 1) over the matrices: sketches 4 F bytes, working
-    copies 2 F (4 F for fp32 weights), fp32 factors 4 F / N, and during a step another 4 F / N.
+    copies 2 F (4 F for fp32 weights), fp32 factors 4 F / N. During a step another 4 F / N for the reduced sketches, and
+    the update's temporaries, in fp64, of one block of the layout at a time.
 
     Args:
         matrices: what to train.
@@ -68,6 +69,7 @@ class MatrixStep:
         self.factors = torch.zeros(self.layout.segment, dtype=exact, device=device)
         self._pending: Tensor | None = None
         self._norm: Tensor | None = None
+        self._finite: bool | None = None
         self.steps = 0
         self.skipped = 0
         self._draw_test_matrices()
@@ -102,7 +104,7 @@ class MatrixStep:
                 square += projected_norm(U, Y, Z).sum()
             else:  # E |G Omega|^2 = |G|^2, and the same of the other sketch
                 square += (Y.square().sum() + Z.square().sum()) / 2
-        self._norm = self.exchange.sum(square).sqrt()
+        self._norm, self._finite = self.exchange.sum(square).sqrt(), None
         self._pending = pending
 
     @property
@@ -116,8 +118,10 @@ class MatrixStep:
 
     @property
     def finite(self) -> bool:
-        """Whether the reduced sketches can be used; every rank gets the same answer."""
-        return bool(torch.isfinite(self._norm))
+        """Whether the reduced sketches can be used, the same on every rank; the host waits for it once a step."""
+        if self._finite is None:
+            self._finite = bool(torch.isfinite(self._norm))
+        return self._finite
 
     @property
     def pending(self) -> bool:

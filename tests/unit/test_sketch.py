@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from ds_mofa.options import Options
+from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import split_parameters
 from ds_mofa.sketch import Sketch, attach
 from tests.unit.dense_reference import relative_error
@@ -499,3 +499,30 @@ def test_nothing_keeps_the_activations_of_a_finished_step():
     captured.model(_inputs(4, 999, 6)).square().sum().backward()
     gc.collect()
     assert not [o for o in gc.get_objects() if type(o) is torch.Tensor and 999 in o.shape]
+
+
+def test_a_forward_that_somebody_else_has_replaced_is_not_undone_in_silence():
+    model = nn.Sequential(nn.Linear(6, 5))
+    matrices = split_parameters(model, model.parameters(), Options(rank=RANK)).matrices
+    model[0].forward = lambda x: 2 * nn.Linear.forward(model[0], x)
+    sketches = [Sketch(torch.zeros(5, RANK), torch.zeros(6, RANK), torch.randn(5, RANK), torch.randn(6, RANK))]
+    with pytest.raises(OptionError, match='replaced by .*lambda.*set capture to "hook"'):
+        attach(matrices, sketches, "linear")
+    attach(matrices, sketches, "hook")
+    model(torch.randn(4, 6)).sum().backward()
+    assert sketches[0].Y.any() and model[0].weight.grad is None
+
+
+def test_taking_an_earlier_attachment_off_leaves_a_later_one_on():
+    model = nn.Sequential(nn.Linear(6, 5))
+    matrices = split_parameters(model, model.parameters(), Options(rank=RANK)).matrices
+    earlier, later = (
+        [Sketch(torch.zeros(5, RANK), torch.zeros(6, RANK), torch.randn(5, RANK), torch.randn(6, RANK))] for _ in "ab"
+    )
+    first = attach(matrices, earlier, "linear")
+    second = attach(matrices, later, "linear")
+    first.remove()
+    model(torch.randn(4, 6)).sum().backward()
+    assert later[0].Y.any() and not earlier[0].Y.any() and "forward" in vars(model[0])
+    second.remove()
+    assert "forward" not in vars(model[0])
