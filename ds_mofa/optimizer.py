@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import Split, split_parameters
 from ds_mofa.partition import Exchange
+from ds_mofa.phases import phase
 from ds_mofa.step import MatrixStep
 
 __all__ = ["MoFaSGD"]
@@ -115,7 +116,7 @@ class MoFaSGD(torch.optim.Optimizer):
             self.matrices.reduce()
         if self.matrices.finite:
             if self.adamw is not None:
-                with self.adamw_lr():
+                with phase("AdamW"), self.adamw_lr():
                     self.adamw.step()
             self.matrices.update(self._matrix_groups, self._clip)
         else:

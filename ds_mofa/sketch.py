@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_mofa.options import CaptureMode, OptionError
 from ds_mofa.parameters import Matrix
+from ds_mofa.phases import phase
 
 __all__ = ["Sketch", "attach", "SketchedLinear"]
 
@@ -85,7 +86,8 @@ class SketchedLinear(torch.autograd.Function):
                 with ctx.gathered(weight) as whole:
                     dx = (rows @ whole.to(dy.dtype)).view(x.shape)
         if need_weight:
-            ctx.sketch.add_linear(x.reshape(-1, x.shape[-1]), rows)
+            with phase("capture"):
+                ctx.sketch.add_linear(x.reshape(-1, x.shape[-1]), rows)
         if ctx.has_bias and need_bias:
             db = rows.sum(0)
         return dx, None, db, None, None
@@ -148,7 +150,8 @@ class Attachment:
     def add_hook(self, param: nn.Parameter, sketch: Sketch) -> None:
         def hook(param: nn.Parameter) -> None:
             if param.grad is not None:
-                sketch.add_gradient(param.grad)
+                with phase("capture"):
+                    sketch.add_gradient(param.grad)
                 param.grad = None
 
         self._hooks.append(param.register_post_accumulate_grad_hook(hook))

@@ -18,6 +18,7 @@ from ds_mofa.factors import Factors, live_directions, projected_norm, start_fact
 from ds_mofa.options import Options
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition import Exchange, Layout
+from ds_mofa.phases import phase
 from ds_mofa.weights import Rounding, Shard, rounding_key, write_updates
 
 __all__ = ["MatrixStep", "whole_matrix", "STATE_FORMAT"]
@@ -93,6 +94,10 @@ class MatrixStep:
         Args:
             loss_scale: what the loss was multiplied by.
         """
+        with phase("reduce"):
+            self._reduce(loss_scale)
+
+    def _reduce(self, loss_scale: float) -> None:
         pending = self.exchange.reduce_scatter(self.sketches, self.layout.segment)
         pending.mul_(self.exchange.mean_scale / loss_scale)
         self.sketches.zero_()
@@ -140,11 +145,13 @@ class MatrixStep:
             groups: the matrix param groups, for ``lr`` and ``weight_decay``.
             clip: factor on the gradient, <= 1, from clipping by the global norm.
         """
-        with _full_fp32():
+        with phase("factor update"), _full_fp32():
             self._update_factors(clip)
-        self.exchange.all_gather(self.working, self.layout.segment)
+        with phase("gather"):
+            self.exchange.all_gather(self.working, self.layout.segment)
         self.steps += 1
-        self._apply(groups)
+        with phase("apply"):
+            self._apply(groups)
 
     def discard(self) -> None:
         """Skip this step: factors and weights stay as they are."""

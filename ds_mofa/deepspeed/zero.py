@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, forget
 from ds_mofa.optimizer import MoFaSGD, clip_factor
+from ds_mofa.phases import phase
 
 __all__ = ["wrap_zero", "MatrixMixin", "GatheredWeight", "swap_class"]
 
@@ -84,7 +85,7 @@ class MatrixMixin:
         self._scale = self.loss_scale if hasattr(self, "loss_scaler") else 1.0
         matrices.reduce(self._scale)
         self._global_norm = matrices.norm
-        with self.mofa.adamw_lr():
+        with phase("AdamW"), self.mofa.adamw_lr():
             result = self.deepspeed_step()
         if self.overflow:
             matrices.discard()
