@@ -294,8 +294,7 @@ class MatrixStep:
     def _draw_test_matrices(self) -> None:
         """Psi in the place of U and Omega in that of V: Gaussian of variance 1 / r, so that |G Omega| ~ |G|."""
         for matrix in self.matrices:
-            seed, _ = rounding_key(Rounding(False, self.options.seed), matrix.index)
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(rounding_key(Rounding(False, self.options.seed), matrix.index))
             for view in self.layout.views(self.working, matrix.index)[:2]:
                 draw = torch.randn(view.shape, generator=generator) / math.sqrt(self.options.rank)
                 view.copy_(draw)

@@ -85,7 +85,7 @@ def test_random_words_are_counted_in_32_bits_beyond_two_billion_elements():
     write_updates([Shard(W)], U, V, U[:, :1, 0], **arguments)
     row = torch.full((n,), 1.0, dtype=torch.bfloat16)
     key = weights.rounding_key(Rounding(True, 1, 1), 0)
-    bits = weights.random_bits(m - 1, 1, n, key, row.device).view(-1)
+    bits = weights.random_bits((m - 1) * n, n, key, row.device)
     expected = weights.round_stochastically(row.float() - 2.0**-12, bits, torch.bfloat16).bfloat16()
     assert torch.equal(W[-n:].cpu(), expected)
 
