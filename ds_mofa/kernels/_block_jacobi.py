@@ -27,11 +27,11 @@ def launch_round(
     B, n, length = rows.shape
     _round_kernel[(n // (2 * block), B)](
         rows,
-        worst[sweep],
-        worst[sweep + 1],
+        worst,
         n,
         p,
         length,
+        sweep,
         turn,
         first_step,
         tolerance**2,
@@ -69,14 +69,14 @@ def launch_sweeps(
     )
 
 
-@triton.jit(do_not_specialize=["turn", "first_step"])
+@triton.jit(do_not_specialize=["sweep", "turn", "first_step"])
 def _round_kernel(
     rows,
-    worst_before,
-    worst_now,
+    worst_ptr,
     n,
     p,
     length,
+    sweep,
     turn,
     first_step,
     tolerance_squared,
@@ -85,11 +85,12 @@ def _round_kernel(
     CHUNK: tl.constexpr,
 ):
     batch = tl.program_id(1)
-    if tl.load(worst_before + batch) <= tolerance_squared:  # this matrix was done a sweep ago
+    worst_ptr += sweep * tl.num_programs(1) + batch
+    if tl.load(worst_ptr) <= tolerance_squared:  # this matrix was done a sweep ago
         return
     rows += batch.to(tl.int64) * n * length
     worst = _meet(rows, n, p, length, turn, tl.program_id(0), first_step, floor, SIZE, CHUNK)
-    tl.atomic_max(worst_now + batch, worst)
+    tl.atomic_max(worst_ptr + tl.num_programs(1), worst)
 
 
 @triton.jit
