@@ -1,5 +1,7 @@
 """The Triton kernels against their PyTorch twins, on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -90,10 +92,7 @@ def test_random_words_are_counted_in_32_bits_beyond_two_billion_elements():
     assert torch.equal(W[-n:].cpu(), expected)
 
 
-@pytest.mark.parametrize("rows,columns", [(8, 8), (6, 7), (7, 6), (16, 16), (64, 64), (128, 128), (256, 256)])
-@pytest.mark.parametrize("kind", ["generic", "rank one", "zero", "graded"])
-def test_jacobi_agrees_with_the_library(kind, rows, columns):
-    torch.manual_seed(0)
+def _cores(kind, rows, columns):
     K = torch.randn(5, rows, columns, device="cuda")
     if kind == "rank one":
         K = torch.randn(5, rows, 1, device="cuda") @ torch.randn(5, 1, columns, device="cuda")
@@ -101,14 +100,79 @@ def test_jacobi_agrees_with_the_library(kind, rows, columns):
         K = torch.zeros_like(K)
     elif kind == "graded":
         K = K * torch.logspace(0, -6, columns, device="cuda")
-    scaled, sigma, Q = svd.jacobi_svd(K)
+    elif kind == "tiny":
+        K = K * 1e-30
+    elif kind == "core":
+        K[:, rows // 2 :, columns // 2 :] = 0
+    return K
+
+
+def _assert_svd(K, scaled, sigma, Q):
+    """To rounding relative to the largest singular value, and Q orthonormal for every K."""
     _, expected, _ = svd.jacobi_svd_twin(K.double())
-    norm = K.double().norm().clamp_min(1e-30)
-    assert (sigma - expected).norm() / norm < 2e-5
-    assert (K.double() @ Q.double() - scaled).norm() / norm < 1e-5
-    identity = torch.eye(columns, device="cuda")
-    assert (Q.mT @ Q - identity).abs().max() < 2e-4
+    norm = K.double().norm(dim=(-2, -1), keepdim=True).clamp_min(1e-300)
+    assert ((sigma - expected).norm(dim=-1, keepdim=True) / norm[..., 0]).max() < 2e-6
+    products = K.double() @ Q.double()
+    assert ((products - scaled) / norm).abs().max() < 1e-6
+    gram = (products / norm).mT @ (products / norm)
+    assert (gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-6
+    identity = torch.eye(Q.shape[-1], device=Q.device)
+    assert (Q.double().mT @ Q.double() - identity).abs().max() < 2e-6
     assert (sigma[:, :-1] >= sigma[:, 1:]).all()
+
+
+@pytest.mark.parametrize(
+    "rows,columns",
+    [
+        (8, 8),
+        (6, 7),
+        (7, 6),
+        (16, 16),
+        (20, 30),
+        (32, 32),
+        (40, 50),
+        (64, 64),
+        (96, 96),
+        (100, 130),
+        (128, 128),
+        (256, 256),
+    ],
+)
+@pytest.mark.parametrize("kind", ["generic", "rank one", "zero", "graded", "tiny", "core"])
+def test_jacobi_agrees_with_the_library(kind, rows, columns):
+    torch.manual_seed(0)
+    K = _cores(kind, rows, columns)
+    _assert_svd(K, *svd.jacobi_svd(K))
+
+
+@pytest.mark.parametrize("columns", [32, 64, 128])
+@pytest.mark.parametrize("kind", ["generic", "core"])
+def test_one_launch_or_one_a_round_and_every_width_of_program(kind, columns):
+    from ds_mofa.kernels import _block_jacobi
+
+    torch.manual_seed(0)
+    K = _cores(kind, columns, columns)
+    for num_warps in (1, 2, 4, 8):
+
+        def rounds(rows, worst, p, tolerance, num_warps=num_warps):
+            svd._each_round(rows, worst, p, tolerance, partial(_block_jacobi.launch_round, num_warps=num_warps))
+
+        def at_once(rows, worst, p, tolerance, num_warps=num_warps):
+            sizes = {"p": p, "block": svd._BLOCK, "tolerance": tolerance, "floor": svd._FLOOR}
+            _block_jacobi.launch_sweeps(rows, worst, **sizes, num_warps=num_warps)
+
+        for sweeps in (rounds, at_once):
+            _assert_svd(K, *svd._sorted_triplets(K, svd.rotations_by_blocks(K, sweeps)))
+
+
+def test_a_large_jacobi_does_not_wait_for_the_device():
+    K = _cores("generic", 128, 128)
+    svd.jacobi_svd(K)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        svd.jacobi_svd(K)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("kind", ["generic", "rank one", "zero", "inside", "graded"])
