@@ -8,6 +8,7 @@ import torch
 from ds_mofa import MoFaSGD, weights
 from ds_mofa.factors import Factors, update_factors
 from ds_mofa.kernels import svd
+from ds_mofa.sketch import Queue
 from ds_mofa.weights import Rounding, Shard, write_updates
 
 pytestmark = [
@@ -119,6 +120,60 @@ def _assert_svd(K, scaled, sigma, Q):
     identity = torch.eye(Q.shape[-1], device=Q.device)
     assert (Q.double().mT @ Q.double() - identity).abs().max() < 2e-6
     assert (sigma[:, :-1] >= sigma[:, 1:]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("r", [1, 8, 20, 32, 128])
+@pytest.mark.parametrize(("m", "n"), [(256, 128), (130, 384), (33, 40), (512, 1024)])
+@pytest.mark.parametrize("tokens", [1, 70, 256])
+def test_many_linears_sketched_together_are_each_sketched(tokens, m, n, r, dtype):
+    torch.manual_seed(0)
+    queue = Queue(r, dtype)
+    sketches, expected = [], []
+    for index in range(3):
+        x, dy = (torch.randn(2, tokens + index, size, device="cuda").to(dtype) for size in (n, m))
+        U, V = (torch.randn(size, r, device="cuda").to(dtype) for size in (m, n))
+        Y, Z = (torch.randn(size, r, device="cuda") for size in (m, n))
+        X, dY = x.view(-1, n).double(), dy.view(-1, m).double()
+        left, right = (X @ V.double()).to(dtype).double(), (dY @ U.double()).to(dtype).double()
+        expected.append((Y + dY.T @ left, Z + X.T @ right))
+        sketches.append((Y, Z, U, V))
+        queue._waiting.append((tuple(tensor.data_ptr() for tensor in sketches[-1]), x, dy))
+    queue.take()
+    for (Y, Z, _, _), exact in zip(sketches, expected):
+        for got, sketch in zip((Y, Z), exact):
+            assert (got - sketch).norm() / sketch.norm() < (2e-3 if dtype == torch.bfloat16 else 3e-4)
+    assert not queue._waiting
+
+
+def test_a_backward_takes_all_that_waits():
+    """By the count, by the bytes, and what is left at its end; the sum is that of the products one by one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(5)]).to("cuda", torch.bfloat16)
+    optimizer = MoFaSGD(model, lr=1e-3, rank=8)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+
+    def captured(**patches):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in patches.items():
+                patch.setattr(Queue, name, value)
+            optimizer.zero_grad()
+            model(x).float().square().sum().backward()
+            assert not optimizer.matrices._queue._waiting
+        return optimizer.matrices.sketches.clone()
+
+    at_the_end = captured(COUNT=16, BYTES=10**9)
+    assert torch.equal(captured(COUNT=2), at_the_end)
+    assert torch.equal(captured(BYTES=100_000), at_the_end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ds_mofa.sketch.Sketch.add_linear", _one_by_one)
+        one_by_one = captured()
+    assert one_by_one.norm() > 0 and (at_the_end - one_by_one).norm() / one_by_one.norm() < 5e-3
+
+
+def _one_by_one(self, x, dy):
+    self.Y += dy.float().mT @ (x @ self.V).float()
+    self.Z += x.float().mT @ (dy @ self.U).float()
 
 
 @pytest.mark.parametrize(
