@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.svd import jacobi_svd
-from ds_mofa.orthonormal import Side, complements, generic_columns, sketch_gram
+from ds_mofa.orthonormal import Basis, Side, complements, generic_columns, sketch_gram
 
 __all__ = [
     "Factors",
@@ -87,14 +87,15 @@ def update_many(
     for (factors, Y, Z), (left, right) in zip(batches, grams):
         sides += [Side(factors.U, Y, left), Side(factors.V, Z, right)]
     bases = complements(sides)
+    left_bases, right_bases = bases[::2], bases[1::2]
     cores = [
-        _core(factors.sigma, left, Q_U.mT @ Y, Q_V.mT @ Z, beta, gamma)
-        for (factors, Y, Z), (left, _), Q_U, Q_V in zip(batches, grams, bases[::2], bases[1::2])
+        _core(factors.sigma, gram, left.R, right.R, beta, gamma)
+        for (factors, _, _), (gram, _), left, right in zip(batches, grams, left_bases, right_bases)
     ]
-    r = batches[0][0].sigma.shape[-1]
+    turns = _leading_svds(cores, batches[0][0].sigma.shape[-1])
     return [
-        _turned(factors, Q_U, Q_V, *turn)
-        for (factors, _, _), Q_U, Q_V, turn in zip(batches, bases[::2], bases[1::2], _leading_svds(cores, r))
+        _turned(factors, left, right, *turn)
+        for (factors, _, _), left, right, turn in zip(batches, left_bases, right_bases, turns)
     ]
 
 
@@ -111,10 +112,10 @@ def _core(sigma: Tensor, left: Tensor, R_U: Tensor, R_V: Tensor, beta: float, ga
     return torch.cat([top, bottom], dim=-2)
 
 
-def _turned(factors: Factors, Q_U: Tensor, Q_V: Tensor, P: Tensor, sigma: Tensor, Q: Tensor) -> Factors:
+def _turned(factors: Factors, left: Basis, right: Basis, P: Tensor, sigma: Tensor, Q: Tensor) -> Factors:
     still = (sigma[..., :1] == 0).unsqueeze(-1)  # any orthonormal P and Q diagonalise a zero core
     U, _, V = factors
-    return Factors(torch.where(still, U, _rotate(U, Q_U, P)), sigma, torch.where(still, V, _rotate(V, Q_V, Q)))
+    return Factors(torch.where(still, U, left.turned(P)), sigma, torch.where(still, V, right.turned(Q)))
 
 
 def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float) -> Factors:
@@ -180,19 +181,20 @@ def _leading_svds(cores: Sequence[Tensor], r: int) -> list[tuple[Tensor, Tensor,
 def _leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     if not triton_serves(K):
         P, sigma, Qt = torch.linalg.svd(K, full_matrices=False)
-        return P[..., :r], sigma[..., :r], Qt[..., :r, :].mT
+        return _polished(P[..., :r]), sigma[..., :r], _polished(Qt[..., :r, :].mT)
     scaled, sigma, Q = (x[..., :r] for x in jacobi_svd(K))
     # The columns of K Q are P sigma; where sigma vanishes there is no P in them, and any will do.
     P = scaled / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2)
-    [P] = complements([Side(P[..., :0], P)])
-    return P, sigma, Q
+    [basis] = complements([Side(P[..., :0], P)])
+    return _polished(basis.turned(torch.eye(r, device=P.device).expand(len(P), r, r))), sigma, _polished(Q)
 
 
-def _rotate(U: Tensor, Q: Tensor, P: Tensor) -> Tensor:
-    """[U Q] P, polished by one Newton-Schulz step so that rounding does not add up over the steps."""
-    r = U.shape[-1]
-    U = U @ P[..., :r, :] + Q @ P[..., r:, :]
-    return 1.5 * U - 0.5 * U @ (U.mT @ U)
+def _polished(P: Tensor) -> Tensor:
+    """P, orthonormal to the rounding of K's dtype, in float64 and orthonormal to the square of that (Newton-Schulz):
+    the factors are turned by one P after another.
+    """
+    P = P.double()
+    return 1.5 * P - 0.5 * P @ (P.mT @ P)
 
 
 def _complete(U: Tensor, r: int) -> Tensor:

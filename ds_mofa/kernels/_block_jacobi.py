@@ -5,9 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-def _chunk(num_warps: int) -> int:
-    """Elements of a row that are multiplied at a time: as many as the registers of the warps hold."""
-    return 32 if num_warps == 1 else 64
+_CHUNK = 32  # elements of a row that are multiplied at a time: as many as the registers of one warp hold
 
 
 def launch_round(
@@ -18,10 +16,8 @@ def launch_round(
     *,
     p: int,
     block: int,
-    first_step: int,
     tolerance: float,
     floor: float,
-    num_warps: int = 4,
 ) -> None:
     """:func:`ds_mofa.kernels.svd.rotate_twin` on a GPU: one program for each pair of blocks of each matrix."""
     B, n, length = rows.shape
@@ -33,43 +29,15 @@ def launch_round(
         length,
         sweep,
         turn,
-        first_step,
         tolerance**2,
         floor,
         SIZE=2 * block,
-        CHUNK=_chunk(num_warps),
-        num_warps=num_warps,
+        CHUNK=_CHUNK,
+        num_warps=1,  # two are slower, and four
     )
 
 
-def launch_sweeps(
-    rows: Tensor,
-    worst: Tensor,
-    *,
-    p: int,
-    block: int,
-    tolerance: float,
-    floor: float,
-    num_warps: int = 4,
-) -> None:
-    """All rounds of all sweeps at once: one program a matrix. Slower where there are many pairs, but one launch."""
-    B, n, length = rows.shape
-    _sweeps_kernel[(B,)](
-        rows,
-        worst,
-        n,
-        p,
-        length,
-        worst.shape[0] - 1,
-        tolerance**2,
-        floor,
-        SIZE=2 * block,
-        CHUNK=_chunk(num_warps),
-        num_warps=num_warps,
-    )
-
-
-@triton.jit(do_not_specialize=["sweep", "turn", "first_step"])
+@triton.jit(do_not_specialize=["sweep", "turn"])
 def _round_kernel(
     rows,
     worst_ptr,
@@ -78,7 +46,6 @@ def _round_kernel(
     length,
     sweep,
     turn,
-    first_step,
     tolerance_squared,
     floor,
     SIZE: tl.constexpr,
@@ -89,38 +56,8 @@ def _round_kernel(
     if tl.load(worst_ptr) <= tolerance_squared:  # this matrix was done a sweep ago
         return
     rows += batch.to(tl.int64) * n * length
-    worst = _meet(rows, n, p, length, turn, tl.program_id(0), first_step, floor, SIZE, CHUNK)
+    worst = _meet(rows, n, p, length, turn, tl.program_id(0), floor, SIZE, CHUNK)
     tl.atomic_max(worst_ptr + tl.num_programs(1), worst)
-
-
-@triton.jit
-def _sweeps_kernel(
-    rows,
-    worst_ptr,
-    n,
-    p,
-    length,
-    max_sweeps,
-    tolerance_squared,
-    floor,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    batch = tl.program_id(0)
-    rows += batch.to(tl.int64) * n * length
-    blocks = n // (SIZE // 2)
-    sweep = 0
-    worst = tolerance_squared + 1.0
-    while (sweep < max_sweeps) & (worst > tolerance_squared):
-        worst = tolerance_squared * 0.0
-        for turn in range(blocks - 1):
-            first_step = tl.where(turn == 0, 1, SIZE // 2)
-            for pair in range(blocks // 2):
-                met = _meet(rows, n, p, length, turn, pair, first_step, floor, SIZE, CHUNK)
-                worst = tl.maximum(worst, met)
-            tl.debug_barrier()  # the next pairs are made of rows that other threads have written
-        sweep += 1
-        tl.store(worst_ptr + sweep * tl.num_programs(0) + batch, worst)
 
 
 @triton.jit
@@ -131,7 +68,6 @@ def _meet(
     length,
     turn,
     pair,
-    first_step,
     floor,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -162,8 +98,8 @@ def _meet(
 
     # Two-sided Jacobi on A, whose diagonal is kept in ``mine``; the rows of W are the rotations so far.
     W = tl.where(diagonal, 1.0, 0.0)
-    for step in range(first_step, SIZE):
-        # Row i meets row i ^ step. From step 1 on every pair meets once, from BLOCK on those across the blocks.
+    for step in range(1, SIZE):
+        # Row i meets row i ^ step: every pair once.
         partner = i ^ step
         is_low = i < partner
         index = tl.broadcast_to(partner[:, None], [SIZE, SIZE])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ds_mofa.weights import Rounding, Shard
 
 _TILES = 8  # that one program writes
+_PAIRS = {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)}  # rows, words, warps, stages
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -40,16 +41,39 @@ def launch(
     first_row, last_row = start // n, -(-(start + numel) // n)
     stochastic = rounding.stochastic and dtype != torch.float32
     keys = _keys(rounding, tuple(indices), device) if stochastic else weights
-    shared = (U, V, coefficients, m, n, r, first_row, start, start + numel, step_size, decay)
     R = max(16, triton.next_power_of_2(r))
     # Two bf16 weights are one word: half the hashing, and no shuffling between threads.
-    in_pairs = dtype == torch.bfloat16 == U.dtype and stochastic and n % 2 == 0 and start % 2 == 0
+    in_pairs = dtype == torch.bfloat16 == U.dtype and stochastic and n % 2 == start % 2 == numel % 2 == 0
     if in_pairs and all(shard.flat.data_ptr() % 4 == 0 for shard in shards):
+        # Words count from the beginning of the shard's first row, so that 32 bits reach every one of them.
+        before = first_row * n // 2
+        low, high = start // 2 - before, (start + numel) // 2 - before
+        wide = (n // 2) % 4 == 0 and all((shard.flat.data_ptr() - 4 * low) % 16 == 0 for shard in shards)
         # Tiles of one strip of columns, one after the other: its part of V stays, the next tile of W is on its way.
-        block_m, block_n = (64, 64) if R <= 32 else (32, 64)
+        block_m, block_n, warps, stages = _PAIRS[R] if R in _PAIRS else _PAIRS[max(_PAIRS)]
         grid = (triton.cdiv(n // 2, block_n), triton.cdiv(last_row - first_row, block_m * _TILES), len(shards))
         _write_pairs_kernel[grid](
-            weights, keys, *shared, R=R, BLOCK_M=block_m, BLOCK_N=block_n, TILES=_TILES, STAGES=4, num_warps=4
+            weights,
+            keys,
+            U,
+            V,
+            coefficients,
+            m,
+            n,
+            r,
+            first_row,
+            before,
+            low,
+            high,
+            step_size,
+            decay,
+            R=R,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            TILES=_TILES,
+            STAGES=stages,
+            WIDE=wide,
+            num_warps=warps,
         )
         return
     block_m, block_n = 32, 256
@@ -58,7 +82,17 @@ def launch(
         weights,
         weights if masters is None else _table(tuple(master.data_ptr() for master in masters), device),
         keys,
-        *shared,
+        U,
+        V,
+        coefficients,
+        m,
+        n,
+        r,
+        first_row,
+        start,
+        start + numel,
+        step_size,
+        decay,
         R=R,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -155,7 +189,7 @@ def _write_kernel(
     tl.store(weight, new.to(DTYPE), mask=held)
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=["first_row", "before"])
 def _write_pairs_kernel(
     weights,
     keys,
@@ -166,8 +200,9 @@ def _write_pairs_kernel(
     n,
     r,
     first_row,
-    start,
-    stop,
+    before,
+    low,
+    high,
     step_size,
     decay,
     R: tl.constexpr,
@@ -175,8 +210,13 @@ def _write_pairs_kernel(
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """bf16 with stochastic rounding, two neighbours in a row as one 32-bit word; the same bits as above."""
+    """bf16 with stochastic rounding, two neighbours in a row as one 32-bit word; the same bits as above.
+
+    ``before`` words of the matrix come before those of ``first_row``; of the words from there on, the shard holds
+    [low, high). WIDE: four words at a time.
+    """
     batch = tl.program_id(2).to(tl.int64)
     pair = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     half = n // 2
@@ -188,27 +228,25 @@ def _write_pairs_kernel(
     v_odd = tl.load(columns + r, mask=in_v, other=0.0)
     c = tl.load(coefficients + batch * r + k, mask=k < r, other=0.0).to(tl.float32)
     key = tl.load(keys + batch).to(tl.uint32)
-    # Words count from the beginning of the shard's first row, so that 32 bits reach every one of them.
-    offset = first_row.to(tl.int64) * half
-    low = (start // 2 - offset).to(tl.int32)
-    high = (stop // 2 - offset).to(tl.int32)
-    first_word = tl.load(weights + batch).to(tl.pointer_type(tl.uint32)) - low
+    words = tl.load(weights + batch).to(tl.pointer_type(tl.uint32)) - low
+    if WIDE:
+        words = tl.multiple_of(words, 16)
 
     for tile in tl.range(0, TILES, num_stages=STAGES):
         from_first = (tl.program_id(1) * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         at = from_first[:, None] * half + pair[None, :]
         held = (pair < half)[None, :] & (at >= low) & (at < high)
-        old = tl.load(first_word + at, mask=held, other=0)
+        old = tl.load(words + at, mask=held, other=0)
         row = first_row + from_first
         in_u = (row < m)[:, None] & (k < r)[None, :]
         u = tl.load(U + batch * m * r + row[:, None] * r + k[None, :], mask=in_u, other=0.0)
         u = (u.to(tl.float32) * c[None, :]).to(u.dtype)
         even = (old << 16).to(tl.float32, bitcast=True) * decay - step_size * _product(u, v_even)
         odd = (old & 0xFFFF0000).to(tl.float32, bitcast=True) * decay - step_size * _product(u, v_odd)
-        bits = _mix((offset.to(tl.uint32) + at.to(tl.uint32)) ^ key)
+        bits = _mix((before.to(tl.uint32) + at.to(tl.uint32)) ^ key)
         even_word = (even.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) >> 16
         odd_word = (odd.to(tl.uint32, bitcast=True) + (bits >> 16)) & 0xFFFF0000
-        tl.store(first_word + at, odd_word | even_word, mask=held)
+        tl.store(words + at, odd_word | even_word, mask=held)
 
 
 @triton.jit

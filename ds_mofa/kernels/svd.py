@@ -16,15 +16,14 @@ from torch import Tensor
 
 __all__ = ["jacobi_svd", "jacobi_svd_twin"]
 
-_BY_COLUMNS = 16  # up to this many columns
-_IN_ONE_LAUNCH = 64  # up to this many columns one thread block a matrix does all sweeps
+_BY_COLUMNS = 64  # up to this many columns
 
 _MAX_SWEEPS = 16  # column by column, 6 to 9 are used; a matrix that needs more is not getting better
 _TOLERANCE = 1e-6  # cosine between two columns that counts as orthogonal, in fp32
 
 _BLOCK = 16
 # By blocks: sweeps, and the largest cosine *before* the last of them, which leaves about its square. The first
-# pass takes 6 to 11; the second starts from rotations made orthonormal again and needs one, or two.
+# pass takes 5 to 10; the second starts from rotations made orthonormal again and needs one, or two.
 _PASSES = ((14, 1e-2), (3, 1e-3))
 _FLOOR = 1e-12  # |column|^2 / |K|^2 below which a column is rounding, and its direction no matter
 
@@ -40,7 +39,7 @@ def jacobi_svd(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q = K.shape[-1]
     if q <= _BY_COLUMNS:
         return _sorted_triplets(K, rotations_by_columns(K))
-    return _sorted_triplets(K, rotations_by_blocks(K, _sweeps_in_one_launch if q <= _IN_ONE_LAUNCH else _sweeps))
+    return _sorted_triplets(K, rotations_by_blocks(K, _sweeps))
 
 
 def jacobi_svd_twin(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,13 +111,6 @@ def _sweeps(rows: Tensor, worst: Tensor, p: int, tolerance: float) -> None:
     _each_round(rows, worst, p, tolerance, _block_jacobi.launch_round)
 
 
-def _sweeps_in_one_launch(rows: Tensor, worst: Tensor, p: int, tolerance: float) -> None:
-    """:func:`_sweeps`, one thread block a matrix: for matrices of a few blocks, where launches would take longer."""
-    from ds_mofa.kernels import _block_jacobi
-
-    _block_jacobi.launch_sweeps(rows, worst, p=p, block=_BLOCK, tolerance=tolerance, floor=_FLOOR)
-
-
 def sweeps_twin(rows: Tensor, worst: Tensor, p: int, tolerance: float) -> None:
     """What :func:`_sweeps` does, in PyTorch."""
     _each_round(rows, worst, p, tolerance, rotate_twin)
@@ -127,19 +119,7 @@ def sweeps_twin(rows: Tensor, worst: Tensor, p: int, tolerance: float) -> None:
 def _each_round(rows: Tensor, worst: Tensor, p: int, tolerance: float, rotate: Callable[..., None]) -> None:
     for sweep in range(worst.shape[0] - 1):
         for turn in range(rows.shape[-2] // _BLOCK - 1):
-            # Once a sweep the rows of a block meet each other, too.
-            first_step = 1 if turn == 0 else _BLOCK
-            rotate(
-                rows,
-                worst,
-                sweep,
-                turn,
-                p=p,
-                block=_BLOCK,
-                first_step=first_step,
-                tolerance=tolerance,
-                floor=_FLOOR,
-            )
+            rotate(rows, worst, sweep, turn, p=p, block=_BLOCK, tolerance=tolerance, floor=_FLOOR)
 
 
 def rotate_twin(
@@ -150,7 +130,6 @@ def rotate_twin(
     *,
     p: int,
     block: int,
-    first_step: int,
     tolerance: float,
     floor: float,
 ) -> None:
@@ -165,7 +144,7 @@ def rotate_twin(
     A = X[..., :p] @ X[..., :p].mT
     todo = worst[sweep] > tolerance**2
     worst[sweep + 1] = torch.where(todo, torch.maximum(worst[sweep + 1], _largest_cosine(A, floor)), worst[sweep + 1])
-    rows[:, index] = torch.where(todo[:, None, None, None], _jacobi_rotations(A, first_step) @ X, X)
+    rows[:, index] = torch.where(todo[:, None, None, None], _jacobi_rotations(A) @ X, X)
 
 
 def pairs(blocks: int, turn: int) -> list[tuple[int, int]]:
@@ -185,12 +164,12 @@ def _largest_cosine(A: Tensor, floor: float) -> Tensor:
     return torch.where(counted, A / lengths.unsqueeze(-1) * (A / lengths.unsqueeze(-2)), 0).flatten(1).amax(-1)
 
 
-def _jacobi_rotations(A: Tensor, first_step: int) -> Tensor:
+def _jacobi_rotations(A: Tensor) -> Tensor:
     """W (..., s, s), orthonormal, that brings A (..., s, s), symmetric, nearer to the diagonal: W A W^T."""
     i = torch.arange(A.shape[-1], device=A.device)
     W = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
     squares = A.diagonal(dim1=-2, dim2=-1)
-    for step in range(first_step, A.shape[-1]):
+    for step in range(1, A.shape[-1]):
         partner = i ^ step
         low = torch.minimum(i, partner)
         high = torch.maximum(i, partner)

@@ -1,7 +1,5 @@
 """The Triton kernels against their PyTorch twins, on a GPU."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -34,6 +32,10 @@ def _eighths(*shape):
         (70, 300, 8, 0, 21000),
         (70, 300, 8, 1002, 20000),  # a shard from the middle of a row to the middle of another
         (70, 300, 8, 3, 20995),
+        (70, 300, 8, 2, 20995),
+        (70, 300, 8, 1000, 20998),
+        (70, 304, 8, 1216, 20000),
+        (600, 512, 64, 8192, 300000),
         (33, 1000, 40, 1500, 1502),
         (8, 16, 8, 17, 17),  # an empty shard
         (257, 1030, 128, 0, 264710),
@@ -142,7 +144,9 @@ def test_many_linears_sketched_together_are_each_sketched(tokens, m, n, r, dtype
     queue.take()
     for (Y, Z, _, _), exact in zip(sketches, expected):
         for got, sketch in zip((Y, Z), exact):
-            assert (got - sketch).norm() / sketch.norm() < (2e-3 if dtype == torch.bfloat16 else 3e-4)
+            assert (got - sketch).norm() / sketch.norm() < (
+                5e-3 if dtype == torch.bfloat16 else 1e-3
+            )  # the products' own rounding
     assert not queue._waiting
 
 
@@ -202,22 +206,11 @@ def test_jacobi_agrees_with_the_library(kind, rows, columns):
 
 @pytest.mark.parametrize("columns", [32, 64, 128])
 @pytest.mark.parametrize("kind", ["generic", "core"])
-def test_one_launch_or_one_a_round_and_every_width_of_program(kind, columns):
-    from ds_mofa.kernels import _block_jacobi
-
+def test_by_columns_and_by_blocks_at_every_size(kind, columns):
     torch.manual_seed(0)
     K = _cores(kind, columns, columns)
-    for num_warps in (1, 2, 4, 8):
-
-        def rounds(rows, worst, p, tolerance, num_warps=num_warps):
-            svd._each_round(rows, worst, p, tolerance, partial(_block_jacobi.launch_round, num_warps=num_warps))
-
-        def at_once(rows, worst, p, tolerance, num_warps=num_warps):
-            sizes = {"p": p, "block": svd._BLOCK, "tolerance": tolerance, "floor": svd._FLOOR}
-            _block_jacobi.launch_sweeps(rows, worst, **sizes, num_warps=num_warps)
-
-        for sweeps in (rounds, at_once):
-            _assert_svd(K, *svd._sorted_triplets(K, svd.rotations_by_blocks(K, sweeps)))
+    for Q in (svd.rotations_by_columns(K), svd.rotations_by_blocks(K, svd._sweeps)):
+        _assert_svd(K, *svd._sorted_triplets(K, Q))
 
 
 def test_a_large_jacobi_does_not_wait_for_the_device():

@@ -316,11 +316,14 @@ def test_sides_of_all_sizes_are_orthonormalised_together():
     for batch, m, c, k in ((2, 30, 4, 4), (1, 7, 4, 4), (3, 30, 4, 4), (2, 9, 0, 5), (1, 4, 4, 4)):
         U = random_orthonormal(m, c, generator).expand(batch, -1, -1).float()
         sides.append(Side(U, torch.randn(batch, m, k, generator=generator)))
-    for side, Q in zip(sides, complements(sides)):
-        [alone] = complements([side])
-        assert Q.shape == (*side.X.shape[:-1], min(side.X.shape[-1], side.X.shape[-2] - side.U.shape[-1]))
-        assert float((Q - alone).abs().max() if Q.numel() else 0) < 1e-5
-        assert departure_from_orthonormal(torch.cat([side.U, Q], dim=-1)) < 1e-5
+    for (U, X, _), basis in zip(sides, complements(sides)):
+        [alone] = complements([Side(U, X)])
+        both = min(U.shape[-1] + X.shape[-1], X.shape[-2])
+        eye = torch.eye(both).expand(len(X), -1, -1)
+        assert basis.turned(eye).shape == (len(X), X.shape[-2], both)
+        assert float((basis.turned(eye) - alone.turned(eye)).abs().max()) < 1e-5
+        assert departure_from_orthonormal(basis.turned(eye)) < 1e-5
+        assert relative_error(basis.R, basis.turned(eye)[..., U.shape[-1] :].mT @ X) < 1e-5 or both == U.shape[-1]
 
 
 def test_batches_of_several_shapes_are_updated_as_each_alone():

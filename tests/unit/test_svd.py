@@ -71,7 +71,7 @@ def test_a_round_rotates_rows_and_leaves_matrices_that_are_done():
     rows = torch.randn(3, 64, 80) / 64
     before = rows.clone()
     worst = torch.tensor([[torch.inf, 1e-8, 0.5], [0.0] * 3])
-    svd.rotate_twin(rows, worst, 0, 1, p=48, block=16, first_step=16, tolerance=1e-3, floor=1e-12)
+    svd.rotate_twin(rows, worst, 0, 1, p=48, block=16, tolerance=1e-3, floor=1e-12)
     assert torch.equal(rows[1], before[1]) and worst[1, 1] == 0
     for k in (0, 2):
         assert not torch.equal(rows[k], before[k]) and worst[1, k] > 0
