@@ -70,7 +70,6 @@ class MatrixStep:
         self.factors = torch.zeros(self.layout.segment, dtype=exact, device=device)
         self._pending: Tensor | None = None
         self._grams: list[Grams] | None = None
-        self._beside: tuple[torch.cuda.Stream, tuple] | None = None
         self._norm: Tensor | None = None
         self._finite: bool | None = None
         self.steps = 0
@@ -161,27 +160,6 @@ class MatrixStep:
         self.steps += 1
         with phase("apply"):
             self._apply(groups)
-
-    def update_beside(self, groups: Sequence[Mapping[str, Any]], clip: float | Tensor = 1.0) -> None:
-        """:meth:`update` on a GPU stream of its own, beside what the caller does until it calls :meth:`join`.
-
-        On the CPU the same as :meth:`update`.
-        """
-        if self.sketches.device.type != "cuda":
-            self.update(groups, clip)
-            return
-        beside = torch.cuda.Stream(self.sketches.device) if self._beside is None else self._beside[0]
-        beside.wait_stream(torch.cuda.current_stream(self.sketches.device))
-        # What this stream has allocated is not to be handed out again before the other has read it.
-        self._beside = beside, (self._pending, self._grams, clip)
-        with torch.cuda.stream(beside):
-            self.update(groups, clip)
-
-    def join(self) -> None:
-        """Let the current stream wait for :meth:`update_beside`: before it touches weights, sketches or factors."""
-        if self._beside is not None and self._beside[1]:
-            torch.cuda.current_stream(self.sketches.device).wait_stream(self._beside[0])
-            self._beside = self._beside[0], ()
 
     def discard(self) -> None:
         """Skip this step: factors and weights stay as they are."""

@@ -8,7 +8,7 @@ own class, so that every isinstance check in the engine still holds.
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
@@ -87,7 +87,6 @@ class MatrixMixin:
         self._global_norm = matrices.norm
         with phase("AdamW"), self.mofa.adamw_lr():
             result = self.deepspeed_step()
-        matrices.join()
         if self.overflow:
             matrices.discard()
         elif matrices.pending:
@@ -100,11 +99,8 @@ class MatrixMixin:
 
     def update_matrices(self) -> None:
         """Factors and weights, with the gradient clipped by the same norm as AdamW's part."""
-        self.mofa.matrices.update(self.mofa.matrix_groups, self.clip_by_norm())
-
-    def clip_by_norm(self) -> Tensor | float:
-        """The factor on the gradient, <= 1, from DeepSpeed's gradient_clipping."""
-        return clip_factor(self._global_norm, self.clip_grad) if self.clip_grad > 0 else 1.0
+        clip = clip_factor(self._global_norm, self.clip_grad) if self.clip_grad > 0 else 1.0
+        self.mofa.matrices.update(self.mofa.matrix_groups, clip)
 
     def with_matrix_norm(self, norms: list[Tensor]) -> Tensor:
         """One norm of AdamW's gradients and the matrices' sketches; scaled by the loss scale, as ``norms`` are."""
@@ -195,11 +191,7 @@ class Stage12Mixin(ZeroMixin):
         return super().has_overflow(partition_gradients) or not self.mofa.matrices.finite
 
     def scaled_global_norm(self, norm_type=2):
-        norm = self.with_matrix_norm([super().scaled_global_norm(norm_type)])
-        # From here on DeepSpeed is busy with AdamW's part, half of the time waiting. An invalid norm it may yet skip.
-        if not is_invalid_grad_norm(norm):
-            self.mofa.matrices.update_beside(self.mofa.matrix_groups, self.clip_by_norm())
-        return norm
+        return self.with_matrix_norm([super().scaled_global_norm(norm_type)])
 
 
 class Stage3Mixin(Stage3Accessors, ZeroMixin):
