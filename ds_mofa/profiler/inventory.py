@@ -113,6 +113,9 @@ def tensors(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str, Any]
 
 
 def _short_lived(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str, Any]]:
+    # Before the gradients: one that waits for its reduction is a view of the bucket.
+    for bucket in (getattr(optimizer, "ipg_buckets", None) or {}).values():
+        yield "communication buffers", getattr(bucket, "buffer", None)
     for param in model.parameters() if model is not None else ():
         yield "gradients", param.grad
         yield "gradients", getattr(param, "grad_accum", None)
@@ -123,8 +126,6 @@ def _short_lived(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str,
     for name, category in _DEEPSPEED.items():
         if category == "master weights":
             yield "gradients", [master.grad for master in leaves(getattr(optimizer, name, None))]
-    for bucket in (getattr(optimizer, "ipg_buckets", None) or {}).values():
-        yield "communication buffers", getattr(bucket, "buffer", None)
 
 
 def leaves(item: Any) -> list[Tensor]:

@@ -117,7 +117,7 @@ def verdict(entries: Sequence[dict[str, Any]]) -> tuple[bool, str]:
     smallest = min(entry["smallest_gradient"] for entry in measured)
     text = (
         f"after the backward of each of {len(measured)} layers the matrices' .grad hold {held / 1e6:.2f} MB; of what "
-        f"that backward allocated, the gradient that it passes on apart, at most {total['kept'] / 1e6:.3f} MB are alive, "
+        f"that backward allocated, the gradient it passes on apart, {total['kept'] / 1e6:.3f} MB or less are alive, "
         f"the largest piece {piece['largest'] / 1e6:.3f} MB ({piece['layer']}); the smallest weight gradient would be "
         f"{smallest / 1e6:.3f} MB, all of a layer {total['layer_gradients'] / 1e6:.2f} MB"
     )

@@ -117,8 +117,8 @@ class PhaseRecorder:
 def watch_model(model: nn.Module, recorder: PhaseRecorder) -> list[Callable[[], None]]:
     """Announce forward and backward of ``model``; returns what undoes it.
 
-    Backward begins when the gradient of the model's loss (or of whatever it gives out) is known, and ends when autograd
-    has run everything it was asked for.
+    Backward begins when the gradient of the loss, or of anything else that the model gives out, is known, and ends when
+    autograd has run everything it was asked for.
     """
 
     def before(module, args) -> None:
@@ -143,22 +143,15 @@ def watch_model(model: nn.Module, recorder: PhaseRecorder) -> list[Callable[[], 
             begun = False
             recorder.leave("backward")
 
-        for tensor in _starts_of_backward(output):
-            tensor.register_hook(backward_begins)
+        for tensor in _tensors_in(output):  # some trainers make a loss of their own from the others
+            if tensor.requires_grad:
+                tensor.register_hook(backward_begins)
 
     handles = [
         model.register_forward_pre_hook(before),
         model.register_forward_hook(after),
     ]
     return [handle.remove for handle in handles]
-
-
-def _starts_of_backward(output: Any) -> list[Tensor]:
-    """The loss, where the output has one, else every tensor in it that backward could begin at."""
-    loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
-    if isinstance(loss, Tensor) and loss.requires_grad:
-        return [loss]
-    return [tensor for tensor in _tensors_in(output) if tensor.requires_grad]
 
 
 def _tensors_in(item: Any) -> Iterator[Tensor]:

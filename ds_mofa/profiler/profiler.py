@@ -18,6 +18,7 @@ from ds_mofa.profiler import layers, trace
 from ds_mofa.profiler.accounting import account, thin_curve, thin_samples
 from ds_mofa.profiler.inventory import Known, buckets, inventory, leaves, sizes, tensors, unwrap_optimizer
 from ds_mofa.profiler.phases import PhaseRecorder, watch_model, watch_optimizer
+from ds_mofa.profiler.predict import on_host
 from ds_mofa.profiler.report import assemble, write_report
 from ds_mofa.profiler.sampler import NvmlReader, Sampler
 
@@ -94,6 +95,8 @@ class MemoryProfiler:
             self._nvml_index = self._find_nvml_index()
         else:
             self.notes.append("No CUDA device: these are figures of the host's memory, of this process (resident set).")
+            if predicted:
+                self.predicted = on_host(predicted)
             if memory_snapshot:
                 self.notes.append("No memory snapshot: PyTorch keeps such a history on CUDA devices alone.")
         reader = NvmlReader([] if self._nvml_index is None else [self._nvml_index], nvml)
@@ -102,7 +105,7 @@ class MemoryProfiler:
             self._read_and_reset if self._cuda else None, lambda: self._process.memory_info().rss, nvtx=self._cuda
         )
         self._process = psutil.Process()
-        self._undo = contextlib.ExitStack()
+        self._undo, self._listening = contextlib.ExitStack(), contextlib.ExitStack()
         self._history: Any = None
         self._allocations: list[trace.Allocation] | None = None
         self._marks: list[tuple[int, list[Known]]] = []
@@ -113,6 +116,7 @@ class MemoryProfiler:
         self._reserved_peak = self._allocated_peak = self._building_peak = 0
         self._before = self._context = self._outside_after_watch = None
         self._base_host = 0
+        self._cost_before = self._detail_cost = 0.0
         self._started = self._running = False
 
     @property
@@ -168,7 +172,7 @@ class MemoryProfiler:
                     self._before = first.device_used[self._nvml_index]
                     self._context = self._outside(opened_now) - self._before
             torch.cuda.reset_peak_memory_stats(self._device)
-        self._undo.enter_context(self._recorder.listening())
+        self._listening.enter_context(self._recorder.listening())
         if self._model is not None:
             self.watch(self._model, self._optimizer)
         return self
@@ -213,7 +217,9 @@ class MemoryProfiler:
             raise RuntimeError("step() before watch(model, optimizer): the profiler does not know what to look at")
         self._end_step()
         now = time.perf_counter()
-        if self._recorder.active:
+        if self.steps == self.detail_step:
+            self._detail_cost = self._recorder.cost - self._cost_before
+        elif self._recorder.active:
             self.step_seconds.append(now - self._step_started)
         self.steps += 1
         self._step_started = time.perf_counter()
@@ -223,9 +229,11 @@ class MemoryProfiler:
     def paused(self) -> Iterator[None]:
         """Within: no phases, no history; only the sampler goes on. For measuring what the profiler itself costs."""
         self._recorder.active = False
+        self._listening.close()
         try:
             yield
         finally:
+            self._listening.enter_context(self._recorder.listening())
             self._recorder.active = True
 
     def stop(self, failed: bool = False) -> dict[str, Any] | None:
@@ -247,6 +255,7 @@ class MemoryProfiler:
         self._known = inventory(self._model, self._optimizer) if self._model is not None else []
         self._running = False
         self._undo.close()
+        self._listening.close()
         self._sampler.stop()
         mine = self._rank_report()
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
@@ -288,6 +297,7 @@ class MemoryProfiler:
         else:
             self._history = trace.StorageTracker(_storages(self._model, self._optimizer))
             self._history.__enter__()
+        self._cost_before = self._recorder.cost
         self._recorder.detail = True
         self._detail_times = (time.time_ns(), 0)
         self._mark()
@@ -391,6 +401,7 @@ class MemoryProfiler:
             "allocated": self._allocated_peak if self._cuda else None,
             "allocated_while_building": self._building_peak if self._cuda else None,
             "reserved": self._reserved_peak if self._cuda else None,
+            "traced": sum(curve.peak.values()) if curve is not None else None,
             "nvml_device": max(nvml, default=None),
             "nvml_process": max(process, default=None),
             "host": max(max(s.host for s in samples), *(e["peak_host"] for e in self._recorder.statistics.values()), 0),
@@ -413,6 +424,7 @@ class MemoryProfiler:
         device = torch.cuda.get_device_name(self._device) if self._cuda else "CPU"
         thread_share = self._sampler.cost / max((samples[-1].time - samples[0].time) / 1e9, 1e-9)
         steps = max(len(self.step_seconds), 1)
+        own = self._recorder.cost - self._detail_cost  # the recorded step is not like the others
         return {
             "rank": dist.get_rank() if _distributed() else 0,
             "device": device,
@@ -435,8 +447,8 @@ class MemoryProfiler:
                 "thread_cpu_share": thread_share,
             },
             "overhead": {
-                "seconds_per_step": self._recorder.cost / steps,
-                "share_of_step": self._recorder.cost / max(sum(self.step_seconds), 1e-9),
+                "seconds_per_step": own / steps,
+                "share_of_step": own / max(sum(self.step_seconds), 1e-9),
             },
             "timeline": thin_samples(samples, index),
             "step_timeline": thin_curve(curve, spans, self._recorder.inner) if curve is not None else None,

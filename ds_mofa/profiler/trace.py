@@ -293,6 +293,8 @@ def alive(allocations: Iterable[Allocation], moment: int) -> list[Allocation]:
 def new_gradients(allocations: Iterable[Allocation], began: int, moment: int) -> list[Allocation]:
     """What backward, which began at ``began``, has allocated and not freed by ``moment``, largest first.
 
-    A kept weight gradient would be among it, unless it belongs to AdamW, whose own are labelled.
+    A kept weight gradient would be among it. What the inventory knows, AdamW's gradients and the buckets that they are
+    reduced in, is not.
     """
-    return [one for one in alive(allocations, moment) if one.born >= began and one.category != "gradients"]
+    known = ("gradients", "communication buffers")
+    return [one for one in alive(allocations, moment) if one.born >= began and one.category not in known]
