@@ -44,6 +44,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     gpus = args.gpus if args.gpus is not None else max(1, torch.cuda.device_count())
     notes = []
+    for run in args.runs or ():
+        check_run(run)
     chosen = args.runs or [*ONE_GPU, *(SEVERAL if gpus > 1 else [])]
     if any(":LoRA" in run for run in chosen) and importlib.util.find_spec("peft") is None:
         notes.append("LoRA was not run: peft is not installed (pip install peft).")
@@ -91,6 +93,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reuse", action="store_true", help="do not repeat runs whose report is in the folder")
     parser.add_argument("--output_dir", default="out/claim")
     return parser
+
+
+def check_run(run: str) -> None:
+    """Exit with what is wrong with a run's name, before any of them has taken its minutes."""
+    backend, optimizer, *options = run.split(":") if ":" in run else (run, "")
+    known = ["AdamW", "MoFaSGD", "LoRA"] if backend == "torch" else ["AdamW", "MoFaSGD"]
+    if backend not in ("torch", "zero0", "zero1", "zero2", "zero3") or optimizer not in known:
+        sys.exit(
+            f"verify_claim.py: error: {run!r} cannot be run: give torch:{{AdamW,MoFaSGD,LoRA}} or zero0 to "
+            "zero3:{AdamW,MoFaSGD}, and options such as r=8 after it"
+        )
+    if any("=" not in option for option in options):
+        sys.exit(f"verify_claim.py: error: {run!r}: an option is written NAME=VALUE, such as r=8")
 
 
 def one_run(run: str, ranks: int, args: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -164,9 +179,10 @@ def one_line(run: str, report: Mapping[str, Any]) -> str:
         return f"{run}: {report['error']}"
     rank = max(report["ranks"], key=lambda rank: rank["breakdown"]["total"])
     peaks = rank["peaks"]
+    predicted = (report["predicted"] or {}).get("allocated")
     return (
         f"{run}: allocated {gb(peaks['allocated'])} GB, reserved {gb(peaks['reserved'])}, "
-        f"NVML {gb(peaks['nvml_device'])}, host {gb(peaks['host'])}; predicted {gb((report['predicted'] or {}).get('allocated'))} allocated"
+        f"NVML {gb(peaks['nvml_device'])}, host {gb(peaks['host'])}; predicted {gb(predicted)} allocated"
     )
 
 

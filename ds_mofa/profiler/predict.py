@@ -15,8 +15,9 @@ from typing import Any
 
 from ds_mofa.partition import Layout
 from ds_mofa.profiler.categories import CATEGORIES
+from ds_mofa.profiler.reserve import reserved_by_plain_loop, reserved_by_stage12
 from ds_mofa.profiler.simulate import MicroBatch, Parameter, PredictionError, simulate
-from ds_mofa.profiler.zero import Candidate, ZeroSettings, stage3_gathered, stage3_step, stage12_candidates
+from ds_mofa.profiler.zero import Candidate, ZeroSettings, partitioned, stage3_gathered, stage3_step, stage12_candidates
 
 __all__ = ["OPTIMIZERS", "PredictionError", "Setting", "on_host", "predict"]
 
@@ -105,7 +106,7 @@ def predict(setting: Setting) -> dict[str, Any]:
     for name, size in peak.extra.items():
         categories[name] = categories.get(name, 0) + size
     allocated = sum(categories.values())
-    categories["allocator slack"] = _slack(setting, batch, always, peak)
+    categories["allocator slack"] = _slack(setting, batch, always, allocated)
     categories["CUDA context"] = CUDA_CONTEXT
     if setting.gpus > 1:
         categories["communication buffers"] = categories.get("communication buffers", 0) + NCCL
@@ -271,5 +272,34 @@ def _step_workspace(setting: Setting, batch: MicroBatch) -> int:
     return 0
 
 
-def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], peak: Candidate) -> int:
-    return 0
+def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocated: int) -> int:
+    """Reserved and unused at the peak, where the allocator's rules can be played through; 0 in stage 0."""
+    trained = _trained(setting, batch)
+    buffers = [always[name] for name in ("sketches", "factors", "other optimizer states") if name in always]
+    if setting.zero is None:
+        held = [p for p in trained if setting.optimizer in ("AdamW", "MoFaSGD", "LoRA") or p.kind != "matrix"]
+        foreach = setting.optimizer == "MoFaSGD"  # the others' AdamW is fused
+        reserved = reserved_by_plain_loop(batch, held, buffers, 4, setting.micro_batches, foreach)
+    elif setting.zero in (1, 2):
+        zero, groups = _zero(setting), _groups(setting, batch)
+        touched, sizes = partitioned(groups, zero.world_size)
+        reserved = reserved_by_stage12(
+            batch,
+            groups,
+            buffers,
+            stage=zero.stage,
+            touched=touched,
+            sizes=sizes,
+            state_bytes=zero.state_bytes,
+            own_masters="master weights" in always,
+            bucket=4 * zero.reduce_bucket_size,
+            contiguous=zero.contiguous_gradients,
+            micro_batches=setting.micro_batches,
+        )
+    elif setting.zero == 3:
+        # The step's flat gradients, in blocks larger than any of backward's; not what gathering leaves unused.
+        largest = max(map(_numbers, _groups(setting, batch))) // setting.gpus
+        return stage3_step(_zero(setting), largest) - 2 * largest
+    else:
+        return 0
+    return max(0, reserved - allocated)

@@ -249,6 +249,8 @@ class MemoryProfiler:
             return self.report
         if self._history is not None:
             self._end_detail()
+            if not self._recorder.spans:  # begun, and then there was no such step
+                self._allocations = None
         if self._step_range is not None:
             torch.cuda.nvtx.range_end(self._step_range)
         self._recorder.between()

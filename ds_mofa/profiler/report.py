@@ -1,6 +1,7 @@
 """A report as data: put together from all ranks, checked, and written as JSON, Markdown, HTML and PNG."""
 
 import datetime
+import importlib
 import json
 import platform
 import sys
@@ -14,7 +15,7 @@ import torch
 from ds_mofa.profiler import markdown, page
 from ds_mofa.profiler.categories import CATEGORIES
 
-__all__ = ["SCHEMA_VERSION", "assemble", "check", "load_report", "merged", "write_report"]
+__all__ = ["SCHEMA_VERSION", "assemble", "check", "load_report", "write_pages", "write_report"]
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton", "ds_mofa", "nvidia-ml-py")
@@ -52,11 +53,6 @@ def environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def merged(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The rank whose total is largest: a run needs as much as its fullest device."""
-    return max(report["ranks"], key=lambda rank: rank["breakdown"]["total"])
 
 
 def check(report: Mapping[str, Any]) -> None:
@@ -136,7 +132,7 @@ def write_pages(
 
 def _figures(runs: Mapping[str, dict[str, Any]], folder: Path, document: dict[str, Any]) -> list[Path]:
     try:
-        from ds_mofa.profiler import figures
+        figures = importlib.import_module("ds_mofa.profiler.figures")
     except ImportError as error:
         note = f"No PNG: {error}. Install matplotlib (pip install 'ds_mofa[profile]'), or use report.html"
         document.setdefault("notes", []).append(note)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_mofa.optimizer import MoFaSGD
-from ds_mofa.options import Options
+from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import split_parameters
 from ds_mofa.profiler.trace import StorageTracker
 
@@ -63,12 +63,14 @@ class MicroBatch:
         order: names of the parameters that get a gradient, in the order in which backward completes them.
         peaks: between each two completions, the highest moment; the first is of forward and the loss.
         at_completion: the moment at which each gradient of ``order`` is complete.
+        events: ("alloc", key, bytes), ("free", key, bytes) and ("complete", name, 0), in order.
     """
 
     parameters: list[Parameter]
     order: list[str]
     peaks: list[Moment]
     at_completion: list[Moment]
+    events: list[tuple[str, Any, int]]
 
 
 class PredictionError(ValueError):
@@ -114,8 +116,8 @@ def simulate(
             for p, name in names.items()
         ]
         ids = torch.zeros(micro_batch, tokens, dtype=torch.long)
-        order, peaks, at_completion = _run(model, ids, kinds, names)
-    return MicroBatch(parameters, order, peaks, at_completion)
+        order, peaks, at_completion, events = _run(model, ids, kinds, names)
+    return MicroBatch(parameters, order, peaks, at_completion, events)
 
 
 def _build(model_config: str | Path | dict[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -145,7 +147,10 @@ def _prepare(model: nn.Module, optimizer: str, rank: int) -> dict[Tensor, str]:
     split = split_parameters(model, model.parameters(), Options(lr=1.0, rank=1))
     matrices = {matrix.param for matrix in split.matrices}
     if optimizer == "MoFaSGD":
-        trained = MoFaSGD(model, lr=1.0, rank=rank)
+        try:
+            trained = MoFaSGD(model, lr=1.0, rank=rank)
+        except OptionError as error:
+            raise PredictionError(str(error)) from error
         matrices = {matrix.param for matrix in trained.split.matrices}
         return {p: "sketched" if p in matrices else "other" for p in model.parameters()}
     if optimizer != "LoRA":
@@ -187,7 +192,7 @@ def _one_sequence_a_row() -> Iterator[None]:
         raise PredictionError(f"this version of transformers looks for packed sequences elsewhere ({error})") from error
 
 
-def _run(model, ids, kinds, names) -> tuple[list[str], list[Moment], list[Moment]]:
+def _run(model, ids, kinds, names) -> tuple[list[str], list[Moment], list[Moment], list[tuple[str, Any, int]]]:
     counter = itertools.count(1)
     there = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), ids]
     tracker = StorageTracker(there, clock=lambda: next(counter))
@@ -205,7 +210,15 @@ def _run(model, ids, kinds, names) -> tuple[list[str], list[Moment], list[Moment
         loss = model(input_ids=ids, labels=ids).loss
         backward_starts = next(counter)
         loss.backward()
-    return order, *_moments(tracker, backward_starts, ticks)
+    return order, *_moments(tracker, backward_starts, ticks), _events(tracker, order, ticks)
+
+
+def _events(tracker: StorageTracker, order: list[str], ticks: list[int]) -> list[tuple[str, Any, int]]:
+    timed = [(tick, ("complete", name, 0)) for name, tick in zip(order, ticks)]
+    for key, one in enumerate(tracker.allocations):
+        timed.append((one.born, ("alloc", key, one.size)))
+        timed.append((one.died, ("free", key, one.size)))
+    return [event for _, event in sorted(timed, key=lambda item: item[0])]
 
 
 def _moments(tracker: StorageTracker, backward_starts: int, ticks: list[int]) -> tuple[list[Moment], list[Moment]]:
