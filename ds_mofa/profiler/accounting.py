@@ -76,7 +76,7 @@ def thin_samples(samples: Sequence[Sample], index: int | None) -> dict[str, Any]
         return [max(row, default=None) for row in rows]
 
     return {
-        "seconds": [(samples[low].time - start) / 1e9 for low, _ in bins],
+        "seconds": [round((samples[low].time - start) / 1e9, 4) for low, _ in bins],
         "nvml_device": largest([s.device_used.get(index) for s in samples]),
         "nvml_process": largest([s.process_used.get(index) for s in samples]),
         "allocated": largest([s.allocator[0] if s.allocator else None for s in samples]),
@@ -94,11 +94,15 @@ def thin_curve(curve: Curve, spans: Sequence[Span], inner: Sequence[Span]) -> di
     columns = {name: [row[k] for row in rows] for k, name in enumerate(_ROWS)}
     shown = [span for span in inner if span.name != "capture"]
     return {
-        "milliseconds": [(curve.times[i] - start) / 1e6 for i in highest],
+        "milliseconds": [round((curve.times[i] - start) / 1e6, 3) for i in highest],
         "categories": {name: column for name, column in columns.items() if any(column)},
         "peak_milliseconds": (curve.peak_time - start) / 1e6,
         "phases": [
-            {"name": span.name, "start": (span.start - start) / 1e6, "end": (span.end - start) / 1e6}
+            {
+                "name": span.name,
+                "start": round((span.start - start) / 1e6, 3),
+                "end": round((span.end - start) / 1e6, 3),
+            }
             for span in (*spans, *shown)
         ],
     }

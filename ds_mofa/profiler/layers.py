@@ -99,6 +99,10 @@ def after_each_layer(
             "layer_gradients": sum(sizes),
             "smallest_gradient": min(sizes, default=0),
         }
+    if worst:  # one stack is enough, of the largest piece
+        largest = max(worst.values(), key=lambda entry: entry["largest"])
+        for entry in worst.values():
+            entry["stack"] = entry["stack"] if entry is largest else []
     return sorted(worst.values(), key=lambda e: [int(part) if part.isdigit() else 0 for part in e["layer"].split(".")])
 
 

@@ -165,8 +165,7 @@ class MemoryProfiler:
                 )
                 self._context = 0
             else:
-                torch.empty(1, device=self._device)
-                torch.cuda.synchronize(self._device)
+                _open(self._device)
                 opened_now = self._sampler.sample()
                 if first.device_used and opened_now.device_used:
                     self._before = first.device_used[self._nvml_index]
@@ -480,6 +479,12 @@ class MemoryProfiler:
         if self._allocations is None or not self._layer_marks:
             return []
         return layers.after_each_layer(self._allocations, self._layer_marks, self._recorder.spans, self._model)
+
+
+def _open(device: torch.device) -> None:
+    """Make the CUDA context, and the allocator's first segment with it."""
+    torch.empty(1, device=device)
+    torch.cuda.synchronize(device)
 
 
 def _default_device() -> torch.device:

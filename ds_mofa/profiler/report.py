@@ -121,7 +121,7 @@ def write_pages(
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _figures(runs, folder, document)
     files = {
-        "report.json": json.dumps(document, indent=1) + "\n",
+        "report.json": json.dumps(document, separators=(",", ":")) + "\n",
         "report.md": markdown.render(runs, claims, title, document, [path.name for path in pictures]),
         "report.html": page.render(runs, claims, title, document),
     }

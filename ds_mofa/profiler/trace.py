@@ -125,12 +125,15 @@ def from_snapshot(snapshot: dict[str, Any], device: int, marker: int, began: int
         )
     events = events[first:]
     shift = began - events[0]["time_us"] * 1000
+    texts: dict[int, str] = {}
     found: list[Allocation] = []
     open_at: dict[int, Allocation] = {}
     for event in events:
         moment = event["time_us"] * 1000 + shift
         if event["action"] == "alloc":
-            one = Allocation(event["addr"], _rounded(event["size"]), moment, stack=_stack(event.get("frames", ())))
+            one = Allocation(
+                event["addr"], _rounded(event["size"]), moment, stack=_stack(event.get("frames", ()), texts)
+            )
             open_at[event["addr"]] = one
             found.append(one)
         elif event["addr"] in open_at:
@@ -149,7 +152,7 @@ def from_snapshot(snapshot: dict[str, Any], device: int, marker: int, began: int
             if start in open_at:
                 open_at[start].size = block["size"]
             else:
-                found.append(Allocation(start, block["size"], 0, stack=_stack(block.get("frames", ()))))
+                found.append(Allocation(start, block["size"], 0, stack=_stack(block.get("frames", ()), texts)))
     return found
 
 
@@ -158,8 +161,14 @@ def _rounded(size: int) -> int:
     return -(-size // 512) * 512
 
 
-def _stack(frames: Iterable[dict[str, Any]]) -> tuple[str, ...]:
-    return tuple(f"{frame['filename']}:{frame['line']} {frame['name']}" for frame in frames)
+def _stack(frames: Iterable[dict[str, Any]], texts: dict[int, str]) -> tuple[str, ...]:
+    """Lines, innermost first; ``texts`` keeps one for each frame, which thousands of stacks share."""
+    lines = []
+    for frame in frames:
+        if id(frame) not in texts:
+            texts[id(frame)] = f"{frame['filename']}:{frame['line']} {frame['name']}"
+        lines.append(texts[id(frame)])
+    return tuple(lines)
 
 
 class StorageTracker(TorchDispatchMode):

@@ -78,7 +78,7 @@ def fake_run(allocated: int, nvml: int, *, shape: str = "1024x8", kept: int = 0,
         "overhead": {"seconds_per_step": own},
     }  # fmt: skip
     setting = {"model_config": "configs/models/llama-3.1-8b.json", "shape": shape, "seconds_per_step": 1.0}
-    setting["seconds_per_step_without_profiler"] = 1.0
+    setting |= {"seconds_per_step_without_profiler": 1.0, "all_seconds": {"with": [1.0], "without": [1.0, 1.01]}}
     return {"ranks": [rank], "setting": setting, "predicted": {"allocated": 30_000_000_000, "total": 34_000_000_000}}
 
 
