@@ -10,8 +10,7 @@ All are float32 (float64 in tests), on any device. Inputs must be finite: the ca
 for all ranks, whether a step with a NaN or Inf in it is skipped.
 """
 
-import functools
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,11 +18,17 @@ from torch import Tensor
 
 from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.svd import jacobi_svd
+from ds_mofa.orthonormal import Basis, Side, complements, generic_columns, sketch_gram
 
-__all__ = ["Factors", "update_factors", "start_factors", "projected_norm", "orthonormal_complement", "live_directions"]
-
-
-_EXACT = torch.finfo(torch.float64).eps
+__all__ = [
+    "Factors",
+    "update_factors",
+    "update_many",
+    "start_factors",
+    "gram_matrices",
+    "projected_norm",
+    "live_directions",
+]
 
 
 class Factors(NamedTuple):
@@ -57,18 +62,60 @@ def update_factors(factors: Factors, Y: Tensor, Z: Tensor, *, beta: float, gamma
     Returns:
         The new factors. Where K is exactly zero (no momentum and no gradient) U and V stay.
     """
-    U, sigma, V = factors
-    r = sigma.shape[-1]
-    A = U.mT @ Y
-    Q_U, R_U = orthonormal_complement(U, Y)
-    Q_V, R_V = orthonormal_complement(V, Z)
+    [new] = update_many([(factors, Y, Z)], beta=beta, gamma=gamma)
+    return new
 
+
+Batch = tuple[Factors, Tensor, Tensor]  # factors, Y, Z
+Grams = tuple[Tensor, Tensor]  # sketch_gram of (U, Y) and of (V, Z)
+
+
+def update_many(
+    batches: Sequence[Batch], *, beta: float, gamma: float | Tensor, grams: Sequence[Grams] | None = None
+) -> list[Factors]:
+    """:func:`update_factors` of several batches, which may differ in m and n; what is r x r is done for all at once.
+
+    Args:
+        batches: factors, Y and Z of each; of one rank.
+        beta: decay of the old momentum.
+        gamma: weight of the gradient; a tensor has one element.
+        grams: what :func:`gram_matrices` gives for each batch, where it is at hand.
+    """
+    if grams is None:
+        grams = [gram_matrices(*batch) for batch in batches]
+    sides = []
+    for (factors, Y, Z), (left, right) in zip(batches, grams):
+        sides += [Side(factors.U, Y, left), Side(factors.V, Z, right)]
+    bases = complements(sides)
+    left_bases, right_bases = bases[::2], bases[1::2]
+    cores = [
+        _core(factors.sigma, gram, left.R, right.R, beta, gamma)
+        for (factors, _, _), (gram, _), left, right in zip(batches, grams, left_bases, right_bases)
+    ]
+    turns = _leading_svds(cores, batches[0][0].sigma.shape[-1])
+    return [
+        _turned(factors, left, right, *turn)
+        for (factors, _, _), left, right, turn in zip(batches, left_bases, right_bases, turns)
+    ]
+
+
+def gram_matrices(factors: Factors, Y: Tensor, Z: Tensor) -> Grams:
+    """The Gram matrices of [U Y] and [V Z], (B, 2 r, 2 r), float64: all that :func:`projected_norm` needs."""
+    return sketch_gram(factors.U, Y), sketch_gram(factors.V, Z)
+
+
+def _core(sigma: Tensor, left: Tensor, R_U: Tensor, R_V: Tensor, beta: float, gamma: float | Tensor) -> Tensor:
+    r = sigma.shape[-1]
+    A = left[..., :r, r:].to(sigma.dtype)
     top = torch.cat([beta * torch.diag_embed(sigma) + gamma * A, gamma * R_V.mT], dim=-1)
     bottom = torch.cat([gamma * R_U, R_U.new_zeros(*R_U.shape[:-1], R_V.shape[-2])], dim=-1)
-    P, sigma, Q = _leading_svd(torch.cat([top, bottom], dim=-2), r)
+    return torch.cat([top, bottom], dim=-2)
 
+
+def _turned(factors: Factors, left: Basis, right: Basis, P: Tensor, sigma: Tensor, Q: Tensor) -> Factors:
     still = (sigma[..., :1] == 0).unsqueeze(-1)  # any orthonormal P and Q diagonalise a zero core
-    return Factors(torch.where(still, U, _rotate(U, Q_U, P)), sigma, torch.where(still, V, _rotate(V, Q_V, Q)))
+    U, _, V = factors
+    return Factors(torch.where(still, U, left.turned(P)), sigma, torch.where(still, V, right.turned(Q)))
 
 
 def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float) -> Factors:
@@ -101,10 +148,11 @@ def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float) -> Factors
     return Factors(_complete(Q @ P, r), sigma, _complete(V @ Wt.mT, r))
 
 
-def projected_norm(U: Tensor, Y: Tensor, Z: Tensor) -> Tensor:
-    """Squared Frobenius norm of G_hat, (B,), from the sketches alone: |Y|^2 + |Z|^2 - |U^T Y|^2."""
-    A = U.mT @ Y
-    return (_square_sum(Y) + _square_sum(Z) - _square_sum(A)).clamp_min(0)
+def projected_norm(left: Tensor, right: Tensor) -> Tensor:
+    """Squared Frobenius norm of G_hat, (B,), from :func:`gram_matrices` alone: |Y|^2 + |Z|^2 - |U^T Y|^2."""
+    r = left.shape[-1] // 2
+    square = sum(gram.diagonal(dim1=-2, dim2=-1)[..., r:].sum(-1) for gram in (left, right))
+    return (square - left[..., :r, r:].square().sum((-2, -1))).clamp_min(0)
 
 
 def live_directions(sigma: Tensor) -> Tensor:
@@ -117,111 +165,41 @@ def live_directions(sigma: Tensor) -> Tensor:
     return (sigma > floor * sigma[..., :1]).to(sigma.dtype)
 
 
-def orthonormal_complement(U: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (B, m, k) and R (B, k, r) with Y = U U^T Y + Q R, [U Q] orthonormal, k = min(r, m - r).
-
-    Only the r new directions are orthonormalised, U is left as it is. Q is orthonormal for every Y: a
-    direction that Y does not have (rank-deficient, zero, or inside span U) is filled with an
-    arbitrary one and gets zero in R.
-    """
-    m, r = U.shape[-2:]
-    eps = torch.finfo(U.dtype).eps
-    basis, Y = U.double(), Y.double()
-    Y = _project_out(basis, _project_out(basis, Y))
-    fill = _fill_in(basis, min(r, m - r))
-    # With fewer than 2 r rows there is room for the whole complement of span U: any basis of it will do.
-    Q = fill if m < 2 * r else _replace_dependent(Y, fill, eps)
-    # A direction of relative size s keeps a part eps / s of span U, and a filled one all of its own.
-    for _ in range(3):
-        Q = _orthonormalise(_project_out(basis, Q), eps)
-    return Q.to(U.dtype), (Q.mT @ Y).to(U.dtype)
-
-
-def _orthonormalise(X: Tensor, eps: float) -> Tensor:
-    """Orthonormal columns that span those of X (B, m, k), float64, for data that is good to ``eps``.
-
-    Cholesky-QR, all products: X = Q L^T with L L^T = X^T X is right to 1e-16 cond(X)^2, so that a second pass
-    finishes what a first one leaves. Data that is itself float64 needs Householder's QR.
-    """
-    if eps == _EXACT:
-        return torch.linalg.qr(X).Q
-    X = X / _scale(X)
-    L = _cholesky(X)
-    # A product with the small inverse: a GPU solves for m right-hand sides more slowly than it multiplies.
-    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
-    return X @ torch.linalg.solve_triangular(L, identity, upper=False).mT
-
-
-def _replace_dependent(X: Tensor, fill: Tensor, eps: float) -> Tensor:
-    """X (B, m, k) with every column that depends on those before it, to ``32 eps``, replaced by that of ``fill``."""
-    X = X / _scale(X)
-    factor = torch.linalg.qr(X).R if eps == _EXACT else _cholesky(X)
-    size = factor.diagonal(dim1=-2, dim2=-1).abs()
-    least = (32 * eps * size.amax(-1, keepdim=True)).clamp_min(2 * _shift(X) ** 0.5 if eps != _EXACT else 0.0)
-    return torch.where((size <= least).unsqueeze(-2), fill, X)
-
-
-def _cholesky(X: Tensor) -> Tensor:
-    """L (B, k, k) with L L^T = X^T X, for X of norm 1."""
-    gram = X.mT @ X
-    gram.diagonal(dim1=-2, dim2=-1).add_(_shift(X))
-    return torch.linalg.cholesky_ex(gram).L
-
-
-def _shift(X: Tensor) -> float:
-    """Keeps the Gram matrix of a singular X of norm 1 positive."""
-    return 4 * X.shape[-1] * torch.finfo(X.dtype).eps
-
-
-def _scale(X: Tensor) -> Tensor:
-    norm = X.norm(dim=(-2, -1), keepdim=True)
-    return torch.where(norm > 0, norm, 1)
+def _leading_svds(cores: Sequence[Tensor], r: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """P (B, p, r), sigma (B, r), Q (B, q, r) of each K (B, p, q), its r leading triplets: one SVD for each size."""
+    triplets: list[tuple[Tensor, Tensor, Tensor]] = [()] * len(cores)
+    sizes = [core.shape[-2:] for core in cores]
+    for size in dict.fromkeys(sizes):
+        members = [i for i, other in enumerate(sizes) if other == size]
+        found = _leading_svd(torch.cat([cores[i] for i in members]), r)
+        parts = zip(*(tensor.split([len(cores[i]) for i in members]) for tensor in found))
+        for i, part in zip(members, parts):
+            triplets[i] = part
+    return triplets
 
 
 def _leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """P (B, p, r), sigma (B, r), Q (B, q, r) of K (B, p, q): its r leading singular triplets."""
     if not triton_serves(K):
         P, sigma, Qt = torch.linalg.svd(K, full_matrices=False)
-        return P[..., :r], sigma[..., :r], Qt[..., :r, :].mT
+        return _polished(P[..., :r]), sigma[..., :r], _polished(Qt[..., :r, :].mT)
     scaled, sigma, Q = (x[..., :r] for x in jacobi_svd(K))
     # The columns of K Q are P sigma; where sigma vanishes there is no P in them, and any will do.
-    eps = torch.finfo(K.dtype).eps
-    P = scaled.double() / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2)
-    P = _replace_dependent(P, _fill_in(P, r), eps)
-    for _ in range(2):
-        P = _orthonormalise(P, eps)
-    return P.to(K.dtype), sigma, Q
+    P = scaled / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2)
+    [basis] = complements([Side(P[..., :0], P)])
+    return _polished(basis.turned(torch.eye(r, device=P.device).expand(len(P), r, r))), sigma, _polished(Q)
 
 
-def _rotate(U: Tensor, Q: Tensor, P: Tensor) -> Tensor:
-    """[U Q] P, polished by one Newton-Schulz step so that rounding does not add up over the steps."""
-    r = U.shape[-1]
-    U = U @ P[..., :r, :] + Q @ P[..., r:, :]
-    return 1.5 * U - 0.5 * U @ (U.mT @ U)
+def _polished(P: Tensor) -> Tensor:
+    """P, orthonormal to the rounding of K's dtype, in float64 and orthonormal to the square of that (Newton-Schulz):
+    the factors are turned by one P after another.
+    """
+    P = P.double()
+    return 1.5 * P - 0.5 * P @ (P.mT @ P)
 
 
 def _complete(U: Tensor, r: int) -> Tensor:
     """Orthonormal columns U (B, m, c) followed by r - c others, orthonormal to them."""
-    fill = _fill_in(U, r - U.shape[-1])
+    fill = generic_columns(U, r - U.shape[-1])
     for _ in range(2):
-        fill = torch.linalg.qr(_project_out(U, fill)).Q
+        fill = torch.linalg.qr(fill - U @ (U.mT @ fill)).Q
     return torch.cat([U, fill], dim=-1)
-
-
-def _project_out(U: Tensor, Y: Tensor) -> Tensor:
-    return Y - U @ (U.mT @ Y)
-
-
-def _fill_in(like: Tensor, k: int) -> Tensor:
-    """(B, m, k) fixed generic columns of norm about 1: the same on every rank and in every run."""
-    return _generic_columns(like.shape[-2], k, like.dtype, like.device).expand(*like.shape[:-2], -1, -1)
-
-
-@functools.lru_cache(maxsize=64)
-def _generic_columns(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(m, k, generator=generator, dtype=torch.float64) / math.sqrt(m)).to(device, dtype)
-
-
-def _square_sum(X: Tensor) -> Tensor:
-    return X.square().sum((-2, -1))

@@ -59,9 +59,14 @@ class MoFaSGD(torch.optim.Optimizer):
         parsed, _ = Options.from_config(options)
         split = split_parameters(model, params, parsed)
         adamw = None
-        if split.adamw_groups:
-            adamw = torch.optim.AdamW(split.adamw_groups, betas=tuple(parsed.adamw_betas), eps=parsed.adamw_eps)
         device = split.matrices[0].param.device
+        if split.adamw_groups:
+            adamw = torch.optim.AdamW(
+                split.adamw_groups,
+                betas=tuple(parsed.adamw_betas),
+                eps=parsed.adamw_eps,
+                fused=True if device.type == "cuda" else None,  # a third of the time of the default there
+            )
         self._assemble(split, parsed, adamw, MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device))
 
     @classmethod

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ds_mofa.kernels import triton_serves
 from ds_mofa.options import CaptureMode, OptionError
 from ds_mofa.parameters import Matrix
 from ds_mofa.phases import phase
 
-__all__ = ["Sketch", "attach", "SketchedLinear"]
+__all__ = ["Sketch", "Queue", "attach", "SketchedLinear"]
 
 # zero.Init replaces F.linear for the whole process by one that computes weight gradients.
 _linear = torch._C._nn.linear
@@ -34,13 +35,19 @@ class Sketch:
         V: (n, r), likewise; before the first step Omega.
     """
 
-    __slots__ = ("Y", "Z", "U", "V")
+    __slots__ = ("Y", "Z", "U", "V", "_queue", "_addresses")
 
-    def __init__(self, Y: Tensor, Z: Tensor, U: Tensor, V: Tensor):
+    def __init__(self, Y: Tensor, Z: Tensor, U: Tensor, V: Tensor, queue: "Queue | None" = None):
         self.Y, self.Z, self.U, self.V = Y, Z, U, V
+        self._queue = queue
+        self._addresses = tuple(tensor.data_ptr() for tensor in (Y, Z, U, V))
 
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
-        """Add G = dy^T x without forming it. x: (tokens, n), dy: (tokens, m), of one dtype."""
+        """Add G = dy^T x without forming it. x: (..., n), dy: (..., m), of one dtype."""
+        if self._queue is not None and x.dtype == self.V.dtype == dy.dtype:
+            self._queue.add(self._addresses, x.contiguous(), dy.contiguous())
+            return
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         _add_product(self.Y, dy.mT, x @ self.V.to(x.dtype))
         _add_product(self.Z, x.mT, dy @ self.U.to(dy.dtype))
 
@@ -62,6 +69,50 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.add_(a @ b)
 
 
+class Queue:
+    """Linears whose sketches wait to be taken together, on a GPU: few launches in the place of four for each.
+
+    Their activations and output gradients live until then, a bounded number of bytes. What is left when a backward
+    ends is taken then.
+    """
+
+    COUNT = 16
+    BYTES = 200_000_000
+
+    def __init__(self, rank: int, dtype: torch.dtype):
+        self._rank, self._dtype = rank, dtype
+        self._waiting: list[tuple] = []
+        self._bytes = 0
+
+    @classmethod
+    def serving(cls, working: Tensor, sketches: Tensor, rank: int) -> "Queue | None":
+        """One for sketches of this dtype and device, or None where each linear is taken at once."""
+        kernels = triton_serves(working) and working.dtype in (torch.bfloat16, torch.float16)
+        return cls(rank, working.dtype) if kernels and sketches.dtype == torch.float32 else None
+
+    def add(self, addresses: tuple[int, int, int, int], x: Tensor, dy: Tensor) -> None:
+        if not self._waiting:
+            torch.autograd.Variable._execution_engine.queue_callback(self.take)
+        self._waiting.append((addresses, x, dy))
+        self._bytes += (x.numel() + dy.numel()) * x.element_size()
+        if len(self._waiting) >= self.COUNT or self._bytes >= self.BYTES:
+            self.take()
+
+    def take(self) -> None:
+        """Take the sketches of all that wait."""
+        if self._waiting:
+            from ds_mofa.kernels import _capture
+
+            waiting = self._waiting
+            self.forget()
+            with phase("capture"):
+                _capture.launch(waiting, self._rank, self._dtype)
+
+    def forget(self) -> None:
+        """Drop what waits: a backward that raised has left it."""
+        self._waiting, self._bytes = [], 0
+
+
 class SketchedLinear(torch.autograd.Function):
     """y = x W^T + b whose backward sketches the weight gradient in the place of computing it."""
 
@@ -73,24 +124,30 @@ class SketchedLinear(torch.autograd.Function):
         return _linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor):
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx = db = None
-        rows = dy.reshape(-1, dy.shape[-1])
-        if need_x:
-            if ctx.gathered is None:
-                dx = (rows @ weight.to(dy.dtype)).view(x.shape)
-            else:
-                with ctx.gathered(weight) as whole:
-                    dx = (rows @ whole.to(dy.dtype)).view(x.shape)
-        if need_weight:
-            with phase("capture"):
-                ctx.sketch.add_linear(x.reshape(-1, x.shape[-1]), rows)
-        if ctx.has_bias and need_bias:
-            db = rows.sum(0)
-        return dx, None, db, None, None
+        # A backward that is itself recorded must refuse to be differentiated; being told so costs every other one 5 us.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx, dy: Tensor):
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    dx = db = None
+    if need_x:
+        if ctx.gathered is None:
+            dx = dy @ weight.to(dy.dtype)
+        else:
+            with ctx.gathered(weight) as whole:
+                dx = dy @ whole.to(dy.dtype)
+    if need_weight:
+        with phase("capture"):
+            ctx.sketch.add_linear(x, dy)
+    if ctx.has_bias and need_bias:
+        db = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, None, db, None, None
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def attach(matrices: Sequence[Matrix], sketches: Sequence[Sketch], mode: CaptureMode, gathered=None) -> "Attachment":

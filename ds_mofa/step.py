@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_mofa import sketch as sketching
-from ds_mofa.factors import Factors, live_directions, projected_norm, start_factors, update_factors
+from ds_mofa.factors import Factors, Grams, gram_matrices, live_directions, projected_norm, start_factors, update_many
 from ds_mofa.options import Options
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition import Exchange, Layout
@@ -69,6 +69,7 @@ class MatrixStep:
         self.working = torch.zeros(self.layout.numel, dtype=compute, device=device)
         self.factors = torch.zeros(self.layout.segment, dtype=exact, device=device)
         self._pending: Tensor | None = None
+        self._grams: list[Grams] | None = None
         self._norm: Tensor | None = None
         self._finite: bool | None = None
         self.steps = 0
@@ -82,7 +83,8 @@ class MatrixStep:
         views = [
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
         ]
-        sketches = [sketching.Sketch(Y, Z, U, V) for (Y, Z, _), (U, V, _) in views]
+        self._queue = sketching.Queue.serving(self.working, self.sketches, options.rank)
+        sketches = [sketching.Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
         self._attachment = sketching.attach(self.matrices, sketches, options.capture, gathered)
 
     # ------------------------------------------------------------------ the step, in its order
@@ -98,19 +100,25 @@ class MatrixStep:
             self._reduce(loss_scale)
 
     def _reduce(self, loss_scale: float) -> None:
+        if self._queue is not None:
+            self._queue.take()
         pending = self.exchange.reduce_scatter(self.sketches, self.layout.segment)
         pending.mul_(self.exchange.mean_scale / loss_scale)
         self.sketches.zero_()
-        square = pending.new_zeros(())
-        for block in self._mine:
-            Y, Z, _ = block.views(pending, self._segment_start)
-            if self.started:
-                U, _, _ = block.views(self.factors, self._segment_start)
-                square += projected_norm(U, Y, Z).sum()
-            else:  # E |G Omega|^2 = |G|^2, and the same of the other sketch
-                square += (Y.square().sum() + Z.square().sum()) / 2
+        if self.started:
+            self._grams = [gram_matrices(*batch) for batch in self._batches(pending)]
+            square = sum((projected_norm(*grams).sum() for grams in self._grams), pending.new_zeros(()))
+        else:  # E |G Omega|^2 = |G|^2, and the same of the other sketch
+            square = pending.square().sum() / 2
         self._norm, self._finite = self.exchange.sum(square).sqrt(), None
         self._pending = pending
+
+    def _batches(self, pending: Tensor) -> Iterator[tuple[Factors, Tensor, Tensor]]:
+        """Factors, Y and Z of each block of matrices that this rank owns."""
+        for block in self._mine:
+            U, V, sigma = block.views(self.factors, self._segment_start)
+            Y, Z, _ = block.views(pending, self._segment_start)
+            yield Factors(U, sigma, V), Y, Z
 
     @property
     def norm(self) -> Tensor:
@@ -160,10 +168,12 @@ class MatrixStep:
 
     def drop_pending(self) -> None:
         """Forget what the last :meth:`reduce` has given."""
-        self._pending = None
+        self._pending, self._grams = None, None
 
     def clear(self) -> None:
         """Forget what the micro-batches since the last :meth:`reduce` have added."""
+        if self._queue is not None:
+            self._queue.forget()
         self.sketches.zero_()
 
     def detach(self) -> None:
@@ -250,17 +260,17 @@ class MatrixStep:
     # ------------------------------------------------------------------ parts
 
     def _update_factors(self, clip: float | Tensor) -> None:
-        beta, gamma = self.options.beta, self.options.gamma
-        pending, self._pending = self._pending.mul_(clip), None
-        for block in self._mine:
-            Y, Z, _ = block.views(pending, self._segment_start)
-            U, V, sigma = block.views(self.factors, self._segment_start)
+        gamma = self.options.gamma * clip  # a clipped gradient is a lighter one
+        batches, grams = list(self._batches(self._pending)), self._grams
+        if self.started:
+            updated = update_many(batches, beta=self.options.beta, gamma=gamma, grams=grams)
+        else:
+            tests = (block.views(self.working)[0] for block in self._mine)
+            updated = [start_factors(Y, Z, psi.to(Y.dtype), gamma=gamma) for (_, Y, Z), psi in zip(batches, tests)]
+        self.drop_pending()
+        for block, (old, _, _), new in zip(self._mine, batches, updated):
             left, right, coefficients = block.views(self.working)
-            if self.started:
-                new = update_factors(Factors(U, sigma, V), Y, Z, beta=beta, gamma=gamma)
-            else:
-                new = start_factors(Y, Z, left.to(Y.dtype), gamma=gamma)
-            for kept, value in zip((U, sigma, V), new):
+            for kept, value in zip(old, new):
                 kept.copy_(value)
             left.copy_(new.U)
             right.copy_(new.V)
@@ -294,8 +304,7 @@ class MatrixStep:
     def _draw_test_matrices(self) -> None:
         """Psi in the place of U and Omega in that of V: Gaussian of variance 1 / r, so that |G Omega| ~ |G|."""
         for matrix in self.matrices:
-            seed, _ = rounding_key(Rounding(False, self.options.seed), matrix.index)
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(rounding_key(Rounding(False, self.options.seed), matrix.index))
             for view in self.layout.views(self.working, matrix.index)[:2]:
                 draw = torch.randn(view.shape, generator=generator) / math.sqrt(self.options.rank)
                 view.copy_(draw)

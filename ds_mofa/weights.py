@@ -93,13 +93,14 @@ def _write_one(
     coefficients: Tensor,
     step_size: float,
     decay: float,
-    key: tuple[int, int] | None,
+    key: int | None,
     master: Tensor | None,
 ) -> None:
     n = V.shape[0]
     exact = torch.promote_types(shard.flat.dtype, torch.float32)
     device = shard.flat.device  # the host's, where ZeRO offloads the weights
-    left = U.to(device, exact) * coefficients.to(device, exact)
+    # In the working copies' own precision, which the GPU's matrix units take.
+    left = (U.to(device, exact) * coefficients.to(device, exact)).to(U.dtype).to(exact)
     right = V.to(device, exact).mT
     source = shard.flat if master is None else master
     stop = shard.start + shard.flat.numel()
@@ -114,15 +115,14 @@ def _write_one(
         if master is not None:
             master[held] = new
         if key is not None and shard.flat.dtype in (torch.bfloat16, torch.float16):
-            bits = random_bits(row, last_row - row, n, key, device).view(-1)[inside]
+            bits = random_bits(low, high - low, key, device)
             new = round_stochastically(new, bits, shard.flat.dtype)
         shard.flat[held] = new.to(shard.flat.dtype)
 
 
-def rounding_key(rounding: Rounding, index: int) -> tuple[int, int]:
-    """Two 32-bit words that key the random bits of matrix number ``index`` in this step."""
-    first = _mix_int(rounding.seed + 0x9E3779B9 * (index + 1))
-    return first, _mix_int(first + rounding.step)
+def rounding_key(rounding: Rounding, index: int) -> int:
+    """The 32-bit word that keys the random bits of matrix number ``index`` in this step."""
+    return _mix_int(_mix_int(rounding.seed + 0x9E3779B9 * (index + 1)) + rounding.step)
 
 
 def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,17 +147,14 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.abs() < 2.0**-14, subnormal, normal)
 
 
-def random_bits(row: int, rows: int, n: int, key: tuple[int, int], device: torch.device) -> Tensor:
-    """int64 (rows, n), uniform in [0, 2^16): the bits of rows [row, row + rows) of an m x n matrix.
+def random_bits(first: int, count: int, key: int, device: torch.device) -> Tensor:
+    """int64 (count,), uniform in [0, 2^16): the bits of elements [first, first + count) of a row-major matrix.
 
-    Each row has a 32-bit word of its own, hashed from its number and the key. Hashed again with c, it gives the
-    word of columns 2 c (the low half) and 2 c + 1 (the high half).
+    Elements 2 c and 2 c + 1 take the low and the high half of a 32-bit word, hashed from c and the key.
     """
-    row_word = _mix(torch.arange(row, row + rows, dtype=torch.int64, device=device) ^ key[0])
-    row_word = _mix((row_word + key[1]) & 0xFFFFFFFF)
-    pair = torch.arange(-(-n // 2), dtype=torch.int64, device=device)
-    word = _mix(row_word.unsqueeze(1) ^ pair)
-    return torch.stack([word & 0xFFFF, word >> 16], dim=-1).view(rows, -1)[:, :n].contiguous()
+    element = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    word = _mix((element >> 1 & 0xFFFFFFFF) ^ key)
+    return torch.where(element & 1 == 1, word >> 16, word & 0xFFFF)
 
 
 def _mix(x):

@@ -158,7 +158,7 @@ class DeepSpeedTrainer:
                 "contiguous_gradients": options.get("contiguous", "1") == "1",
                 "reduce_bucket_size": int(options.get("bucket", 100_000_000)),
                 "allgather_bucket_size": 200_000_000,
-                "stage3_prefetch_bucket_size": 100_000_000,
+                "stage3_prefetch_bucket_size": int(options.get("prefetch", 100_000_000)),
                 "stage3_param_persistence_threshold": 100_000,
             },
             "optimizer": {
@@ -172,6 +172,8 @@ class DeepSpeedTrainer:
         model = build_model(path, options, device)
         self.config = model.config
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        if options.get("leaf") == "1":
+            config["zero_optimization"]["leaf_module"] = {"classes": list(model._no_split_modules)}
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
         self._version = deepspeed.__version__
         self.micro_batches, self._count = micro_batches, 0

@@ -28,7 +28,7 @@ class DenseMomentum:
         self.rank = rank
         self.M = torch.zeros(shape, dtype=torch.float64)
         self.left = self.right = None
-        generator = torch.Generator().manual_seed(rounding_key(Rounding(False, seed), index)[0])
+        generator = torch.Generator().manual_seed(rounding_key(Rounding(False, seed), index))
         psi, omega = (torch.randn(size, rank, generator=generator) / math.sqrt(rank) for size in shape)
         self.psi, self.omega = psi.double(), omega.double()
 

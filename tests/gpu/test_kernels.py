@@ -6,6 +6,7 @@ import torch
 from ds_mofa import MoFaSGD, weights
 from ds_mofa.factors import Factors, update_factors
 from ds_mofa.kernels import svd
+from ds_mofa.sketch import Queue
 from ds_mofa.weights import Rounding, Shard, write_updates
 
 pytestmark = [
@@ -31,6 +32,10 @@ def _eighths(*shape):
         (70, 300, 8, 0, 21000),
         (70, 300, 8, 1002, 20000),  # a shard from the middle of a row to the middle of another
         (70, 300, 8, 3, 20995),
+        (70, 300, 8, 2, 20995),
+        (70, 300, 8, 1000, 20998),
+        (70, 304, 8, 1216, 20000),
+        (600, 512, 64, 8192, 300000),
         (33, 1000, 40, 1500, 1502),
         (8, 16, 8, 17, 17),  # an empty shard
         (257, 1030, 128, 0, 264710),
@@ -85,15 +90,12 @@ def test_random_words_are_counted_in_32_bits_beyond_two_billion_elements():
     write_updates([Shard(W)], U, V, U[:, :1, 0], **arguments)
     row = torch.full((n,), 1.0, dtype=torch.bfloat16)
     key = weights.rounding_key(Rounding(True, 1, 1), 0)
-    bits = weights.random_bits(m - 1, 1, n, key, row.device).view(-1)
+    bits = weights.random_bits((m - 1) * n, n, key, row.device)
     expected = weights.round_stochastically(row.float() - 2.0**-12, bits, torch.bfloat16).bfloat16()
     assert torch.equal(W[-n:].cpu(), expected)
 
 
-@pytest.mark.parametrize("rows,columns", [(8, 8), (6, 7), (7, 6), (16, 16), (64, 64), (128, 128), (256, 256)])
-@pytest.mark.parametrize("kind", ["generic", "rank one", "zero", "graded"])
-def test_jacobi_agrees_with_the_library(kind, rows, columns):
-    torch.manual_seed(0)
+def _cores(kind, rows, columns):
     K = torch.randn(5, rows, columns, device="cuda")
     if kind == "rank one":
         K = torch.randn(5, rows, 1, device="cuda") @ torch.randn(5, 1, columns, device="cuda")
@@ -101,14 +103,124 @@ def test_jacobi_agrees_with_the_library(kind, rows, columns):
         K = torch.zeros_like(K)
     elif kind == "graded":
         K = K * torch.logspace(0, -6, columns, device="cuda")
-    scaled, sigma, Q = svd.jacobi_svd(K)
+    elif kind == "tiny":
+        K = K * 1e-30
+    elif kind == "core":
+        K[:, rows // 2 :, columns // 2 :] = 0
+    return K
+
+
+def _assert_svd(K, scaled, sigma, Q):
+    """To rounding relative to the largest singular value, and Q orthonormal for every K."""
     _, expected, _ = svd.jacobi_svd_twin(K.double())
-    norm = K.double().norm().clamp_min(1e-30)
-    assert (sigma - expected).norm() / norm < 2e-5
-    assert (K.double() @ Q.double() - scaled).norm() / norm < 1e-5
-    identity = torch.eye(columns, device="cuda")
-    assert (Q.mT @ Q - identity).abs().max() < 2e-4
+    norm = K.double().norm(dim=(-2, -1), keepdim=True).clamp_min(1e-300)
+    assert ((sigma - expected).norm(dim=-1, keepdim=True) / norm[..., 0]).max() < 2e-6
+    products = K.double() @ Q.double()
+    assert ((products - scaled) / norm).abs().max() < 1e-6
+    gram = (products / norm).mT @ (products / norm)
+    assert (gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-6
+    identity = torch.eye(Q.shape[-1], device=Q.device)
+    assert (Q.double().mT @ Q.double() - identity).abs().max() < 2e-6
     assert (sigma[:, :-1] >= sigma[:, 1:]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("r", [1, 8, 20, 32, 128])
+@pytest.mark.parametrize(("m", "n"), [(256, 128), (130, 384), (33, 40), (512, 1024)])
+@pytest.mark.parametrize("tokens", [1, 70, 256])
+def test_many_linears_sketched_together_are_each_sketched(tokens, m, n, r, dtype):
+    torch.manual_seed(0)
+    queue = Queue(r, dtype)
+    sketches, expected = [], []
+    for index in range(3):
+        x, dy = (torch.randn(2, tokens + index, size, device="cuda").to(dtype) for size in (n, m))
+        U, V = (torch.randn(size, r, device="cuda").to(dtype) for size in (m, n))
+        Y, Z = (torch.randn(size, r, device="cuda") for size in (m, n))
+        X, dY = x.view(-1, n).double(), dy.view(-1, m).double()
+        left, right = (X @ V.double()).to(dtype).double(), (dY @ U.double()).to(dtype).double()
+        expected.append((Y + dY.T @ left, Z + X.T @ right))
+        sketches.append((Y, Z, U, V))
+        queue._waiting.append((tuple(tensor.data_ptr() for tensor in sketches[-1]), x, dy))
+    queue.take()
+    for (Y, Z, _, _), exact in zip(sketches, expected):
+        for got, sketch in zip((Y, Z), exact):
+            assert (got - sketch).norm() / sketch.norm() < (
+                5e-3 if dtype == torch.bfloat16 else 1e-3
+            )  # the products' own rounding
+    assert not queue._waiting
+
+
+def test_a_backward_takes_all_that_waits():
+    """By the count, by the bytes, and what is left at its end; the sum is that of the products one by one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(5)]).to("cuda", torch.bfloat16)
+    optimizer = MoFaSGD(model, lr=1e-3, rank=8)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+
+    def captured(**patches):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in patches.items():
+                patch.setattr(Queue, name, value)
+            optimizer.zero_grad()
+            model(x).float().square().sum().backward()
+            assert not optimizer.matrices._queue._waiting
+        return optimizer.matrices.sketches.clone()
+
+    at_the_end = captured(COUNT=16, BYTES=10**9)
+    assert torch.equal(captured(COUNT=2), at_the_end)
+    assert torch.equal(captured(BYTES=100_000), at_the_end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ds_mofa.sketch.Sketch.add_linear", _one_by_one)
+        one_by_one = captured()
+    assert one_by_one.norm() > 0 and (at_the_end - one_by_one).norm() / one_by_one.norm() < 5e-3
+
+
+def _one_by_one(self, x, dy):
+    self.Y += dy.float().mT @ (x @ self.V).float()
+    self.Z += x.float().mT @ (dy @ self.U).float()
+
+
+@pytest.mark.parametrize(
+    "rows,columns",
+    [
+        (8, 8),
+        (6, 7),
+        (7, 6),
+        (16, 16),
+        (20, 30),
+        (32, 32),
+        (40, 50),
+        (64, 64),
+        (96, 96),
+        (100, 130),
+        (128, 128),
+        (256, 256),
+    ],
+)
+@pytest.mark.parametrize("kind", ["generic", "rank one", "zero", "graded", "tiny", "core"])
+def test_jacobi_agrees_with_the_library(kind, rows, columns):
+    torch.manual_seed(0)
+    K = _cores(kind, rows, columns)
+    _assert_svd(K, *svd.jacobi_svd(K))
+
+
+@pytest.mark.parametrize("columns", [32, 64, 128])
+@pytest.mark.parametrize("kind", ["generic", "core"])
+def test_by_columns_and_by_blocks_at_every_size(kind, columns):
+    torch.manual_seed(0)
+    K = _cores(kind, columns, columns)
+    for Q in (svd.rotations_by_columns(K), svd.rotations_by_blocks(K, svd._sweeps)):
+        _assert_svd(K, *svd._sorted_triplets(K, Q))
+
+
+def test_a_large_jacobi_does_not_wait_for_the_device():
+    K = _cores("generic", 128, 128)
+    svd.jacobi_svd(K)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        svd.jacobi_svd(K)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("kind", ["generic", "rank one", "zero", "inside", "graded"])

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from ds_mofa.factors import (
     Factors,
+    gram_matrices,
     live_directions,
-    orthonormal_complement,
     projected_norm,
     start_factors,
     update_factors,
+    update_many,
 )
+from ds_mofa.orthonormal import Side, complements, orthonormal_complement
 from tests.unit.dense_reference import (
     dense,
     departure_from_orthonormal,
@@ -260,7 +262,7 @@ def test_projected_norm_from_the_sketches_is_that_of_the_dense_projection(gradie
     expected = tangent_projection(factors.U, factors.V, G).square().sum()
     factors, G = Factors(*(part.to(dtype) for part in factors)), G.to(dtype)
     Y, Z = sketches(factors, G)
-    square = projected_norm(factors.U, Y, Z)
+    square = projected_norm(*gram_matrices(factors, Y, Z))
     assert square.shape == (1,) and square >= 0
     # A gradient outside both spans leaves only rounding, so the unit is the gradient's own norm.
     assert abs(float(square - expected)) <= TOLERANCE[dtype] * float(G.double().square().sum())
@@ -306,6 +308,34 @@ def test_complement_holds_all_that_is_new_and_nothing_old(gradient, shape, dtype
     assert departure_from_orthonormal(torch.cat([U, Q], dim=-1)) < TOLERANCE[dtype]
     rebuilt = U.double() @ (U.double().mT @ Y.double()) + Q.double() @ R.double()
     assert float((rebuilt - Y.double()).norm()) <= TOLERANCE[dtype] * float(Y.double().norm())
+
+
+def test_sides_of_all_sizes_are_orthonormalised_together():
+    generator = torch.Generator().manual_seed(0)
+    sides = []
+    for batch, m, c, k in ((2, 30, 4, 4), (1, 7, 4, 4), (3, 30, 4, 4), (2, 9, 0, 5), (1, 4, 4, 4)):
+        U = random_orthonormal(m, c, generator).expand(batch, -1, -1).float()
+        sides.append(Side(U, torch.randn(batch, m, k, generator=generator)))
+    for (U, X, _), basis in zip(sides, complements(sides)):
+        [alone] = complements([Side(U, X)])
+        both = min(U.shape[-1] + X.shape[-1], X.shape[-2])
+        eye = torch.eye(both).expand(len(X), -1, -1)
+        assert basis.turned(eye).shape == (len(X), X.shape[-2], both)
+        assert float((basis.turned(eye) - alone.turned(eye)).abs().max()) < 1e-5
+        assert departure_from_orthonormal(basis.turned(eye)) < 1e-5
+        assert relative_error(basis.R, basis.turned(eye)[..., U.shape[-1] :].mT @ X) < 1e-5 or both == U.shape[-1]
+
+
+def test_batches_of_several_shapes_are_updated_as_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for m, n in ((24, 10), (10, 24), (6, 30), (24, 10)):
+        factors = Factors(*(x.float() for x in random_factors(m, n, 4, generator)))
+        batches.append((factors, *sketches(factors, torch.randn(1, m, n, generator=generator))))
+    together = update_many(batches, beta=0.8, gamma=torch.tensor(0.2))
+    for batch, new in zip(batches, together):
+        alone = update_factors(*batch, beta=0.8, gamma=0.2)
+        assert relative_error(dense(new)[0], dense(alone)[0]) < 1e-5
 
 
 # ---------------------------------------------------------------------- the first step

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 
 from ds_mofa import MoFaSGD, OptionError, Options
 from ds_mofa import step as step_module
-from ds_mofa.factors import Factors, update_factors
+from ds_mofa.factors import Factors, update_many
 from tests.unit.dense_reference import (
     dense,
     departure_from_orthonormal,
@@ -849,9 +849,9 @@ def test_the_factors_are_updated_in_full_fp32_whatever_the_script_has_chosen(cho
 
     def spy(*args, **kwargs):
         seen.append(torch.backends.cuda.matmul.fp32_precision)
-        return update_factors(*args, **kwargs)
+        return update_many(*args, **kwargs)
 
-    monkeypatch.setattr(step_module, "update_factors", spy)
+    monkeypatch.setattr(step_module, "update_many", spy)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(chosen)
     try:
