@@ -64,7 +64,9 @@ def inventory(model: nn.Module | None, optimizer: Any) -> list[Known]:
 
 
 def buckets(model: nn.Module | None, optimizer: Any) -> list[Known]:
-    """The short-lived part of :func:`inventory`: gradients, buckets and gathered weights. Cheap enough for a hook."""
+    """The short-lived part of :func:`inventory`: gradients, buckets, gathered weights, what waits to be sketched. Cheap
+    enough for a hook.
+    """
     seen: dict[tuple[str, int], Known] = {}
     for category, tensor in _short_lived(model, unwrap_optimizer(optimizer)):
         _claim(seen, tensor, category)
@@ -113,6 +115,11 @@ def tensors(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str, Any]
 
 
 def _short_lived(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str, Any]]:
+    # Linears whose sketches are taken together keep their inputs and output gradients until then.
+    matrices = getattr(getattr(optimizer, "mofa", optimizer), "matrices", None)
+    for _, x, dy in getattr(getattr(matrices, "_queue", None), "_waiting", ()):
+        yield "activations", x
+        yield "workspace", dy
     # Before the gradients: one that waits for its reduction is a view of the bucket.
     for bucket in (getattr(optimizer, "ipg_buckets", None) or {}).values():
         yield "communication buffers", getattr(bucket, "buffer", None)

@@ -2,7 +2,8 @@
 
 A weight gradient that lives would have been allocated in this backward and still be there when its layer is done. So
 for each layer: everything that this backward has allocated and not freed, but for the gradient that the layer passes on
-to the one before it; the largest piece by size and stack; and what the ``.grad`` of the layers' matrices hold.
+to the one before it and the output gradients that wait for their sketches; the largest piece by size and stack; and
+what the ``.grad`` of the layers' matrices hold.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_mofa.parameters import full_shape
-from ds_mofa.profiler.trace import Allocation, Span, new_gradients
+from ds_mofa.profiler.trace import Allocation, Span, alive, new_gradients
 
 __all__ = ["LayerMark", "find_layers", "watch_layers", "after_each_layer", "verdict"]
 
@@ -84,6 +85,8 @@ def after_each_layer(
         kept = new_gradients(allocations, span.start, mark.moment)
         passed_on = sum(one.size for one in kept if one.address == mark.passed_on)
         kept = [one for one in kept if one.address != mark.passed_on]
+        there = [one for one in alive(allocations, mark.moment) if one.born >= span.start and one.owner]
+        waiting = sum(one.size for one in there if one.category == "workspace")
         total = sum(one.size for one in kept)
         if mark.layer in worst and worst[mark.layer]["kept"] + worst[mark.layer]["held"] >= total + mark.held:
             continue
@@ -93,6 +96,7 @@ def after_each_layer(
             "kept": total,
             "held": mark.held,
             "passed_on": passed_on,
+            "waiting": waiting,
             "pieces": len(kept),
             "largest": kept[0].size if kept else 0,
             "stack": list(kept[0].stack[:12]) if kept else [],
@@ -119,10 +123,12 @@ def verdict(entries: Sequence[dict[str, Any]]) -> tuple[bool, str]:
     piece = max(measured, key=lambda entry: entry["largest"])
     total = max(measured, key=lambda entry: entry["kept"])
     smallest = min(entry["smallest_gradient"] for entry in measured)
+    waiting = max(entry["waiting"] for entry in measured)
+    waits = f" (and {waiting / 1e6:.1f} MB of output gradients that wait for their sketches)" if waiting else ""
     text = (
         f"after the backward of each of {len(measured)} layers the matrices' .grad hold {held / 1e6:.2f} MB; of what "
-        f"that backward allocated, the gradient it passes on apart, {total['kept'] / 1e6:.3f} MB or less are alive, "
-        f"the largest piece {piece['largest'] / 1e6:.3f} MB ({piece['layer']}); the smallest weight gradient would be "
-        f"{smallest / 1e6:.3f} MB, all of a layer {total['layer_gradients'] / 1e6:.2f} MB"
+        f"that backward allocated, the gradient it passes on apart{waits}, {total['kept'] / 1e6:.3f} MB or less are "
+        f"alive, the largest piece {piece['largest'] / 1e6:.3f} MB ({piece['layer']}); the smallest weight gradient "
+        f"would be {smallest / 1e6:.3f} MB, all of a layer {total['layer_gradients'] / 1e6:.2f} MB"
     )
     return held == 0 and piece["largest"] < smallest, text

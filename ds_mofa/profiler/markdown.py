@@ -12,6 +12,7 @@ __all__ = ["LAYER_COLUMNS", "NO_STACK", "render"]
 LAYER_COLUMNS = {
     "held": "in .grad of the matrices",
     "passed_on": "gradient passed on",
+    "waiting": "output gradients waiting",
     "kept": "all else that this backward left",
     "largest": "its largest piece",
     "smallest_gradient": "smallest weight gradient",

@@ -96,10 +96,11 @@ class PhaseRecorder:
 
     def _read(self, leaving: str | None) -> None:
         """Charge the peak since the last reading to the phase at the top; an outer one gets its inner ones' too."""
-        host = self._host()
-        peak = reserved = 0
+        host = peak = reserved = 0
         if self._meter is not None:
             _, peak, reserved = self._meter()
+        else:  # beside a device the sampler's readings of the host are enough
+            host = self._host()
         names = {name for name, *_ in self._stack} or {"between phases"}
         for name in names:
             entry = self._entry(name)

@@ -260,12 +260,8 @@ def _step_workspace(setting: Setting, batch: MicroBatch) -> int:
     matrices = [p for p in batch.parameters if p.kind == "matrix"]
     if setting.optimizer == "MoFaSGD":
         layout = Layout([((p.shape[0], p.shape[1]), 0) for p in matrices], setting.rank, setting.gpus)
-        # The reduced sketches, and in float64 for one block: the basis, the sketch, its complement and the fill-in.
-        largest = max(block.numel for block in layout.blocks)
-        adamw = (
-            2 * _numbers(_trained(setting, batch)) if setting.zero is None else 0
-        )  # torch's AdamW by foreach: one root
-        return 4 * layout.segment + max(4 * 8 * largest, adamw)
+        # The reduced sketches, and in float64 at most the basis, the sketch, its complement and the new directions.
+        return 4 * layout.segment + 4 * 8 * layout.segment
     if setting.optimizer == "Muon":  # Newton-Schulz in bf16: the update, its Gram matrix twice, one product
         return max(2 * (2 * p.numel + 2 * min(p.shape) ** 2) for p in matrices)
     if setting.optimizer == "GaLore":  # the update projected back, and an SVD's fp32 copy of one gradient
@@ -279,8 +275,7 @@ def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocate
     buffers = [always[name] for name in ("sketches", "factors", "other optimizer states") if name in always]
     if setting.zero is None:
         held = [p for p in trained if setting.optimizer in ("AdamW", "MoFaSGD", "LoRA") or p.kind != "matrix"]
-        foreach = setting.optimizer == "MoFaSGD"  # the others' AdamW is fused
-        reserved = reserved_by_plain_loop(batch, held, buffers, 4, setting.micro_batches, foreach)
+        reserved = reserved_by_plain_loop(batch, held, buffers, 4, setting.micro_batches)
     elif setting.zero in (1, 2):
         zero, groups = _zero(setting), _groups(setting, batch)
         touched, sizes = partitioned(groups, zero.world_size)

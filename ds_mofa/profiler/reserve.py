@@ -102,7 +102,6 @@ def reserved_by_plain_loop(
     buffers: Sequence[int],
     moments: int,
     micro_batches: int,
-    foreach: bool,
 ) -> int:
     """Bytes reserved after two steps of a plain loop in bf16.
 
@@ -112,7 +111,6 @@ def reserved_by_plain_loop(
         buffers: sizes of what else is there from the beginning, MoFaSGD's for one.
         moments: bytes of state an element.
         micro_batches: of one step.
-        foreach: whether AdamW takes one root of all second moments at once, or is fused.
     """
     allocator = CachingAllocator()
     for param in batch.parameters:
@@ -133,8 +131,6 @@ def reserved_by_plain_loop(
             for param in trained:
                 for _ in range(2):
                     allocator.alloc(moments // 2 * param.numel)
-        for handle in [allocator.alloc(2 * param.numel) for param in trained] if foreach else []:
-            allocator.free(handle)
         for handle in grads.values():
             allocator.free(handle)
     return allocator.reserved

@@ -37,6 +37,7 @@ class Allocation:
         died: likewise, or ``FOREVER`` where it was still there at the end.
         stack: where it was allocated, innermost first; empty where that was not recorded.
         category: what it is, once :func:`label` has said.
+        owner: whether an inventory knew it; otherwise its category is that of the phase of its birth.
     """
 
     address: int
@@ -45,6 +46,7 @@ class Allocation:
     died: int = FOREVER
     stack: tuple[str, ...] = ()
     category: str = ""
+    owner: bool = False
 
 
 class Span(NamedTuple):
@@ -242,15 +244,14 @@ def label(
     by_address: dict[int, list[Allocation]] = {}
     for one in allocations:
         by_address.setdefault(one.address, []).append(one)
-        one.category = ""
+        one.category, one.owner = "", False
     for moment, known in marks:
         for storage in known:
             if storage.device != device:
                 continue
             for one in by_address.get(storage.address, ()):
                 if one.born <= moment < one.died:
-                    # "communication buffers" may be gathered weights, which stage 3 sees as both in one step
-                    one.category = one.category or storage.category
+                    one.category, one.owner = one.category or storage.category, True
     starts = [span.start for span in spans]
     for one in allocations:
         if one.category:
@@ -302,8 +303,7 @@ def alive(allocations: Iterable[Allocation], moment: int) -> list[Allocation]:
 def new_gradients(allocations: Iterable[Allocation], began: int, moment: int) -> list[Allocation]:
     """What backward, which began at ``began``, has allocated and not freed by ``moment``, largest first.
 
-    A kept weight gradient would be among it. What the inventory knows, AdamW's gradients and the buckets that they are
-    reduced in, is not.
+    A kept weight gradient would be among it. What the inventory knows is not: AdamW's gradients, the buckets that they
+    are reduced in, output gradients that wait for their sketches.
     """
-    known = ("gradients", "communication buffers")
-    return [one for one in alive(allocations, moment) if one.born >= began and one.category not in known]
+    return [one for one in alive(allocations, moment) if one.born >= began and not one.owner]

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 import ds_mofa
 from ds_mofa.profiler import MemoryProfiler, load_report
 from ds_mofa.profiler.categories import CATEGORIES
+from ds_mofa.profiler.inventory import buckets, sizes
 from ds_mofa.profiler.layers import verdict
 from ds_mofa.profiler.report import check, write_pages
 
@@ -98,6 +100,13 @@ def test_no_gradient_lives_and_adamws_do(folders):
     assert [entry["layer"] for entry in entries] == ["layers.0", "layers.1", "layers.2"]
     assert not verdict(entries)[0] and entries[0]["held"] == 4 * 3 * 2 * 4 * WIDTH * WIDTH
     assert all(entry["passed_on"] == 4 * TOKENS * WIDTH for entry in entries)
+
+
+def test_what_waits_for_its_sketch_is_known():
+    x, dy = torch.ones(4, 8), torch.ones(4, 16)
+    queue = SimpleNamespace(_waiting=[((0, 0, 0, 0), x, dy)])
+    known = sizes(buckets(None, SimpleNamespace(matrices=SimpleNamespace(_queue=queue))), "cpu")
+    assert known == {"activations": x.nbytes, "workspace": dy.nbytes}
 
 
 def test_a_gradient_that_is_kept_elsewhere_is_found(tmp_path):
