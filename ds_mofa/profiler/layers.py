@@ -43,13 +43,17 @@ def find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{i}" if name else str(i), layer) for i, layer in enumerate(longest)]
 
 
-def watch_layers(model: nn.Module, done: Callable[[str, Tensor], None]) -> list[Callable[[], None]]:
-    """Call ``done(name, input gradient)`` at the end of each layer's backward; returns what undoes it."""
+def watch_layers(
+    model: nn.Module, done: Callable[[str, Tensor], None], wanted: Callable[[], bool]
+) -> list[Callable[[], None]]:
+    """Call ``done(name, input gradient)`` at the end of each layer's backward, for forwards in which it is ``wanted``;
+    returns what undoes it.
+    """
 
     def hook_for(name: str):
         def before(module, args, kwargs):
             tensor = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            if wanted() and isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
                 tensor.register_hook(lambda grad: done(name, grad))
 
         return before

@@ -198,7 +198,7 @@ class MemoryProfiler:
         for undo in [
             *watch_model(model, self._recorder),
             *watch_optimizer(self._optimizer, self._recorder),
-            *layers.watch_layers(model, self._layer_done),
+            *layers.watch_layers(model, self._layer_done, wanted=lambda: self._recorder.detail),
         ]:
             self._undo.callback(undo)
         self._recorder.at_boundary = self._mark
@@ -329,7 +329,7 @@ class MemoryProfiler:
             self._marks.append((time.time_ns(), inventory(self._model, self._optimizer)))
 
     def _layer_done(self, name: str, grad: Tensor) -> None:
-        if self._recorder.detail:
+        if self._recorder.detail:  # it may have ended since forward
             moment = time.time_ns()
             address, held = grad.untyped_storage().data_ptr(), layers.matrix_gradients(self._model)
             self._layer_marks.append(layers.LayerMark(name, moment, address, held))
@@ -410,7 +410,8 @@ class MemoryProfiler:
         if self._cuda and not nvml:
             self.notes.append("Without NVML's figures the sum ends at what the allocator has reserved.")
         communication = None
-        if self._outside_after_watch is not None and self._context is not None and _distributed():
+        several = _distributed() and dist.get_world_size() > 1
+        if self._outside_after_watch is not None and self._context is not None and several:
             communication = self._outside_after_watch - self._before - self._context
         breakdown = account(
             cuda=self._cuda,
