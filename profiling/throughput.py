@@ -5,8 +5,9 @@
 
 A run is BACKEND:OPTIMIZER[:OPTION=VALUE...]. Backends: ``torch`` (one GPU, no DeepSpeed) and ``zero0`` to
 ``zero3``. Options: ``r`` (rank), ``capture``, ``states`` (fp32 or bf16: DeepSpeed's master weights and optimizer
-states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``contiguous`` (0 or 1: its contiguous_gradients),
-``checkpointing`` (1). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention
+states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``contiguous`` and ``overlap`` (0 or 1: its contiguous_gradients
+and overlap_comm), ``leaf`` (1: stage 3 gathers a decoder layer at a time rather than a linear), ``prefetch`` (its
+stage3_prefetch_bucket_size), ``checkpointing`` (1). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention
 is sdpa; the batch is the same in every step.
 
 Prints a table and writes results.csv and results.jsonl, with hardware, versions and date.
@@ -27,6 +28,7 @@ COLUMNS = {
     "run": "run",
     "shape": "tokens x micro-batches",
     "micro_batch_ms": "fwd+bwd / micro-batch [ms]",
+    "micro_batch_gpu_ms": "of it in kernels [ms]",
     "step_ms": "optimizer step [ms]",
     "tokens_per_second": "tokens/s per GPU",
     "peak_allocated_gb": "peak allocated [GB]",

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import ds_mofa
+from ds_mofa.phases import listening
 
 
 def main() -> None:
@@ -59,13 +60,14 @@ def main() -> None:
             step_ms.append((end - middle) * 1e3)
 
     micro, step = statistics.median(micro_ms), statistics.median(step_ms)
+    memory = memory_used(args.local_rank) if cuda else {}
+    parts = look_inside(trainer, batches) if cuda else {}
     result = {
         "micro_batch_ms": round(micro, 2),
         "step_ms": round(step, 2),
         "tokens_per_second": round(tokens * micro_batches / (micro * micro_batches + step) * 1e3),
-        "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
-        "peak_reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else None,
-        "nvml_gb": round(nvml_used(args.local_rank) / 1e9, 2) if cuda else None,
+        **memory,
+        **parts,
         "last_loss": round(float(loss), 4),
         "hardware": torch.cuda.get_device_name() if cuda else "CPU",
         "model": Path(args.model_config).stem,
@@ -86,12 +88,60 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def nvml_used(index: int) -> int:
-    """Bytes in use on the whole GPU, by all processes, as the driver counts them."""
+def memory_used(index: int) -> dict[str, float]:
+    """Of this process by PyTorch's allocator, and of the whole GPU, by all processes, as the driver counts it."""
     import pynvml
 
     pynvml.nvmlInit()
-    return pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).used
+    driver = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).used
+    return {
+        "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "peak_reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+        "nvml_gb": round(driver / 1e9, 2),
+    }
+
+
+def look_inside(trainer, batches: torch.Tensor) -> dict[str, float]:
+    """One more step, watched: its parts, and for how long the GPU works in a micro-batch that it need not wait for."""
+    phases = PhaseTimes()
+    for ids in batches[:-1]:
+        trainer.accumulate(ids)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        trainer.accumulate(batches[-1])
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    with listening(phases):
+        trainer.step()
+    return {
+        "micro_batch_gpu_ms": round(sum(kernel.device_time for kernel in kernels) / 1e3, 2),
+        "micro_batch_kernels": len(kernels),
+        **{f"{name.replace(' ', '_').lower()}_ms": round(ms, 2) for name, ms in phases.milliseconds().items()},
+    }
+
+
+class PhaseTimes:
+    """Listens to the phases of a step and times them on the GPU."""
+
+    def __init__(self):
+        self._open: list[tuple[str, torch.cuda.Event]] = []
+        self._done: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def enter(self, name: str) -> None:
+        self._open.append((name, torch.cuda.Event(enable_timing=True)))
+        self._open[-1][1].record()
+
+    def leave(self, name: str) -> None:
+        name, start = self._open.pop()
+        self._done.append((name, start, torch.cuda.Event(enable_timing=True)))
+        self._done[-1][2].record()
+
+    def milliseconds(self) -> dict[str, float]:
+        torch.cuda.synchronize()
+        total: dict[str, float] = {}
+        for name, start, end in self._done:
+            total[name] = total.get(name, 0.0) + start.elapsed_time(end)
+        return total
 
 
 def build_model(path: str, options: dict, device: torch.device):
@@ -154,7 +204,7 @@ class DeepSpeedTrainer:
             "bf16": {"enabled": True, "bf16_master_weights_and_grads": pure, "bf16_optimizer_states": pure},
             "zero_optimization": {
                 "stage": stage,
-                "overlap_comm": True,
+                "overlap_comm": options.get("overlap", "1") == "1",
                 "contiguous_gradients": options.get("contiguous", "1") == "1",
                 "reduce_bucket_size": int(options.get("bucket", 100_000_000)),
                 "allgather_bucket_size": 200_000_000,

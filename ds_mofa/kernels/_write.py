@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ds_mofa.weights import Rounding, Shard
 
 _TILES = 8  # that one program writes
-_PAIRS = {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)}  # rows, words, warps, stages
+_PAIRS = {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (64, 32, 4, 3), 128: (64, 64, 4, 3)}  # rows, words, warps, stages
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
