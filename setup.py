@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 # TRL 1.16 has no release for Python 3.10, so the training command needs 3.11; the optimizer itself does not.
 TRAIN = ["transformers>=5.17", "accelerate>=1.15", "trl>=1.16; python_version >= '3.11'", "datasets>=5.2"]
 LOGS = ["tensorboard>=2.20"]
+PROFILE = ["matplotlib>=3.9"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 
 setup(
@@ -17,6 +18,12 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["ds_mofa", "ds_mofa.*"]),
     python_requires=">=3.10,<3.14",
-    install_requires=["torch>=2.11", "deepspeed>=0.19.8", "numpy", "nvidia-ml-py>=12"],
-    extras_require={"train": TRAIN, "logs": LOGS, "test": TEST, "all": TRAIN + LOGS + TEST},
+    install_requires=["torch>=2.11", "deepspeed>=0.19.8", "numpy", "nvidia-ml-py>=12", "psutil>=5.9"],
+    extras_require={
+        "train": TRAIN,
+        "logs": LOGS,
+        "profile": PROFILE,
+        "test": TEST,
+        "all": TRAIN + LOGS + PROFILE + TEST,
+    },
 )

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from launch.errors import UserError
+from launch.profile import ProfileArguments
 
 # Starting points, not tuned values. MoFaSGD's update has a fixed size per step, so its scale differs from AdamW's.
 DEFAULT_LEARNING_RATE = {"mofasgd": 6e-3, "adamw": 2e-5, "adam": 2e-5}
@@ -111,7 +112,8 @@ class Parser(HfArgumentParser):
 
 
 def make_parser() -> Parser:
-    return Parser((ModelArguments, DataArguments, TrainingArguments), prog="deepspeed launch/train.py")
+    groups = (ModelArguments, DataArguments, TrainingArguments, ProfileArguments)
+    return Parser(groups, prog="deepspeed launch/train.py")
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -131,7 +133,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         raise UserError(str(error)) from error
     if unknown:
         parser.error(f"unknown options: {' '.join(unknown)}")
-    model_args, data_args, training_args = groups
+    model_args, data_args, training_args, _ = groups  # the last were read before: launch/profile.py
     check_model_arguments(model_args)
     check_data_arguments(data_args, training_args)
     return model_args, data_args, training_args

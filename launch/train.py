@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from transformers import ProgressCallback, set_seed
 
 from ds_mofa import OptionError  # importing it registers "MoFaSGD" with DeepSpeed, before any engine is made
+from ds_mofa.profiler import MemoryCallback
 from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar
 from launch.checkpoints import checkpoint_to_resume
@@ -26,6 +27,7 @@ from launch.data import load_data
 from launch.distributed import join_ranks, leave_ranks
 from launch.errors import UserError
 from launch.models import load_model
+from launch.profile import describe_run, start_profiler
 from launch.report import banner, evaluated_last_step, say, summary
 from launch.tokenizer import load_tokenizer
 from launch.trainer import FineTuner
@@ -35,6 +37,7 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         make_parser().print_help()
         return
+    profiler = start_profiler(argv)  # first, for all that follows may open the GPU
     join_ranks()
     model_args, data_args, args = parse_arguments(argv)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
@@ -49,11 +52,17 @@ def main(argv: list[str]) -> None:
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar)
+    if profiler is not None:
+        describe_run(profiler, args.output_dir)
+        trainer.memory_profiler = profiler
+        trainer.add_callback(MemoryCallback(profiler))
     trainer.train(resume_from_checkpoint=checkpoint)
     if eval_data is not None and not evaluated_last_step(trainer.state):
         trainer.evaluate()
     trainer.save_model()
     say(args, summary(trainer.state, args.output_dir))
+    if profiler is not None:
+        say(args, f"memory report: {profiler.output_dir / 'report.html'}, and report.md beside it")
     leave_ranks()
 
 

@@ -23,6 +23,8 @@ class FineTuner(SFTTrainer):
     ranks, since examples that fill up the last batches count again.
     """
 
+    memory_profiler = None  # a ds_mofa.profiler.MemoryProfiler, where one is running
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._interval_start: float | None = None  # seconds
@@ -67,7 +69,10 @@ class FineTuner(SFTTrainer):
         elif "loss" in logs and self._interval_start is not None:
             now, tokens = time.perf_counter(), self._total_train_tokens
             logs["tokens_per_second"] = (tokens - self._interval_tokens) / (now - self._interval_start)
-            logs["peak_memory_gb"] = self.largest(peak_memory(self.args.device) / 1e9)
+            peak = peak_memory(self.args.device)
+            if self.memory_profiler is not None:  # it resets PyTorch's own peak at every phase
+                peak = max(peak, self.memory_profiler.peak_allocated)
+            logs["peak_memory_gb"] = self.largest(peak / 1e9)
             self._interval_start, self._interval_tokens = now, tokens
         super().log(logs, start_time)
 

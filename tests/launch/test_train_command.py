@@ -13,6 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ds_mofa.phases import PHASES
+from ds_mofa.profiler import load_report
+from ds_mofa.profiler.layers import verdict
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {
     "model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -142,12 +146,28 @@ def test_the_output_tells_the_story(finished):
 def test_a_resumed_run_ends_where_the_uninterrupted_one_did(finished):
     folder, output = finished
     checkpoint = f"model/checkpoint-{STEPS // 2}"
-    resumed = succeeded(train(folder, "--output_dir", "resumed", "--resume_from_checkpoint", checkpoint))
+    # Under the memory profiler, which must not change a bit of what is trained.
+    options = ["--resume_from_checkpoint", checkpoint, "--profile_memory", "--profile_hz", "50"]
+    resumed = succeeded(train(folder, "--output_dir", "resumed", *options))
     whole, again = (load_file(folder / name / "model.safetensors") for name in ("model", "resumed"))
     assert whole.keys() == again.keys()
     for name, weight in whole.items():
         assert torch.equal(weight, again[name]), name
     assert losses_in(resumed) == losses_in(output)
+    check_memory_report(folder / "resumed/memory", resumed)
+
+
+def check_memory_report(folder: Path, output: str) -> None:
+    assert "memory report: resumed/memory/report.html" in output
+    report = load_report(folder / "report.json")
+    assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
+    for rank in report["ranks"]:
+        counts = {phase["name"]: phase["count"] for phase in rank["phases"]}
+        assert counts.keys() == {"between phases", "forward", "backward", *PHASES}
+        assert counts["forward"] == counts["backward"] == counts["apply"] == STEPS - STEPS // 2
+        holds, text = verdict(rank["layers"])
+        assert holds, text
+    assert any("rank 0, 1: No CUDA device" in note for note in report["notes"])
 
 
 def test_nothing_is_left_in_shared_memory(finished):

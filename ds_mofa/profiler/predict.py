@@ -1,0 +1,301 @@
+"""The memory of a training run before there is a GPU: the categories of a measured report, each derived.
+
+Weights, gradients, states, factors, sketches and ZeRO's buffers are arithmetic on the parameters' shapes; activations
+and backward's temporaries come from :mod:`ds_mofa.profiler.simulate`. The peak is the largest of all moments that may
+be one: the loss, each completed gradient, each bucket's reduction, the optimizer step.
+
+What lies outside the allocator is not derived: the CUDA context and NCCL are as measured on H200s.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from ds_mofa.partition import Layout
+from ds_mofa.profiler.categories import CATEGORIES
+from ds_mofa.profiler.reserve import reserved_by_plain_loop, reserved_by_stage12
+from ds_mofa.profiler.simulate import MicroBatch, Parameter, PredictionError, simulate
+from ds_mofa.profiler.zero import Candidate, ZeroSettings, partitioned, stage3_gathered, stage3_step, stage12_candidates
+
+__all__ = ["OPTIMIZERS", "PredictionError", "Setting", "on_host", "predict"]
+
+OPTIMIZERS = ("AdamW", "MoFaSGD", "LoRA", "Muon", "GaLore")
+
+# Measured on H200s with torch 2.11 and CUDA 13: NVML's figure less what the allocator had reserved was 1.41 to 1.55 GB
+# in plain loops (2.0 to 2.1 under ZeRO), and 2.5 to 2.9 GB on each of two GPUs. Bytes.
+CUDA_CONTEXT = 1_500_000_000  # the driver's own reserve on the device included
+NCCL = 1_100_000_000  # of a rank
+
+_LARGE = 1 << 26  # elements; ds_mofa.deepspeed.build gives such parameters groups of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A run to predict.
+
+    Attributes:
+        model_config: path of a model's shape.
+        optimizer: one of :data:`OPTIMIZERS`.
+        zero: ZeRO stage, or None for a plain PyTorch loop.
+        gpus: data-parallel ranks.
+        seq: tokens of a sequence.
+        micro_batch: sequences of one forward.
+        micro_batches: of one optimizer step.
+        rank: of MoFaSGD, LoRA and GaLore.
+        states: "fp32" or "bf16": DeepSpeed's master weights and moments. A plain loop keeps all in bf16.
+        checkpointing: recompute layers in backward.
+        bucket: DeepSpeed's reduce_bucket_size, elements.
+        contiguous: DeepSpeed's contiguous_gradients.
+    """
+
+    model_config: str
+    optimizer: str = "MoFaSGD"
+    zero: int | None = None
+    gpus: int = 1
+    seq: int = 1024
+    micro_batch: int = 1
+    micro_batches: int = 8
+    rank: int = 8
+    states: str = "fp32"
+    checkpointing: bool = False
+    bucket: int = 100_000_000
+    contiguous: bool = True
+
+    def __post_init__(self):
+        names = {name.lower(): name for name in OPTIMIZERS}
+        if self.optimizer.lower() not in names:
+            raise PredictionError(f"optimizer {self.optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
+        object.__setattr__(self, "optimizer", names[self.optimizer.lower()])
+        for field in ("gpus", "seq", "micro_batch", "micro_batches", "rank"):
+            if getattr(self, field) < 1:
+                raise PredictionError(f"{field} is {getattr(self, field)}: give 1 or more")
+        if self.zero not in (None, 0, 1, 2, 3):
+            raise PredictionError(f"zero is {self.zero}: give none, 0, 1, 2 or 3")
+        if self.states not in ("fp32", "bf16"):
+            raise PredictionError(f"states is {self.states!r}: give fp32 or bf16")
+        if self.zero is None and self.gpus > 1:
+            raise PredictionError("several GPUs without ZeRO: ds_mofa has no such backend. Give --zero 0, 1, 2 or 3")
+        if self.zero == 0 and self.states == "bf16":
+            raise PredictionError("bf16 states at ZeRO stage 0: DeepSpeed keeps fp32 ones there. Use stage 1 or 2")
+        if self.optimizer == "GaLore" and self.zero is not None:
+            raise PredictionError("GaLore does not run under ZeRO: predict it with --zero none")
+
+
+def predict(setting: Setting) -> dict[str, Any]:
+    """The peak of the fullest rank, in bytes.
+
+    Returns:
+        ``allocated``, by PyTorch's allocator; ``total``, as NVML would see it; ``categories``, which add up to
+        ``total``; ``when`` the peak is; ``setting``.
+
+    Raises:
+        PredictionError: a setting that cannot be predicted.
+    """
+    batch = _simulated(
+        _content(setting.model_config),
+        setting.optimizer if setting.optimizer in ("MoFaSGD", "LoRA") else "AdamW",
+        setting.seq,
+        setting.micro_batch,
+        setting.rank,
+        setting.checkpointing,
+    )
+    always = _always(setting, batch)
+    peak = max(_candidates(setting, batch), key=lambda candidate: sum(candidate.extra.values()))
+    categories = dict(always)
+    for name, size in peak.extra.items():
+        categories[name] = categories.get(name, 0) + size
+    allocated = sum(categories.values())
+    categories["allocator slack"] = _slack(setting, batch, always, allocated)
+    categories["CUDA context"] = CUDA_CONTEXT
+    if setting.gpus > 1:
+        categories["communication buffers"] = categories.get("communication buffers", 0) + NCCL
+    categories = {name: round(categories[name]) for name in CATEGORIES if categories.get(name)}
+    return {
+        "allocated": round(allocated),
+        "total": sum(categories.values()),
+        "categories": categories,
+        "when": peak.when,
+        "setting": dataclasses.asdict(setting),
+    }
+
+
+def on_host(predicted: dict[str, Any]) -> dict[str, Any]:
+    """A prediction without what only a device has: its context, NCCL, the allocator's slack."""
+    categories = dict(predicted["categories"])
+    for name in ("CUDA context", "allocator slack"):
+        categories.pop(name, None)
+    if predicted["setting"]["gpus"] > 1:
+        categories["communication buffers"] -= NCCL
+    categories = {name: size for name, size in categories.items() if size}
+    return {**predicted, "categories": categories, "total": sum(categories.values())}
+
+
+def _content(path: str) -> str:
+    try:
+        return json.dumps(json.loads(Path(path).read_text(encoding="utf-8")), sort_keys=True)
+    except (OSError, json.JSONDecodeError) as error:
+        raise PredictionError(f"{path}: no model shape could be read ({error}). Give one of configs/models") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _simulated(content: str, optimizer: str, seq: int, micro_batch: int, rank: int, checkpointing: bool) -> MicroBatch:
+    return simulate(
+        json.loads(content), optimizer, tokens=seq, micro_batch=micro_batch, rank=rank, checkpointing=checkpointing
+    )
+
+
+def _trained(setting: Setting, batch: MicroBatch) -> list[Parameter]:
+    """What AdamW (or the full-rank optimizer in its place) trains: everything with a gradient of its own."""
+    kinds = {"MoFaSGD": ("other",), "LoRA": ("adapter",)}.get(setting.optimizer, ("matrix", "other"))
+    return [p for p in batch.parameters if p.kind in kinds]
+
+
+def _groups(setting: Setting, batch: MicroBatch) -> list[list[Parameter]]:
+    """DeepSpeed's param groups of AdamW's part."""
+    trained = _trained(setting, batch)
+    if setting.optimizer != "MoFaSGD":
+        return [trained]
+    small = [p for p in trained if p.numel < _LARGE]
+    return [group for group in [small, *([p] for p in trained if p.numel >= _LARGE)] if group]
+
+
+def _numbers(parameters: list[Parameter]) -> int:
+    return sum(p.numel for p in parameters)
+
+
+def _always(setting: Setting, batch: MicroBatch) -> dict[str, int]:
+    """Bytes that are there in every moment of a step: all but gradients, activations and temporaries."""
+    trained = _trained(setting, batch)
+    N = setting.gpus
+    weights = 2 * _numbers(batch.parameters)
+    sharded = _numbers(trained) // (N if setting.zero else 1)
+    parts: dict[str, int] = {"weights": weights // N if setting.zero == 3 else weights}
+    state = 2 if setting.zero is None or setting.states == "bf16" else 4
+    if setting.zero is not None and not (state == 2 and setting.optimizer == "MoFaSGD" and setting.zero < 3):
+        # ds_mofa lets a bf16 partition be its own master in stages 1 and 2.
+        parts["master weights"] = state * sharded
+    parts |= _moments(setting, trained, sharded, state)
+    if setting.optimizer == "MoFaSGD":
+        matrices = [((p.shape[0], p.shape[1]), 0) for p in batch.parameters if p.kind == "matrix"]
+        layout = Layout(matrices, setting.rank, N)
+        parts["sketches"] = 4 * layout.numel
+        parts["factors"] = 2 * layout.numel + 4 * layout.segment
+    return parts
+
+
+def _moments(setting: Setting, trained: list[Parameter], sharded: int, state: int) -> dict[str, int]:
+    """The moments of whatever optimizer it is."""
+    if setting.optimizer not in ("Muon", "GaLore"):
+        return {"AdamW states": 2 * state * sharded}
+    matrices = [p for p in trained if p.kind == "matrix"]
+    N = setting.gpus if setting.zero else 1
+    adamw = 2 * state * (_numbers(trained) - _numbers(matrices)) // N
+    if setting.optimizer == "Muon":  # one momentum
+        return {"AdamW states": adamw, "other optimizer states": state * _numbers(matrices) // N}
+    # GaLore: two moments of the projected gradient (r x the longer side) and the projector (r x the shorter).
+    r = setting.rank
+    projected = sum(2 * min(r, *p.shape) * max(p.shape) + min(r, *p.shape) * min(p.shape) for p in matrices)
+    return {"AdamW states": adamw, "other optimizer states": state * projected}
+
+
+def _candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
+    groups = _groups(setting, batch)
+    if setting.zero in (1, 2):
+        found = stage12_candidates(_zero(setting), groups, batch, setting.micro_batches)
+    else:
+        found = _other_candidates(setting, batch)
+    step = _step_workspace(setting, batch)
+    return [
+        dataclasses.replace(c, extra={**c.extra, "workspace": c.extra.get("workspace", 0) + step})
+        if c.when == "step"
+        else c
+        for c in found
+    ]
+
+
+def _zero(setting: Setting) -> ZeroSettings:
+    return ZeroSettings(
+        stage=setting.zero,
+        world_size=setting.gpus,
+        state_bytes=4 if setting.states == "fp32" else 2,
+        reduce_bucket_size=setting.bucket,
+        contiguous_gradients=setting.contiguous,
+    )
+
+
+def _other_candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
+    """A plain loop, stage 0 (fp32 gradients at the step) and stage 3 (a flat buffer of gradient shards, one bucket)."""
+    sizes = {p.name: 2 * p.numel for p in _trained(setting, batch)}
+    whole = sum(sizes.values())
+    fixed = {}
+    if setting.zero == 3:
+        zero = _zero(setting)
+        fixed["communication buffers"] = 2 * zero.reduce_bucket_size + stage3_gathered(zero, batch.parameters)
+    found, complete = [], 0
+    for i, moment in enumerate(batch.peaks):
+        if i:
+            complete += sizes.get(batch.order[i - 1], 0)
+        if setting.zero == 3:
+            gradients = whole // setting.gpus
+        else:
+            gradients = whole if setting.micro_batches > 1 else complete
+        found.append(
+            Candidate(
+                "backward" if moment.completed else "loss",
+                {"activations": moment.activations, "workspace": moment.workspace, "gradients": gradients, **fixed},
+            )
+        )
+    step = {"gradients": whole}
+    if setting.zero == 0:
+        step["gradients"] += 2 * whole  # DeepSpeed converts all of them to fp32 before it steps
+    if setting.zero == 3:
+        step["gradients"] = stage3_step(_zero(setting), whole // 2 // setting.gpus)
+    return [*found, Candidate("step", step)]
+
+
+def _step_workspace(setting: Setting, batch: MicroBatch) -> int:
+    """Temporaries of the optimizer step; a fused AdamW has none."""
+    matrices = [p for p in batch.parameters if p.kind == "matrix"]
+    if setting.optimizer == "MoFaSGD":
+        layout = Layout([((p.shape[0], p.shape[1]), 0) for p in matrices], setting.rank, setting.gpus)
+        # The reduced sketches, and in float64 at most the basis, the sketch, its complement and the new directions.
+        return 4 * layout.segment + 4 * 8 * layout.segment
+    if setting.optimizer == "Muon":  # Newton-Schulz in bf16: the update, its Gram matrix twice, one product
+        return max(2 * (2 * p.numel + 2 * min(p.shape) ** 2) for p in matrices)
+    if setting.optimizer == "GaLore":  # the update projected back, and an SVD's fp32 copy of one gradient
+        return max(6 * p.numel for p in matrices)
+    return 0
+
+
+def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocated: int) -> int:
+    """Reserved and unused at the peak, where the allocator's rules can be played through; 0 in stage 0."""
+    trained = _trained(setting, batch)
+    buffers = [always[name] for name in ("sketches", "factors", "other optimizer states") if name in always]
+    if setting.zero is None:
+        held = [p for p in trained if setting.optimizer in ("AdamW", "MoFaSGD", "LoRA") or p.kind != "matrix"]
+        reserved = reserved_by_plain_loop(batch, held, buffers, 4, setting.micro_batches)
+    elif setting.zero in (1, 2):
+        zero, groups = _zero(setting), _groups(setting, batch)
+        touched, sizes = partitioned(groups, zero.world_size)
+        reserved = reserved_by_stage12(
+            batch,
+            groups,
+            buffers,
+            stage=zero.stage,
+            touched=touched,
+            sizes=sizes,
+            state_bytes=zero.state_bytes,
+            own_masters="master weights" in always,
+            bucket=4 * zero.reduce_bucket_size,
+            contiguous=zero.contiguous_gradients,
+            micro_batches=setting.micro_batches,
+        )
+    elif setting.zero == 3:
+        # The step's flat gradients, in blocks larger than any of backward's; not what gathering leaves unused.
+        largest = max(map(_numbers, _groups(setting, batch))) // setting.gpus
+        return stage3_step(_zero(setting), largest) - 2 * largest
+    else:
+        return 0
+    return max(0, reserved - allocated)

@@ -1,0 +1,131 @@
+"""What DeepSpeed's ZeRO (0.19) allocates besides the model: partitions, buckets, copies, and when.
+
+Read off its sources; each function says which of its buffers it counts. Sizes in bytes, per rank, of the fullest rank.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from ds_mofa.profiler.simulate import MicroBatch, Parameter
+
+__all__ = ["Candidate", "ZeroSettings", "partitioned", "stage12_candidates", "stage3_gathered", "stage3_step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroSettings:
+    """Of ``zero_optimization`` in DeepSpeed's JSON, under their names there; sizes in elements."""
+
+    stage: int
+    world_size: int
+    state_bytes: int = 4  # of one number of the master weights and of each moment: 4, or 2 for bf16 states
+    reduce_bucket_size: int = 100_000_000
+    stage3_max_live_parameters: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
+    overlap_comm: bool = True
+    contiguous_gradients: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A moment that may be the peak: bytes by category on top of what is always there."""
+
+    when: str
+    extra: dict[str, int]
+
+
+def partitioned(groups: Sequence[Sequence[Parameter]], world_size: int) -> tuple[int, list[int]]:
+    """(elements of the parameters that the fullest rank's partitions touch, elements of its partition of each group).
+
+    Stages 1 and 2 cut each group's flat buffer into equal ranges, and keep whole the gradient of a parameter that a cut
+    goes through, on both sides of it.
+    """
+    fullest, sizes = 0, []
+    touched = [0] * world_size
+    for group in groups:
+        total = sum(p.numel for p in group)
+        size = -(-total // world_size)
+        sizes.append(size)
+        start = 0
+        for param in group:
+            for rank in range(start // size, min(world_size - 1, (start + param.numel - 1) // size) + 1):
+                touched[rank] += param.numel
+            start += param.numel
+    fullest = max(touched)
+    return fullest, sizes
+
+
+def stage12_candidates(
+    zero: ZeroSettings, groups: Sequence[Sequence[Parameter]], batch: MicroBatch, micro_batches: int
+) -> list[Candidate]:
+    """Moments of backward and step in stages 1 and 2, gradients in 16 bits.
+
+    Backward. Stage 2 keeps, from one micro-batch to the next, one flat buffer of the gradients that this rank's
+    partition touches (``grads_in_partition``), and fills another in each micro-batch, allocated when the first bucket
+    is reduced. Stage 1 keeps whole gradients, and with ``contiguous_gradients`` copies them into such a buffer in the
+    last micro-batch. A gradient larger than the bucket waits, whole, until the next one comes.
+
+    Step, group by group: a flat copy of the partition's gradients, then its conversion to the masters' dtype, beside
+    what the accumulated gradients still hold.
+    """
+    trained = {p.name: p for group in groups for p in group}
+    touched, sizes = partitioned(groups, zero.world_size)
+    whole = 2 * sum(p.numel for p in trained.values())
+    kept = 2 * touched
+    stage2 = zero.stage == 2
+    before = (kept if stage2 else whole) if micro_batches > 1 else 0
+    buffers = (2 if zero.overlap_comm else 1) * 2 * zero.reduce_bucket_size if zero.contiguous_gradients else 0
+    candidates = [
+        Candidate(
+            "loss" if not moment.completed else "backward",
+            {
+                "activations": moment.activations,
+                "workspace": moment.workspace,
+                "gradients": before,
+                "communication buffers": buffers if moment.completed else 0,
+            },
+        )
+        for moment in batch.peaks
+    ]
+    waiting = elements = filled = 0
+    for name, moment in zip(batch.order, batch.at_completion):
+        param = trained.get(name)
+        if param is None:
+            continue
+        size = 2 * param.numel
+        own = size if stage2 else 0  # stage 1 adds it to one that is there
+        if elements and elements + param.numel > zero.reduce_bucket_size:
+            filled = kept if zero.contiguous_gradients else 0
+            extra = {"gradients": before + filled + waiting + own, "communication buffers": buffers}
+            extra |= {"activations": moment.activations, "workspace": moment.workspace}
+            candidates.append(Candidate(f"backward, first reduction ({name})", extra))
+            waiting = elements = 0
+        elements += param.numel
+        if param.numel > zero.reduce_bucket_size:
+            waiting = own
+        extra = {"gradients": before + filled + waiting, "communication buffers": buffers}
+        extra |= {"activations": moment.activations, "workspace": moment.workspace}
+        candidates.append(Candidate(f"backward ({name})", extra))
+    remaining = kept
+    for size in sizes:
+        flat = 2 * size
+        converted = zero.state_bytes * size if zero.state_bytes != 2 else 0
+        candidates.append(Candidate("step", {"gradients": remaining + flat + converted}))
+        remaining -= min(remaining, flat)
+    return candidates
+
+
+def stage3_gathered(zero: ZeroSettings, parameters: Sequence[Parameter]) -> int:
+    """Bytes of whole weights at the loss.
+
+    Every module that is entered prefetches another bucket, more than it uses itself, so prefetching runs ahead until
+    ``stage3_max_live_parameters`` are gathered, or all there are.
+    """
+    return 2 * min(zero.stage3_max_live_parameters, sum(p.numel for p in parameters))
+
+
+def stage3_step(zero: ZeroSettings, sharded: int) -> int:
+    """Bytes of gradients at the step: all shards in 16 bits, and of one sub-group a copy in the masters' dtype and one
+    flat in 16 bits. ``sharded``: elements of this rank's shard of what AdamW trains.
+    """
+    part = min(sharded, zero.sub_group_size)
+    return 2 * sharded + 2 * part + (zero.state_bytes * part if zero.state_bytes != 2 else 0)

@@ -1,0 +1,72 @@
+"""How much memory a training run will take, without a GPU.
+
+    python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --optimizer MoFaSGD --zero 2 --gpus 2
+    python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --optimizer AdamW MoFaSGD LoRA
+
+Prints the peak of the fullest rank by category, a column for each optimizer; ``--output`` also writes it as JSON. How
+each term is derived, and how far measured runs were from it, is in docs/profiling.md.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_mofa.profiler.categories import CATEGORIES, gb
+from ds_mofa.profiler.predict import OPTIMIZERS, PredictionError, Setting, predict
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    options = {name: value for name, value in vars(args).items() if name not in ("optimizer", "output", "zero")}
+    zero = None if args.zero == "none" else int(args.zero)
+    if zero is None and args.gpus > 1:
+        sys.exit("predict.py: error: several GPUs need ZeRO: give --zero 0, 1, 2 or 3")
+    try:
+        predictions = {name: predict(Setting(optimizer=name, zero=zero, **options)) for name in args.optimizer}
+    except PredictionError as error:
+        sys.exit(f"predict.py: error: {error}")
+    print(table(predictions))
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(predictions, indent=1) + "\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_config", required=True, help="shape of the model, such as configs/models/*.json")
+    parser.add_argument("--optimizer", nargs="+", default=["MoFaSGD"], metavar="NAME", help=", ".join(OPTIMIZERS))
+    parser.add_argument("--zero", default="none", choices=["none", "0", "1", "2", "3"], help="none: plain PyTorch")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--micro_batch", type=int, default=1, help="sequences of one forward")
+    parser.add_argument("--micro_batches", type=int, default=8, help="of one optimizer step (gradient accumulation)")
+    parser.add_argument("--rank", type=int, default=8, help="of MoFaSGD, LoRA and GaLore")
+    parser.add_argument("--states", default="fp32", choices=["fp32", "bf16"], help="DeepSpeed's masters and moments")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
+    parser.add_argument("--bucket", type=int, default=100_000_000, help="DeepSpeed's reduce_bucket_size, elements")
+    parser.add_argument(
+        "--no_contiguous", dest="contiguous", action="store_false", help="DeepSpeed's contiguous_gradients off"
+    )
+    parser.add_argument("--output", help="JSON file to write")
+    return parser
+
+
+def table(predictions: dict[str, dict]) -> str:
+    """The predictions as a Markdown table, in GB of 1e9 bytes."""
+    columns = list(predictions.values())
+    lines = ["| GB (1e9 bytes) | " + " | ".join(predictions) + " |", "| --- |" + " ---: |" * len(columns)]
+    for category in CATEGORIES:
+        if any(category in column["categories"] for column in columns):
+            cells = [gb(column["categories"].get(category, 0)) for column in columns]
+            lines.append(f"| {category} | " + " | ".join(cells) + " |")
+    lines.append("| **allocated** | " + " | ".join(gb(column["allocated"]) for column in columns) + " |")
+    lines.append("| **on the device** | " + " | ".join(gb(column["total"]) for column in columns) + " |")
+    lines.append("| peak at | " + " | ".join(column["when"] for column in columns) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

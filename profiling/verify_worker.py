@@ -1,0 +1,132 @@
+"""One measured run of profiling/verify_claim.py, under the memory profiler from before the first allocation."""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[0] = str(HERE.parent)
+
+import torch
+
+from ds_mofa.profiler import MemoryProfiler
+from launch.distributed import unlink_shared_buffer
+
+WARM_UP = 2  # steps before the one that is recorded allocation by allocation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--shape", required=True)
+    parser.add_argument("--model_config", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--sample_hz", type=float, required=True)
+    parser.add_argument("--predicted", required=True)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--memory_snapshot", action="store_true")
+    parser.add_argument("--local_rank", type=int, default=0)
+    args = parser.parse_args()
+
+    tokens, micro_batches = map(int, args.shape.split("x"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", args.local_rank) if cuda else torch.device("cpu")
+    setting = {"name": args.run, "shape": args.shape, "model_config": args.model_config}
+    predicted = json.loads(Path(args.predicted).read_text())
+    with MemoryProfiler(
+        output_dir=args.output_dir,
+        sample_hz=args.sample_hz,
+        detail_step=WARM_UP,
+        stacks=True,
+        memory_snapshot=args.memory_snapshot,
+        device=device,
+        setting=setting,
+        predicted=predicted if "categories" in predicted else None,
+    ) as profiler:
+        if "error" in predicted:
+            profiler.notes.append(f"No prediction: {predicted['error']}")
+        if cuda:
+            torch.cuda.set_device(device)
+        torch.manual_seed(0)
+        trainer = make_trainer(args.run, args.model_config, micro_batches, device)
+        if not cuda and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            unlink_shared_buffer()
+        profiler.watch(getattr(trainer, "engine", None) or trainer.model, getattr(trainer, "optimizer", None))
+        generator = torch.Generator().manual_seed(args.local_rank)
+        batches = torch.randint(trainer.config.vocab_size, (micro_batches, 1, tokens), generator=generator).to(device)
+
+        for _ in range(WARM_UP + 1):
+            one_step(trainer, batches, profiler, device)
+        with_profiler, without = [], []
+        for _ in range(args.steps):  # in turns, so that a drift of the machine falls on both
+            with profiler.paused():
+                without.append(one_step(trainer, batches, profiler, device))
+            with_profiler.append(one_step(trainer, batches, profiler, device))
+        profiler.setting["seconds_per_step"] = statistics.median(with_profiler)
+        profiler.setting["seconds_per_step_without_profiler"] = statistics.median(without)
+        profiler.setting["all_seconds"] = {"with": with_profiler, "without": without}
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def one_step(trainer, batches: torch.Tensor, profiler: MemoryProfiler, device: torch.device) -> float:
+    """Seconds of one optimizer step, the device's work included."""
+    start = clock(device)
+    for ids in batches:
+        trainer.accumulate(ids)
+    trainer.step()
+    profiler.step()
+    return clock(device) - start
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def make_trainer(run: str, model_config: str, micro_batches: int, device: torch.device):
+    """The trainer of profiling/throughput.py for BACKEND:OPTIMIZER[:OPTION=VALUE...], or LoRA's."""
+    sys.path.append(str(HERE))
+    import throughput_worker as worker
+
+    backend, optimizer, *options = run.split(":")
+    options = dict(option.split("=") for option in options)
+    if optimizer.lower() == "lora":
+        return LoRATrainer(worker, model_config, options, micro_batches, device)
+    if backend == "torch":
+        return worker.TorchTrainer(model_config, optimizer, options, micro_batches, device)
+    return worker.DeepSpeedTrainer(model_config, backend, optimizer, options, micro_batches, device)
+
+
+class LoRATrainer:
+    """A plain loop on one GPU: peft's LoRA on every linear of the layers, adapters and AdamW's states in bf16."""
+
+    def __init__(self, worker, path: str, options: dict, micro_batches: int, device: torch.device):
+        from peft import LoraConfig, get_peft_model
+
+        base, self.micro_batches = worker.build_model(path, options, device), micro_batches
+        self.config = base.config
+        config = LoraConfig(r=int(options.get("r", 8)), target_modules="all-linear", lora_dropout=0.0)
+        # peft's default makes the adapters fp32, and with them a second, fp32 copy of every input.
+        self.model = get_peft_model(base, config, autocast_adapter_dtype=False)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
+
+    def accumulate(self, ids: torch.Tensor) -> torch.Tensor:
+        loss = self.model(input_ids=ids, labels=ids).loss
+        (loss / self.micro_batches).backward()
+        return loss.detach()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main()

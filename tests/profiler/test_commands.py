@@ -1,0 +1,150 @@
+"""profiling/verify_claim.py from end to end on a CPU, its verdicts, and profiling/nsight.py without and with nsys."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_mofa.profiler.claims import judge
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "configs/models/llama-tiny.json")
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def run(script: str, *words: str, **changes: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "profiling" / script), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, **changes})
+
+
+def verify(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    return run("verify_claim.py", "--model_config", TINY, "--shape", "256x2", "--steps", "1",
+               "--output_dir", str(folder), *words)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("claim")
+    return folder, verify(folder, "--runs", "torch:MoFaSGD:r=4", "torch:MoFaSGD:r=4000")
+
+
+def test_it_runs_and_judges(verified):
+    folder, process = verified
+    document = json.loads((folder / "report.json").read_text())
+    assert document["kind"] == "claim" and document["schema_version"] == 1
+    verdicts = {claim["claim"]: claim for claim in document["claims"]}
+    assert verdicts["torch:MoFaSGD:r=4: no full-rank gradient lives"]["verdict"] == "holds"
+    # Fake tensors and real ones: the same operators, and so the same bytes but for some scalars.
+    assert verdicts["torch:MoFaSGD:r=4: the prediction is within 5% of the peak traced"]["holds"]
+    assert verdicts["AdamW takes about 70 GB in the same setting"]["verdict"] == "not measured"
+    report = document["runs"]["torch:MoFaSGD:r=4"]
+    assert report["predicted"]["categories"]["weights"] == pytest.approx(3_395_072, rel=1e-3)
+    assert report["setting"]["seconds_per_step"] > 0
+
+
+def test_a_run_that_fails_is_in_the_report(verified):
+    folder, process = verified
+    assert process.returncode == 1 and "1 runs failed (torch:MoFaSGD:r=4000)" in process.stderr
+    assert "Set rank to at most" in (folder / "torch_MoFaSGD_r4000/predicted.json").read_text()
+    text = (folder / "report.md").read_text()
+    assert "## Not measured" in text and "MoFaSGD found no matrix to train" in text
+    assert (folder / "torch_MoFaSGD_r4000/log.txt").exists()
+
+
+def test_finished_runs_are_taken_over(verified):
+    folder, _ = verified
+    before = (folder / "torch_MoFaSGD_r4/report.json").stat().st_mtime
+    process = verify(folder, "--runs", "torch:MoFaSGD:r=4", "--reuse")
+    assert process.returncode == 0, process.stderr
+    assert (folder / "torch_MoFaSGD_r4/report.json").stat().st_mtime == before
+
+
+def fake_run(allocated: int, nvml: int, *, shape: str = "1024x8", kept: int = 0, own: float = 1e-3) -> dict:
+    layer = {
+        "layer": "layers.0",
+        "kept": kept,
+        "held": 0,
+        "largest": kept,
+        "layer_gradients": 400,
+        "smallest_gradient": 90,
+        "waiting": 0,
+    }
+    rank = {
+        "peaks": {"allocated": allocated, "nvml_device": nvml, "traced": None}, "layers": [layer],
+        "breakdown": {"total": nvml, "categories": {"weights": allocated, "activations": 8_000_000_000}},
+        "overhead": {"seconds_per_step": own},
+    }  # fmt: skip
+    setting = {"model_config": "configs/models/llama-3.1-8b.json", "shape": shape, "seconds_per_step": 1.0}
+    setting |= {"seconds_per_step_without_profiler": 1.0, "all_seconds": {"with": [1.0], "without": [1.0, 1.01]}}
+    return {"ranks": [rank], "setting": setting, "predicted": {"allocated": 30_000_000_000, "total": 34_000_000_000}}
+
+
+def by_claim(runs: dict) -> dict[str, dict]:
+    return {claim["claim"]: claim for claim in judge(runs)}
+
+
+def test_verdicts():
+    ours, adamw = "torch:MoFaSGD:r=8", "torch:AdamW"
+    found = by_claim({ours: fake_run(28_900_000_000, 33_000_000_000), adamw: fake_run(72_500_000_000, 75_700_000_000)})
+    limit = "MoFaSGD, rank 8, fine-tunes LLaMA-3.1-8B in 29.0 GB allocated or less"
+    assert found[limit]["verdict"] == "holds" and "activations 8.00 GB" in found[limit]["measured"]
+    assert found["AdamW takes about 70 GB in the same setting"]["holds"]
+    assert found[f"{ours}: the prediction is within 5% of the peak allocated"]["holds"]
+    assert found[f"{adamw}: the prediction is within 5% of the peak allocated"]["verdict"] == "off by -58.6%"
+    assert found[f"{ours}: the profiler costs less than 2 % of the step"]["holds"]
+
+    over = by_claim({ours: fake_run(30_840_000_000, 35_450_000_000, kept=90, own=0.03)})
+    assert over[limit]["verdict"] == "fails by 1.84 GB (6.3%)" and over[limit]["holds"] is False
+    assert over[f"{ours}: no full-rank gradient lives"]["holds"] is False
+    assert over[f"{ours}: the profiler costs less than 2 % of the step"]["holds"] is False
+    elsewhere = by_claim({ours: fake_run(28_000_000_000, 33_000_000_000, shape="512x8")})
+    assert elsewhere[limit]["holds"] is None
+
+
+def test_a_run_that_cannot_be(tmp_path):
+    process = verify(tmp_path, "--runs", "torch:Nothing")
+    assert process.returncode == 1 and "'torch:Nothing' cannot be run: give torch:" in process.stderr
+
+
+def test_nsight_says_how_to_get_what_is_missing():
+    process = run("nsight.py", "--tool", "ncu", "--", "true", PATH="/nowhere")
+    assert process.returncode == 1
+    assert "ncu was not found. Nsight Compute: https://developer.nvidia.com/" in process.stderr
+
+
+FAKE_NSYS = """#!{python}
+import subprocess, sys
+words = sys.argv[1:]
+open({log!r}, "a").write(" ".join(words) + "\\n")
+if words[0] == "profile":
+    out = next(word for word in words if word.startswith("--output=")).removeprefix("--output=")
+    open(out + ".nsys-rep", "w").close()
+    sys.exit(subprocess.run(words[words.index("true"):]).returncode)
+if words[2] == "nvtx_sum":
+    print("Processing [report.sqlite] with [nvtx_sum.py]...\\n\\nTime (%),Total Time (ns),Range\\n60.0,1200,backward")
+else:
+    print("ERROR: no CUDA data", file=sys.stderr)
+"""
+
+
+def test_nsight_wraps_and_summarises(tmp_path, verified):
+    program, log = tmp_path / "nsys", tmp_path / "log"
+    program.write_text(FAKE_NSYS.format(python=sys.executable, log=str(log)))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    memory = str(verified[0] / "torch_MoFaSGD_r4/report.json")
+    options = ["--program", str(program), "--output_dir", str(tmp_path / "out"), "--memory_report", memory]
+    process = run("nsight.py", *options, "--", "true", "--epochs", "3")
+    assert process.returncode == 0, process.stderr
+    first = log.read_text().splitlines()[0]
+    assert "--capture-range=cudaProfilerApi" in first and "--cuda-memory-usage=true" in first
+    assert first.endswith("true --epochs 3")
+    text = (tmp_path / "out/summary.md").read_text()
+    assert "| 60.0 | 1200 | backward |" in text and "Not in this report: ERROR: no CUDA data" in text
+    assert "| factor update | " in text
+
+    run("nsight.py", *options, "--capture", "all", "--", "true")
+    assert "--capture-range" not in next(line for line in log.read_text().splitlines()[1:] if "profile" in line)
