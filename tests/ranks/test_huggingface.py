@@ -32,8 +32,8 @@ def sentences(count: int) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def config_file(stage: int) -> str:
-    """As a user writes it: what the Trainer knows is "auto"."""
+def config_file(stage: int, leaf: bool = False) -> str:
+    """As a user writes it: what the Trainer knows is "auto". ``leaf``: a decoder layer is gathered at a time."""
     optimizer = {"lr": "auto", "weight_decay": "auto", "betas": "auto", "eps": "auto", "rank": 4, "torch_adam": True}
     settings = {
         "train_micro_batch_size_per_gpu": "auto",
@@ -42,6 +42,8 @@ def config_file(stage: int) -> str:
         "optimizer": {"type": "MoFaSGD", "params": optimizer},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 40},
     }
+    if leaf:
+        settings["zero_optimization"]["leaf_module"] = {"classes": ["LlamaDecoderLayer"]}
     path = Path(f"rank{dist.get_rank()}.json")  # the ranks share the folder
     path.write_text(json.dumps(settings))
     return str(path)
@@ -59,7 +61,7 @@ def train_by_trainer(stage: int, **kwargs) -> dict:
     arguments = TrainingArguments(
         output_dir="trained",
         use_cpu=True,
-        deepspeed=config_file(stage),
+        deepspeed=config_file(stage, leaf=stage == 3),
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
         learning_rate=LR,
