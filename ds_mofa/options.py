@@ -51,6 +51,8 @@ class Options:
             they are embeddings or output heads.
         exclude: likewise: parameters to leave to AdamW. Wins over ``include``.
         seed: of the start's test matrices and of the stochastic rounding, 0 <= seed < 2^31.
+        diagnostics_every: optimizer steps between two reports on every matrix (:mod:`ds_mofa.diagnostics`), to
+            DeepSpeed's monitor and ``optimizer.matrices.report``; 0 for none.
 
     Everything else that is trained, by AdamW:
 
@@ -78,6 +80,7 @@ class Options:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     seed: int = 0
+    diagnostics_every: int = 0
     adamw_lr: float | None = None
     adamw_betas: Sequence[float] = (0.9, 0.999)
     adamw_eps: float = 1e-8
@@ -92,7 +95,7 @@ class Options:
         for name in ("adamw_lr", "adamw_weight_decay"):
             if getattr(self, name) is not None:
                 self._number(name, getattr(self, name), low=0)
-        for name in ("rank", "seed"):
+        for name in ("rank", "seed", "diagnostics_every"):
             self._integer(name, getattr(self, name), low=1 if name == "rank" else 0, high=2**31)
         if not isinstance(self.master_weights, bool):
             raise OptionError(f"master_weights={self.master_weights!r} must be true or false")

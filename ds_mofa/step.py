@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_mofa import sketch as sketching
+from ds_mofa.diagnostics import MEASURES, Report, measure
 from ds_mofa.factors import Factors, Grams, gram_matrices, live_directions, projected_norm, start_factors, update_many
 from ds_mofa.options import Options
 from ds_mofa.parameters import Matrix
@@ -74,6 +75,8 @@ class MatrixStep:
         self._finite: bool | None = None
         self.steps = 0
         self.skipped = 0
+        self.report: Report | None = None  # the last one
+        self.on_report: Callable[[Report], None] | None = None
         self._draw_test_matrices()
 
         # Made in the first step: a backend may partition the weights after it has built this.
@@ -268,6 +271,8 @@ class MatrixStep:
             tests = (block.views(self.working)[0] for block in self._mine)
             updated = [start_factors(Y, Z, psi.to(Y.dtype), gamma=gamma) for (_, Y, Z), psi in zip(batches, tests)]
         self.drop_pending()
+        if grams is not None and self._reports_now():
+            self._report([old.sigma for old, _, _ in batches], grams, [new.sigma for new in updated], gamma)
         for block, (old, _, _), new in zip(self._mine, batches, updated):
             left, right, coefficients = block.views(self.working)
             for kept, value in zip(old, new):
@@ -275,6 +280,23 @@ class MatrixStep:
             left.copy_(new.U)
             right.copy_(new.V)
             coefficients.copy_(self._coefficients(new.sigma))
+
+    def _reports_now(self) -> bool:
+        every = self.options.diagnostics_every
+        return every > 0 and (self.steps + 1) % every == 0
+
+    def _report(
+        self, old: Sequence[Tensor], grams: Sequence[Grams], new: Sequence[Tensor], gamma: float | Tensor
+    ) -> None:
+        """Measure this rank's matrices, and give every rank the measures of all. Collective."""
+        values = torch.zeros(len(self.matrices), len(MEASURES), dtype=torch.float64, device=self.factors.device)
+        for block, before, (left, right), after in zip(self._mine, old, grams, new):
+            members = torch.tensor(block.members, device=values.device)
+            values[members] = measure(before, left, right, after, beta=self.options.beta, gamma=gamma)
+        names = [matrix.name for matrix in self.matrices]
+        self.report = Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))
+        if self.on_report is not None:
+            self.on_report(self.report)
 
     def _coefficients(self, sigma: Tensor) -> Tensor:
         live = live_directions(sigma)

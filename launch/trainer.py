@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from trl import SFTTrainer
 
+from ds_mofa.deepspeed.registration import optimizer_of
 from launch.encoding import IGNORED
 
 
@@ -29,6 +30,7 @@ class FineTuner(SFTTrainer):
         super().__init__(*args, **kwargs)
         self._interval_start: float | None = None  # seconds
         self._interval_tokens = 0  # all tokens trained on, when the interval began
+        self._reported = 0  # step of the last diagnostics that were logged
         self._eval_sums = torch.zeros(2, dtype=torch.float64)  # (summed loss, tokens) of this rank's evaluation
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -73,8 +75,18 @@ class FineTuner(SFTTrainer):
             if self.memory_profiler is not None:  # it resets PyTorch's own peak at every phase
                 peak = max(peak, self.memory_profiler.peak_allocated)
             logs["peak_memory_gb"] = self.largest(peak / 1e9)
+            logs.update(self.diagnostics())
             self._interval_start, self._interval_tokens = now, tokens
         super().log(logs, start_time)
+
+    def diagnostics(self) -> dict[str, float]:
+        """What MoFaSGD's last report sums up to, once; empty with another optimizer, or without diagnostics_every."""
+        mofa = optimizer_of(self.model_wrapped)
+        report = mofa.matrices.report if mofa is not None else None
+        if report is None or report.step == self._reported:
+            return {}
+        self._reported = report.step
+        return {f"mofasgd/{name}": value for name, value in report.summary().items()}
 
     def ignore_repeats(self, inputs: dict[str, torch.Tensor]) -> None:
         """Take out of the loss, in place, the examples that Accelerate repeats so that all last batches are full."""

@@ -1,5 +1,6 @@
 """From an engine and its config to a MoFaSGD, or to an error that says what to change."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from ds_mofa.deepspeed.matrices import mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import ReplicatedMoFaSGD
 from ds_mofa.deepspeed.zero import GatheredWeight
+from ds_mofa.diagnostics import Report
 from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import full_shape, split_parameters
@@ -59,6 +61,7 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         shard_of=shard_of,
         gathered=GatheredWeight if engine.zero_optimization_partition_weights() else None,
     )
+    matrices.on_report = functools.partial(_write_to_monitor, engine)
     mark_matrices(split.matrices)
     if dist.get_rank() == 0:
         print(f"ds_mofa: {split.summary()}", flush=True)  # loggers are often set to warnings only
@@ -78,6 +81,17 @@ def _large_ones_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         small = [param for param in group["params"] if not any(param is other for other in large)]
         apart += [{**group, "params": params} for params in ([small] if small else []) + [[param] for param in large]]
     return apart
+
+
+def _write_to_monitor(engine, report: Report) -> None:
+    """The report in DeepSpeed's TensorBoard, wandb, Comet or CSV, by samples as its own events are."""
+    if not engine.monitor.enabled or dist.get_rank() != 0:
+        return
+    samples = engine.global_samples + engine.train_batch_size()  # the step that is under way included
+    events = [(f"MoFaSGD/{name}", value, samples) for name, value in report.summary().items()]
+    for matrix, values in report.by_matrix().items():
+        events += [(f"MoFaSGD/{name}/{matrix}", value, samples) for name, value in values.items()]
+    engine.monitor.write_events(events)
 
 
 def _exchange(engine) -> Exchange:

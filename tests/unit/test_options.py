@@ -47,6 +47,8 @@ BAD = [
     ("seed", -1, "whole number >= 0"),
     ("seed", 2**31, "< 2147483648"),
     ("seed", 0.5, "whole number >= 0"),
+    ("diagnostics_every", -1, "whole number >= 0"),
+    ("diagnostics_every", True, "whole number >= 0"),
     ("adamw_lr", -1e-4, ">= 0"),
     ("adamw_lr", "1e-4", "number"),
     ("adamw_betas", 0.9, "two numbers"),
