@@ -1,8 +1,8 @@
 """Orthonormal bases of batches of tall matrices, from their Gram matrices.
 
 The columns are long (m of thousands) and few (r of tens). All that is decided is decided on Gram matrices in
-float64, r x r, for every side of every layer at once; the long columns are only multiplied. float64 carries the squares of float32 numbers, which is what Cholesky-QR needs; data that is
-itself float64 goes through Householder's QR.
+float64, r x r, for every side of every layer at once; the long columns are only multiplied. float64 carries the
+squares of float32 numbers, which is what Cholesky-QR needs; data that is itself float64 goes through Householder's QR.
 """
 
 import functools

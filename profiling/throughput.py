@@ -7,8 +7,8 @@ A run is BACKEND:OPTIMIZER[:OPTION=VALUE...]. Backends: ``torch`` (one GPU, no D
 ``zero3``. Options: ``r`` (rank), ``capture``, ``states`` (fp32 or bf16: DeepSpeed's master weights and optimizer
 states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``contiguous`` and ``overlap`` (0 or 1: its contiguous_gradients
 and overlap_comm), ``leaf`` (1: stage 3 gathers a decoder layer at a time rather than a linear), ``prefetch`` (its
-stage3_prefetch_bucket_size), ``checkpointing`` (1). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention
-is sdpa; the batch is the same in every step.
+stage3_prefetch_bucket_size), ``checkpointing`` (1). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random,
+bf16; attention is sdpa; the batch is the same in every step.
 
 Prints a table and writes results.csv and results.jsonl, with hardware, versions and date.
 """

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 _CHUNK = 32  # elements of a row that are multiplied at a time: as many as the registers of one warp hold
 
 

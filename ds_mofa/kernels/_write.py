@@ -1,6 +1,7 @@
 """W <- decay W - step_size U diag(c) V^T in one pass over W: tile by tile, rounded stochastically on the way out.
 
-Bound by memory, if the next tile is fetched while this one is computed: 3.3 of an H200's 4.25 TB/s. The twin is ``ds_mofa.weights._write_one``; the random bits are those of ``ds_mofa.weights.random_bits``.
+Bound by memory, if the next tile is fetched while this one is computed: 3.3 of an H200's 4.25 TB/s. The twin is
+``ds_mofa.weights._write_one``; the random bits are those of ``ds_mofa.weights.random_bits``.
 """
 
 import functools
