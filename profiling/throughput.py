@@ -7,7 +7,8 @@ A run is BACKEND:OPTIMIZER[:OPTION=VALUE...]. Backends: ``torch`` (one GPU, no D
 ``zero3``. Options: ``r`` (rank), ``capture``, ``states`` (fp32 or bf16: DeepSpeed's master weights and optimizer
 states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``contiguous`` and ``overlap`` (0 or 1: its contiguous_gradients
 and overlap_comm), ``leaf`` (1: stage 3 gathers a decoder layer at a time rather than a linear), ``prefetch`` (its
-stage3_prefetch_bucket_size), ``checkpointing`` (1). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random,
+stage3_prefetch_bucket_size), ``checkpointing`` (1), ``liger`` (1: liger-kernel's fused norms, SwiGLU, rotary embedding
+and loss, as HF's ``use_liger_kernel``). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random,
 bf16; attention is sdpa; the batch is the same in every step.
 
 Prints a table and writes results.csv and results.jsonl, with hardware, versions and date.
@@ -87,7 +88,8 @@ def measure(run: str, shape: str, args: argparse.Namespace, out: Path) -> dict:
     row = {"run": run, "shape": shape, "gpus": args.gpus, "date": datetime.date.today().isoformat()}
     if result_file.exists():
         return {**row, **json.loads(result_file.read_text())}
-    errors = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if "Error" in line or line.startswith(f"{run}: ")]
     return {**row, "error": (errors or [f"no result, see {log}"])[-1][-300:]}
 
 

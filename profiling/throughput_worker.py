@@ -15,6 +15,10 @@ from transformers.integrations import HfDeepSpeedConfig
 import ds_mofa
 from ds_mofa.phases import listening
 
+OPTIONS = {
+    "r", "capture", "states", "bucket", "contiguous", "overlap", "leaf", "prefetch", "checkpointing", "liger"
+}  # fmt: skip
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -29,6 +33,8 @@ def main() -> None:
 
     backend, optimizer, *options = args.run.split(":")
     options = dict(option.split("=") for option in options)
+    if unknown := options.keys() - OPTIONS:
+        raise SystemExit(f"{args.run}: no option {', '.join(sorted(unknown))}; there are {', '.join(sorted(OPTIONS))}")
     tokens, micro_batches = map(int, args.shape.split("x"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", args.local_rank) if cuda else torch.device("cpu")
@@ -149,6 +155,10 @@ def build_model(path: str, options: dict, device: torch.device):
     config.use_cache = False
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if options.get("liger") == "1":
+        from transformers.integrations.liger import apply_liger_kernel
+
+        apply_liger_kernel(model, None)
     if options.get("checkpointing") == "1":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()

@@ -146,6 +146,8 @@ def prediction(run: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]
     backend, optimizer, *options = run.split(":")
     options = dict(option.split("=") for option in options)
     tokens, micro_batches = map(int, args.shape.split("x"))
+    if options.get("liger") == "1":
+        return {"error": "the prediction knows HF's own layers and loss, not liger-kernel's"}
     try:
         return predict(
             Setting(
