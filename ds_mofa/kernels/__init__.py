@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-__all__ = ["triton_serves"]
+__all__ = ["triton_serves", "stages_that_fit"]
 
 
 def triton_serves(tensor: Tensor) -> bool:
@@ -23,3 +23,16 @@ def _has_triton() -> bool:
         "ds_mofa runs on this GPU without its Triton kernels, several times slower: pip install triton", stacklevel=3
     )
     return False
+
+
+def stages_that_fit(device: torch.device, bytes_per_stage: int, *, other: int = 0, most: int = 4) -> int:
+    """How many stages of a pipeline the device's shared memory holds: ``most`` on data-centre GPUs, less on others."""
+    return max(1, min(most, (_shared_memory(device) - other) // bytes_per_stage))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one thread block may have."""
+    if device.type != "cuda":  # Triton's interpreter
+        return 1 << 18
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

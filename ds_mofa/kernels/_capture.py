@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_mofa.kernels import stages_that_fit
+
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ALIGNMENT = 16  # bytes of a vector load
 _WIDTH = 128  # of a tile of activations; loads need no mask where it divides all widths
@@ -40,12 +42,14 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
     products = torch.empty(jobs, most, R, dtype=dtype, device=device)
     shape = {"RANK": rank, "R": R, "DTYPE": _DTYPES[dtype], "EVEN": even}
     block_t, block_w = 32, _WIDTH
+    stages = stages_that_fit(device, 2 * block_w * (block_t + R))
     _project_kernel[(jobs, triton.cdiv(most, block_t))](
-        rows, products, most, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=4, num_warps=4, **shape
+        rows, products, most, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, num_warps=4, **shape
     )
     block_t, block_w = 64, 64 if R <= 64 else 32
+    stages = stages_that_fit(device, 2 * block_t * (block_w + R))
     _accumulate_kernel[(jobs, triton.cdiv(widest, block_w))](
-        rows, products, most, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=4, num_warps=4, **shape
+        rows, products, most, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, num_warps=4, **shape
     )
 
 

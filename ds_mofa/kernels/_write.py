@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_mofa.kernels import stages_that_fit
+
 if TYPE_CHECKING:
     from ds_mofa.weights import Rounding, Shard
 
@@ -51,7 +53,9 @@ def launch(
         low, high = start // 2 - before, (start + numel) // 2 - before
         wide = (n // 2) % 4 == 0 and all((shard.flat.data_ptr() - 4 * low) % 16 == 0 for shard in shards)
         # Tiles of one strip of columns, one after the other: its part of V stays, the next tile of W is on its way.
-        block_m, block_n, warps, stages = _PAIRS[R] if R in _PAIRS else _PAIRS[max(_PAIRS)]
+        block_m, block_n, warps, most = _PAIRS[R] if R in _PAIRS else _PAIRS[max(_PAIRS)]
+        strip = 2 * 2 * R * block_n  # of V, beside the tiles of W and U
+        stages = stages_that_fit(device, block_m * (4 * block_n + 2 * R), other=strip, most=most)
         grid = (triton.cdiv(n // 2, block_n), triton.cdiv(last_row - first_row, block_m * _TILES), len(shards))
         _write_pairs_kernel[grid](
             weights,

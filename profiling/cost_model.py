@@ -1,0 +1,230 @@
+"""What a step of MoFaSGD costs: bytes, FLOPs and messages from shapes, and time on a given machine.
+
+    python profiling/cost_model.py --model_config configs/models/llama-3.1-8b.json --rank 8 32 128 --gpus 1 2 64 1024
+
+Counts are arithmetic (docs/cost_model.md has the formulas); the rates that turn them into time are measured on one kind of
+machine, and so are two constants, of the SVD and of the host. docs/cost_model.md sets them beside the runs in
+docs/benchmarks. Prints, for each rank and number of GPUs (two on NVLink, more on 400 Gb/s Ethernet), what a step sends,
+what AdamW would send, and tokens/s when neither the host nor a slower rank is waited for and nothing is overlapped.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+FP64, FP32, BF16 = 8, 4, 2  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Shapes of a LLaMA-like decoder.
+
+    Attributes:
+        matrices: (m, n) of every matrix parameter.
+        adamw: parameters that AdamW trains.
+        layers, width, vocabulary: of the decoder.
+    """
+
+    matrices: tuple[tuple[int, int], ...]
+    adamw: int
+    layers: int
+    width: int
+    vocabulary: int
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Model":
+        """From a model config as in configs/models."""
+        config = json.loads(Path(path).read_text())
+        d, ff, layers, vocabulary = (
+            config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+        )
+        heads = config["num_attention_heads"]
+        kv = config.get("head_dim", d // heads) * config["num_key_value_heads"]
+        layer = [(d, d), (kv, d), (kv, d), (d, d), (ff, d), (ff, d), (d, ff)]
+        tables = 1 if config.get("tie_word_embeddings") else 2
+        return cls(tuple(layer * layers), tables * vocabulary * d + (2 * layers + 1) * d, layers, d, vocabulary)
+
+    @property
+    def elements(self) -> int:
+        """Of all matrices: sum of m n."""
+        return sum(m * n for m, n in self.matrices)
+
+    @property
+    def sides(self) -> int:
+        """Rows of all factors: sum of m + n."""
+        return sum(m + n for m, n in self.matrices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Rates of one kind of machine; the defaults are an H200's, measured on it.
+
+    Attributes:
+        copy: bytes/s that a device copy reads and writes.
+        gemm: FLOP/s of bf16 products inside a training step.
+        attention: FLOP/s of its attention kernels.
+        gemm64: FLOP/s of float64 products of tall matrices.
+        write: share of ``copy`` that the write to W reaches.
+        capture: share of ``copy`` that the sketch kernels reach; ``sketching`` their FLOP/s.
+        per_token: seconds of elementwise kernels per token, layer and unit of width.
+        adamw: seconds of fused AdamW per parameter, weights and states in bf16.
+        zero_adamw: seconds per parameter of a rank's partition of DeepSpeed's whole AdamW step, fp32 states;
+            ``zero_floor`` what it takes with none.
+        svd: seconds per core and r^3; ``svd_floor`` what a batch takes however small.
+        update_floor: seconds in which the host launches the factor update.
+        network: bytes/s per GPU and direction; ``latency`` seconds per message and log2(GPUs).
+    """
+
+    copy: float = 4.25e12
+    gemm: float = 650e12
+    attention: float = 465e12
+    gemm64: float = 55e12
+    write: float = 0.79
+    capture: float = 0.7
+    sketching: float = 300e12
+    per_token: float = 19.5e-6 / (32 * 4096)
+    adamw: float = 7.5e-3 / 1.05e9
+    zero_adamw: float = 30e-12
+    zero_floor: float = 5e-3
+    svd: float = 28.3e-3 / (224 * 128**3)
+    svd_floor: float = 1e-3
+    update_floor: float = 9.5e-3
+    network: float = 380e9
+    latency: float = 20e-6
+
+
+H200 = Machine()  # two of them, over NVLink
+ETHERNET_400 = dataclasses.replace(H200, network=400e9 / 8 * 0.8, latency=30e-6)  # 400 Gb/s a GPU, 80 % of it reached
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a step on one rank: what it moves, computes and sends, and the seconds it takes."""
+
+    name: str
+    bytes: float = 0.0
+    flops: float = 0.0
+    sent: float = 0.0
+    messages: int = 0
+    seconds: float = 0.0
+
+
+def optimizer_step(model: Model, rank: int, gpus: int, stage: int | None, machine: Machine) -> list[Part]:
+    """The parts of one optimizer step on each of ``gpus`` ranks.
+
+    Args:
+        rank: r.
+        stage: of ZeRO; None for plain PyTorch on one GPU, all in bf16.
+    """
+    r, share = rank, rank * model.sides / gpus  # elements of this rank's factors
+    away = (gpus - 1) / gpus
+
+    def send(sent: float) -> float:
+        return sent / machine.network + machine.latency * math.log2(gpus) if gpus > 1 else 0.0
+
+    flat = rank * model.sides * FP32
+    grams = 6 * FP32 + 4 * FP64  # U and Y read, [U Y] written and read in float64, per element of the factors
+    gram_flops = 8 * r * share
+    reduce_bytes = 3 * flat + grams * share
+    reduce = Part("reduce", reduce_bytes, gram_flops, flat * away, 1)
+    reduce = _timed(reduce, reduce_bytes / machine.copy + gram_flops / machine.gemm64 + send(reduce.sent))
+
+    moved = 200 * share  # docs/cost_model.md counts them
+    flops = 20 * r * share
+    cores = len(model.matrices) / gpus
+    svd = machine.svd_floor + machine.svd * cores * r**3
+    update = Part("factor update", moved, flops)
+    update = _timed(update, max(machine.update_floor, moved / machine.copy + flops / machine.gemm64 + svd))
+
+    working = rank * model.sides * BF16
+    gather = Part("gather", 2 * working / gpus, 0.0, working * away, 1)
+    gather = _timed(gather, send(gather.sent))
+
+    held = model.elements / (gpus if stage == 3 else 1)
+    written = 2 * BF16 * held
+    apply = _timed(Part("apply", written, 2 * r * held), written / (machine.write * machine.copy))
+
+    if stage is None:
+        adamw = _timed(Part("AdamW", 7 * BF16 * model.adamw), machine.adamw * model.adamw)
+    else:
+        part = model.adamw / gpus
+        sent = BF16 * model.adamw * away
+        seconds = machine.zero_floor + machine.zero_adamw * part + send(sent)
+        adamw = _timed(Part("AdamW", 34 * part, 0.0, sent, 1), seconds)
+    return [reduce, adamw, update, gather, apply]
+
+
+def micro_batch(model: Model, rank: int | None, tokens: int, machine: Machine) -> list[Part]:
+    """The kernels of one micro-batch's forward and backward; ``rank`` None for AdamW, which computes weight gradients."""
+    head = model.vocabulary * model.width
+    products = (4 * model.elements + 6 * head) * tokens
+    attention = 7 * tokens**2 * model.width * model.layers
+    parts = [
+        _timed(Part("products", flops=products), products / machine.gemm),
+        _timed(Part("attention", flops=attention), attention / machine.attention),
+    ]
+    elementwise = machine.per_token * model.layers * model.width * tokens
+    parts.append(_timed(Part("elementwise", elementwise * machine.copy), elementwise))
+    if rank is None:
+        flops = 2 * model.elements * tokens
+        accumulated = 3 * BF16 * model.elements  # the sum of the micro-batches' gradients
+        seconds = flops / machine.gemm + accumulated / machine.copy
+        parts.append(_timed(Part("weight gradients", accumulated, flops), seconds))
+    else:
+        read = 2 * BF16 * tokens * model.sides  # activations and output gradients, once for each pair of products
+        flops = 4 * rank * tokens * model.sides
+        seconds = read / (machine.capture * machine.copy) + flops / machine.sketching
+        parts.append(_timed(Part("capture", read, flops), seconds))
+    return parts
+
+
+def adamw_sends(model: Model, gpus: int, reductions: int) -> float:
+    """Bytes that a rank sends per step when AdamW trains everything: each reduction of the gradients, weights once."""
+    return BF16 * (model.elements + model.adamw) * (gpus - 1) / gpus * (reductions + 1)
+
+
+def total(parts: list[Part]) -> float:
+    """Seconds of parts that follow each other."""
+    return sum(part.seconds for part in parts)
+
+
+def _timed(part: Part, seconds: float) -> Part:
+    return dataclasses.replace(part, seconds=seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_config", required=True)
+    parser.add_argument("--rank", type=int, nargs="+", default=[32])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 64, 1024])
+    parser.add_argument("--zero", type=int, default=2, choices=[0, 1, 2, 3])
+    parser.add_argument("--shape", default="1024x8", metavar="TOKENSxMICRO_BATCHES")
+    args = parser.parse_args()
+    model = Model.read(args.model_config)
+    tokens, micro_batches = map(int, args.shape.split("x"))
+    print(
+        "| r | GPUs | network | a rank sends per step | AdamW would | both send for | optimizer step | tokens/s per GPU |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for rank in args.rank:
+        for gpus in args.gpus:
+            machine, network = (H200, "NVLink" if gpus > 1 else "none") if gpus <= 2 else (ETHERNET_400, "400 Gb/s")
+            parts = optimizer_step(model, rank, gpus, None if gpus == 1 else args.zero, machine)
+            reductions = micro_batches if args.zero >= 2 else 1
+            # ZeRO-2 reduces the gradients of what AdamW trains in every micro-batch.
+            gradients = BF16 * model.adamw * (gpus - 1) / gpus * reductions
+            sent = sum(part.sent for part in parts) + gradients
+            adamw = adamw_sends(model, gpus, reductions)
+            kernels = total(micro_batch(model, rank, tokens, machine))
+            seconds = micro_batches * kernels + total(parts) + gradients / machine.network
+            print(
+                f"| {rank} | {gpus} | {network} | {sent / 1e9:.2f} GB | {adamw / 1e9:.2f} GB | "
+                f"{sent / machine.network * 1e3:.0f} and {adamw / machine.network * 1e3:.0f} ms | "
+                f"{total(parts) * 1e3:.0f} ms | {tokens * micro_batches / seconds:.0f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

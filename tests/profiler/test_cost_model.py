@@ -1,0 +1,66 @@
+"""The cost model beside the committed benchmarks, and its counts beside what is counted elsewhere."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_mofa.partition import Layout
+
+ROOT = Path(__file__).parents[2]
+cost = runpy.run_path(str(ROOT / "profiling/cost_model.py"))
+EIGHT = cost["Model"].read(ROOT / "configs/models/llama-3.1-8b.json")
+ROWS = [
+    json.loads(line)
+    for path in sorted((ROOT / "docs/benchmarks").glob("speed_llama-3.1-8b_*.jsonl"))
+    for line in path.read_text().splitlines()
+]
+
+
+def _parts(row):
+    backend, optimizer, *options = row["run"].split(":")
+    options = dict(option.split("=") for option in options)
+    stage = None if backend == "torch" else int(backend.removeprefix("zero"))
+    return optimizer, stage, int(options.get("r", 0)), int(row["shape"].split("x")[0])
+
+
+STEPS = [row for row in ROWS if "MoFaSGD" in row["run"] and (row["shape"], row["run"][:5]) != ("4096x2", "zero3")]
+
+
+@pytest.mark.parametrize("row", STEPS, ids=lambda row: f"{row['run']}-{row['shape']}")
+def test_the_optimizer_step_is_within_a_fifth(row):
+    _, stage, rank, _ = _parts(row)
+    parts = cost["optimizer_step"](EIGHT, rank, row["gpus"], stage, cost["H200"])
+    assert cost["total"](parts) * 1e3 == pytest.approx(row["step_ms"], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row["gpus"] == 1], ids=lambda row: f"{row['run']}-{row['shape']}"
+)
+def test_the_kernels_of_a_micro_batch_are_within_a_fifth(row):
+    optimizer, _, rank, tokens = _parts(row)
+    parts = cost["micro_batch"](EIGHT, rank if optimizer == "MoFaSGD" else None, tokens, cost["H200"])
+    assert cost["total"](parts) * 1e3 == pytest.approx(row["micro_batch_gpu_ms"], rel=0.2)
+
+
+def test_there_are_rows_to_compare_with():
+    assert len(STEPS) >= 7 and {_parts(row)[2] for row in STEPS} == {8, 32, 128}
+
+
+@pytest.mark.parametrize("gpus", [2, 3])
+def test_what_is_sent_is_what_the_buffers_hold(gpus):
+    rank = 32
+    layout = Layout([(shape, 0) for shape in EIGHT.matrices], rank, gpus)
+    reduce, _, _, gather, _ = cost["optimizer_step"](EIGHT, rank, gpus, 2, cost["H200"])
+    sent = torch.float32.itemsize * layout.segment * (gpus - 1)  # a reduce-scatter's, and an all-gather's
+    assert reduce.sent == pytest.approx(sent, rel=0.02)
+    assert gather.sent == pytest.approx(sent / 2, rel=0.02)
+
+
+def test_shapes_are_the_models():
+    assert len(EIGHT.matrices) == 224
+    assert EIGHT.elements + EIGHT.adamw == 8_030_261_248
+    small = cost["Model"].read(ROOT / "configs/models/llama-3.2-1b.json")
+    assert small.elements + small.adamw == 1_235_814_400  # embedding and head are one
