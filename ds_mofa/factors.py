@@ -10,12 +10,14 @@ All are float32 (float64 in tests), on any device. Inputs must be finite: the ca
 for all ranks, whether a step with a NaN or Inf in it is skipped.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ds_mofa.batching import together
 from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.svd import jacobi_svd
 from ds_mofa.orthonormal import Basis, Side, complements, generic_columns, sketch_gram
@@ -92,7 +94,8 @@ def update_many(
         _core(factors.sigma, gram, left.R, right.R, beta, gamma)
         for (factors, _, _), (gram, _), left, right in zip(batches, grams, left_bases, right_bases)
     ]
-    turns = _leading_svds(cores, batches[0][0].sigma.shape[-1])
+    r = batches[0][0].sigma.shape[-1]
+    turns = together(cores, functools.partial(_leading_svd, r=r))
     return [
         _turned(factors, left, right, *turn)
         for (factors, _, _), left, right, turn in zip(batches, left_bases, right_bases, turns)
@@ -165,20 +168,8 @@ def live_directions(sigma: Tensor) -> Tensor:
     return (sigma > floor * sigma[..., :1]).to(sigma.dtype)
 
 
-def _leading_svds(cores: Sequence[Tensor], r: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """P (B, p, r), sigma (B, r), Q (B, q, r) of each K (B, p, q), its r leading triplets: one SVD for each size."""
-    triplets: list[tuple[Tensor, Tensor, Tensor]] = [()] * len(cores)
-    sizes = [core.shape[-2:] for core in cores]
-    for size in dict.fromkeys(sizes):
-        members = [i for i, other in enumerate(sizes) if other == size]
-        found = _leading_svd(torch.cat([cores[i] for i in members]), r)
-        parts = zip(*(tensor.split([len(cores[i]) for i in members]) for tensor in found))
-        for i, part in zip(members, parts):
-            triplets[i] = part
-    return triplets
-
-
 def _leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """P (B, p, r), sigma (B, r), Q (B, q, r): the r leading singular triplets of K (B, p, q); P and Q in float64."""
     if not triton_serves(K):
         P, sigma, Qt = torch.linalg.svd(K, full_matrices=False)
         return _polished(P[..., :r]), sigma[..., :r], _polished(Qt[..., :r, :].mT)

@@ -7,11 +7,13 @@ squares of float32 numbers, which is what Cholesky-QR needs; data that is itself
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ds_mofa.batching import together
 
 __all__ = ["Side", "Basis", "complements", "orthonormal_complement", "sketch_gram", "generic_columns"]
 
@@ -77,7 +79,8 @@ def complements(sides: Sequence[Side]) -> list[Basis]:
     starts = [_with_room(side) for side in sides]
     grams = [sketch_gram(start.U, start.X) if start.gram is None else start.gram for start in starts]
     roughly = []
-    for (U, X, _), (combination, dependent) in zip(starts, _on_all(grams, sides, _first_combination)):
+    kept = [U.shape[-1] for U, _, _ in sides]
+    for (U, X, _), (combination, dependent) in zip(starts, together(grams, _first_combination, kept)):
         Q = _joined(U, X) @ combination
         roughly.append(torch.where(dependent.unsqueeze(-2), generic_columns(X, X.shape[-1]), Q).to(X.dtype))
     # Where X had a direction of relative size s, Q is orthonormal to 1e-16 / s^2, and a filled one is not at all.
@@ -85,28 +88,13 @@ def complements(sides: Sequence[Side]) -> list[Basis]:
     for (U, X, _), Q in zip(sides, roughly):
         S = _joined(U, Q, X)
         grams.append(S[..., : U.shape[-1] + Q.shape[-1]].mT @ S)
-    ends = _on_all(grams, sides, _last_combination)
+    ends = together(grams, _last_combination, kept)
     return [Basis(U, Q, *end) for (U, _, _), Q, end in zip(sides, roughly, ends)]
 
 
 def generic_columns(like: Tensor, k: int) -> Tensor:
     """(B, m, k) fixed generic columns of norm about 1: the same on every rank and in every run."""
     return _generic_columns(like.shape[-2], k, like.dtype, like.device).expand(*like.shape[:-2], -1, -1)
-
-
-def _on_all(
-    grams: Sequence[Tensor], sides: Sequence[Side], work: Callable[[Tensor, int], tuple[Tensor, ...]]
-) -> list[tuple[Tensor, ...]]:
-    """``work`` once for all Gram matrices of one size, rather than once a side."""
-    sizes = [(*gram.shape[-2:], side.U.shape[-1]) for gram, side in zip(grams, sides)]
-    results: list[tuple[Tensor, ...]] = [()] * len(sides)
-    for size in dict.fromkeys(sizes):
-        members = [i for i, other in enumerate(sizes) if other == size]
-        done = work(torch.cat([grams[i] for i in members]), size[-1])
-        parts = zip(*(tensor.split([len(grams[i]) for i in members]) for tensor in done))
-        for i, part in zip(members, parts):
-            results[i] = part
-    return results
 
 
 def _first_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:

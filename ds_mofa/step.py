@@ -35,9 +35,9 @@ def whole_matrix(matrix: Matrix) -> Shard:
 class MatrixStep:
     """Factors, sketches and working copies of all matrices, and the step that moves them.
 
-    Memory on each of N ranks, with F = sum of r (m + n + 1) over the matrices: sketches 4 F bytes, working
-    copies 2 F (4 F for fp32 weights), fp32 factors 4 F / N. During a step another 4 F / N for the reduced sketches, and
-    the update's temporaries, in fp64, of one block of the layout at a time.
+    Memory on each of N ranks, with F = sum of r (m + n + 1) over the matrices: sketches 4 F bytes, working copies
+    2 F (4 F for fp32 weights), fp32 factors 4 F / N. During a step another 4 F / N for the reduced sketches, 4 F / N
+    each for the new directions and the new factors, and in float64 up to five times the factors of the largest block.
 
     Args:
         matrices: what to train.
