@@ -375,7 +375,7 @@ class MatrixStep:
 
 
 def _resize_line(sizes: set[int], rank: int, kept: Tensor) -> str:
-    """What changing the rank of loaded factors means for the momentum, of whose squared norm ``kept`` is new and old."""
+    """What changing the rank of loaded factors does to the momentum; ``kept``: its squared norm after and before."""
     saved = ", ".join(map(str, sorted(sizes)))
     if max(sizes) < rank:
         effect = "grown by directions without momentum, which the next gradients fill"
