@@ -1,9 +1,10 @@
 """Whether a checkpoint is whole and fits, known before anything of the engine is changed.
 
 DeepSpeed writes the files. When all of them are there, a manifest is written beside them, atomically, which says
-what they are: so a folder without one is a save that was interrupted. On loading, the ranks share the files among
-them and compare sizes and every record's CRC-32, which ``torch.save`` has put into the files already: saving costs
-nothing more, and loading reads the files once more (CRC-32 runs at gigabytes a second).
+what they are: so a folder without one is a save that was interrupted. ``torch.save`` writes a zip archive, whose
+directory at the end has the CRC-32 of every record, so the CRC-32 of that directory stands for the whole file and
+saving takes no pass over it. On loading, the ranks share the files among them and read each once more, at gigabytes a
+second. What no checksum covers is padding between records.
 """
 
 import contextlib
@@ -75,12 +76,23 @@ def write_manifest(engine, mofa: MoFaSGD, save_dir: str, tag: str) -> None:
     agree(problem)
 
 
-def files_of(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Bytes of each file."""
-    return {name: (folder / name).stat().st_size for name in names}
+def files_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int | None]]:
+    """Of each file its ``bytes`` and the CRC-32 of its ``directory``; None where it is no zip archive."""
+    found = {}
+    for name in names:
+        path = folder / name
+        directory = _directory_checksum(path) if zipfile.is_zipfile(path) else None
+        found[name] = {"bytes": path.stat().st_size, "directory": directory}
+    return found
 
 
-def seal(folder: Path, description: Mapping[str, Any], files: Mapping[str, int]) -> None:
+def _directory_checksum(path: Path) -> int:
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        file.seek(archive.start_dir)
+        return zlib.crc32(file.read())
+
+
+def seal(folder: Path, description: Mapping[str, Any], files: Mapping[str, Mapping[str, int | None]]) -> None:
     """Write the manifest of a folder whose files are all there."""
     body = {"format": FORMAT, **description, "files": dict(files)}
     write_atomically(folder / MANIFEST, json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode())
@@ -191,29 +203,38 @@ def check(folder: Path, manifest: Mapping[str, Any] | None, share: int = 0, shar
         CheckpointError: the first file that is missing, of another size, or damaged.
     """
     if manifest is None:
-        files = files_of(folder, (str(path.relative_to(folder)) for path in folder.rglob("*.pt")))
+        files = {str(path.relative_to(folder)): {} for path in folder.rglob("*.pt")}
+        records = True
     else:
-        files = manifest["files"]
-    for name, size in files.items():
+        files, records = manifest["files"], manifest["crc32"]
+    sizes = {}
+    for name, written in files.items():
         path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes, {size} were written"
+        size = sizes[name] = path.stat().st_size if path.is_file() else None
+        if size is None or written.get("bytes", size) != size:
+            what = "is missing" if size is None else f"has {size} bytes, {written['bytes']} were written"
             raise CheckpointError(f"{path} {what}. {_whole_ones(folder.parent, but=folder)}")
-    if manifest is not None and not manifest["crc32"]:
-        return
-    for name in sorted(files, key=lambda name: (-files[name], name))[share::shares]:
-        damage = damage_of(folder / name)
+    for name in sorted(files, key=lambda name: (-sizes[name], name))[share::shares]:
+        damage = damage_of(folder / name, records, **files[name])
         if damage:
             raise CheckpointError(f"{folder / name} is damaged ({damage}). {_whole_ones(folder.parent, but=folder)}")
 
 
-def damage_of(path: Path) -> str | None:
-    """What is wrong with a file of ``torch.save``, by the checksums in it; every record is read."""
+def damage_of(path: Path, records: bool = True, directory: int | None = 0, **_) -> str | None:
+    """What is wrong with a file of ``torch.save``.
+
+    Args:
+        records: read every record and compare it with its checksum; else the directory alone.
+        directory: its checksum when it was written; None for a file that has none, 0 for one that is not known.
+    """
+    if directory is None:
+        return None
     try:
+        if directory and _directory_checksum(path) != directory:
+            return "the directory at its end is not the one that was written"
         with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError, zlib.error) as error:
+            record = archive.testzip() if records else None
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError, RuntimeError, zlib.error) as error:
         return str(error) or type(error).__name__
     return None if record is None else f"the checksum of {record} is wrong"
 

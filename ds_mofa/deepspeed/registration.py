@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
+from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
 from deepspeed.runtime import config as ds_config
 from deepspeed.runtime import engine as ds_engine
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -50,6 +51,7 @@ def register() -> None:
     _wrap("save_checkpoint", _save_checkpoint)
     _wrap("_commit_decoupled_checkpoint", _commit_decoupled_checkpoint)
     _wrap("load_checkpoint", _load_checkpoint)
+    _wrap("load_module_state_dict", _load_module_state_dict)
     _wrap("_load_zero_checkpoint", _load_zero_checkpoint)
     _wrap("_common_checkpoint_state", _common_checkpoint_state)
 
@@ -161,6 +163,18 @@ def _load_checkpoint(
         load_module_only=load_module_only,
         custom_load_fn=custom_load_fn,
     )
+
+
+def _load_module_state_dict(original, engine, checkpoint, *args, **kwargs):
+    mofa, fragments = optimizer_of(engine), checkpoint.get(FROZEN_PARAM_FRAGMENTS)
+    if mofa is None or fragments is None or all(matrix.name in fragments for matrix in mofa.split.matrices):
+        return original(checkpoint, *args, **kwargs)
+    # Another optimizer has trained what are matrices here: they are with its other weights, not with the frozen ones.
+    result = original({**checkpoint, FROZEN_PARAM_FRAGMENTS: None}, *args, **kwargs)
+    for param, name in engine.param_names.items():
+        if name in fragments:
+            (param.ds_tensor if hasattr(param, "ds_tensor") else param).data.copy_(fragments[name].data)
+    return result
 
 
 def _load_zero_checkpoint(original, engine, load_dir, tag, load_optimizer_states=True):
