@@ -153,11 +153,13 @@ def assert_continued(ran, tolerance: float = 1e-5) -> None:
     assert not equal(was["weights"], ran.ranks[0]["end"]["weights"])
 
 
-SAVED = cases(saved, stage=[1, 2, 3])
+@on_ranks(resumed, world=[3], after=cases(saved, stage=[1, 2, 3]), stage=[1, 2, 3])
+def test_more_ranks_and_another_stage_through_a_universal_checkpoint(ran):
+    assert_continued(ran)
 
 
-@on_ranks(resumed, world=[1, 3], after=SAVED, stage=[1, 2, 3])
-def test_another_world_size_and_stage_through_a_universal_checkpoint(ran):
+@on_ranks(resumed, world=[1], after=cases(saved, stage=[2, 3]), stage=[2, 3])
+def test_fewer_ranks_and_another_stage_through_a_universal_checkpoint(ran):
     assert_continued(ran)
 
 
