@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from deepspeed import comm as dist
 from launching import on_ranks
-from toys import Toy, batches
+from toys import Toy, batches, micro_batches
 from training import config, engine_for, toy, train_step, whole_weights
 
 DATA = batches(6)
@@ -95,6 +95,47 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(ran):
 def test_masters_are_resumed_bit_for_bit(ran):
     """Whole ones, which rank 0 saves for all, and shards: without them the weights would start half a spacing off."""
     assert_resumed(ran)
+
+
+OFFLOADED = [
+    {"stage": 2, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+    {"stage": 3, "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}},
+]
+
+
+@on_ranks(saved_and_resumed, *OFFLOADED, dtype=["bf16"], options=[{"torch_adam": False}])
+def test_an_offloaded_run_is_resumed_bit_for_bit(ran):
+    assert_resumed(ran)
+
+
+@on_ranks(saved_and_resumed, stage=[1, 2, 3], dtype=["fp16"], fp16=[{"initial_scale_power": 8, "loss_scale_window": 2}])
+def test_fp16_is_resumed_bit_for_bit_with_its_loss_scale(ran):
+    assert_resumed(ran)
+
+
+def saved_within_an_accumulation(stage: int) -> dict:
+    """What resumes after the third step of a run: a checkpoint of then, and one of half a step later."""
+    settings = config(stage, dtype="bf16", micro=3)
+    with engine_for(settings) as engine:
+        for batch in DATA[:3]:
+            train_step(engine, batch)
+        engine.save_checkpoint("saved", tag="between")
+        for tokens, targets in list(micro_batches(DATA[3], dist.get_rank(), dist.get_world_size(), 3))[:2]:
+            engine.backward(engine(tokens, targets))
+            engine.step()
+        engine.save_checkpoint("saved", tag="within")
+    ends = {}
+    for tag in ("between", "within"):
+        with engine_for(settings, model=toy(seed=1)) as engine:
+            engine.load_checkpoint("saved", tag=tag)
+            ends[tag] = end_of(engine)
+    return ends
+
+
+@on_ranks(saved_within_an_accumulation, stage=[0, 2, 3])
+def test_sketches_of_half_a_step_are_dropped_as_gradients_are(ran):
+    for result in ran.ranks:
+        assert equal(result["between"], result["within"])
 
 
 def assert_resumed(ran) -> None:
