@@ -13,6 +13,7 @@ from test_resume import equal
 from toys import batches
 from training import config, engine_for, toy, train_step, whole_weights
 
+from ds_mofa import to_universal
 from ds_mofa.deepspeed import checkpoints
 from ds_mofa.deepspeed.checkpoints import MANIFEST, CheckpointError
 from ds_mofa.deepspeed.universal import convert
@@ -277,3 +278,11 @@ def test_conversion_refuses_what_is_not_whole_and_what_is_there(folder, tmp_path
     with pytest.raises(CheckpointError, match="its save was interrupted"):
         convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_that_converts_ends_with_the_reason(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["to_universal", "--input_folder", str(folder), "--output_folder", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        to_universal.main()
+    assert ended.value.code == 2
+    assert f"error: {folder} exists already" in capsys.readouterr().err

@@ -223,6 +223,20 @@ def test_bf16_into_deepspeeds_other_optimizer_for_it(ran):
     assert_continued(ran, tolerance=2e-2)
 
 
+FP16 = {"dtype": "fp16", "fp16": {"initial_scale_power": 8, "loss_scale_window": 2}}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "options": {"torch_adam": False}}
+
+
+@on_ranks(resumed, FP16, world=[3], after=cases(saved, FP16, stage=[2]), stage=[3])
+def test_fp16(ran):
+    assert_continued(ran, tolerance=2e-2)
+
+
+@on_ranks(resumed, OFFLOAD, world=[1], after=cases(saved, OFFLOAD, stage=[3]), stage=[2])
+def test_offloaded_moments_of_deepspeeds_own_adamw(ran):
+    assert_continued(ran)
+
+
 RANKS = [{"options": {"rank": 2}}, {"options": {"rank": 9}}]
 
 
