@@ -30,6 +30,7 @@ __all__ = [
     "gram_matrices",
     "projected_norm",
     "live_directions",
+    "resized",
 ]
 
 
@@ -194,3 +195,22 @@ def _complete(U: Tensor, r: int) -> Tensor:
     for _ in range(2):
         fill = torch.linalg.qr(fill - U @ (U.mT @ fill)).Q
     return torch.cat([U, fill], dim=-1)
+
+
+def resized(factors: Factors, r: int) -> Factors:
+    """The factors at another rank: its best rank-r approximation where they shrink, the same momentum where they grow.
+
+    The directions that growing adds are orthonormal to the others and start with sigma = 0: they hold no momentum,
+    move no weight, and are turned towards the gradient by the next update.
+
+    Args:
+        factors: of any rank; sigma descending.
+        r: 1 <= r <= min(m, n).
+    """
+    U, sigma, V = factors
+    new = r - sigma.shape[-1]
+    if new <= 0:
+        return Factors(U[..., :r], sigma[..., :r], V[..., :r])
+    sigma = torch.cat([sigma, sigma.new_zeros(*sigma.shape[:-1], new)], dim=-1)
+    # Filled in float64: what is there already stays bit for bit, what is new is orthonormal to rounding.
+    return Factors(_complete(U.double(), r).to(U.dtype), sigma, _complete(V.double(), r).to(V.dtype))

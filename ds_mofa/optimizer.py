@@ -198,23 +198,33 @@ class MoFaSGD(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of a run with the same model and rank."""
+        """Take over the state of a run with the same model, on any number of ranks and with any rank of the factors.
+
+        Raises:
+            ValueError: it does not fit; then nothing has changed, unless AdamW's own part is what does not.
+        """
+        self.check_group_settings(state_dict["matrix_groups"])
+        self.matrices.load_state_dict(state_dict["mofasgd"])
         self.load_group_settings(state_dict["matrix_groups"])
         if self.adamw is not None:
             self.adamw.load_state_dict(state_dict["adamw"])
-        self.matrices.load_state_dict(state_dict["mofasgd"])
         self.matrices.load_master_state(state_dict["masters"])
 
     def group_settings(self) -> list[dict[str, Any]]:
         """What the matrix groups say besides their parameters."""
         return [{key: value for key, value in group.items() if key != "params"} for group in self._matrix_groups]
 
-    def load_group_settings(self, settings: list[dict[str, Any]]) -> None:
+    def check_group_settings(self, settings: list[dict[str, Any]]) -> None:
+        """Raise a ValueError where :meth:`load_group_settings` would."""
         if len(settings) != len(self._matrix_groups):
             raise ValueError(
                 f"the checkpoint has {len(settings)} matrix param groups, this run has {len(self._matrix_groups)}: "
                 "use the param groups that it was saved with"
             )
+
+    def load_group_settings(self, settings: list[dict[str, Any]]) -> None:
+        """Take over what :meth:`group_settings` has given."""
+        self.check_group_settings(settings)
         for group, saved in zip(self._matrix_groups, settings):
             group.update(saved)
 

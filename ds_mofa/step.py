@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ds_mofa import sketch as sketching
 from ds_mofa.diagnostics import MEASURES, Report, measure
-from ds_mofa.factors import Factors, Grams, gram_matrices, live_directions, projected_norm, start_factors, update_many
+from ds_mofa.factors import (
+    Factors,
+    Grams,
+    gram_matrices,
+    live_directions,
+    projected_norm,
+    resized,
+    start_factors,
+    update_many,
+)
 from ds_mofa.options import Options
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition import Exchange, Layout
@@ -201,8 +210,11 @@ class MatrixStep:
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take over factors, whoever owned them when they were saved. Collective; rank 0's ``state`` counts.
 
+        Factors of another rank are grown or truncated to this run's, see :func:`ds_mofa.factors.resized`, which is
+        printed.
+
         Raises:
-            ValueError: another format, or matrices of other names or shapes than this model's.
+            ValueError: another format, or matrices of other names or shapes than this model's. Nothing has changed.
         """
         device, exact = self.factors.device, self.factors.dtype
         flat = torch.zeros(self.layout.numel, dtype=exact, device=device)
@@ -354,18 +366,26 @@ class MatrixStep:
             odd = sorted(saved.keys() ^ names)
             return (
                 f"the checkpoint's matrices are not this model's: {len(odd)} are on one side only, such as {odd[0]!r}. "
-                "Use the include, exclude and rank that it was saved with"
+                "Use the include and exclude that it was saved with, and a rank that fits the same matrices"
             )
+        sizes, kept = set(), torch.zeros(2, dtype=torch.float64)  # squares of sigma: after and before
         for matrix in self.matrices:
-            U, V, sigma = self.layout.views(flat, matrix.index)
-            for key, view in (("U", U), ("V", V), ("sigma", sigma)):
-                value = saved[matrix.name][key]
-                if value.shape != view.shape:
+            one = Factors(*(saved[matrix.name][key] for key in Factors._fields))
+            (m, n), r = matrix.shape, one.sigma.shape[-1]
+            for key, value, shape in zip(one._fields, one, ((m, r), (r,), (n, r))):
+                if value.shape != shape:
                     return (
-                        f"the checkpoint's {key} of {matrix.name!r} is {tuple(value.shape)}, this run's is "
-                        f"{tuple(view.shape)}. Use the rank and the model that it was saved with"
+                        f"the checkpoint's {key} of {matrix.name!r} is {tuple(value.shape)}, this model's would be "
+                        f"{shape}. Use the model that it was saved with"
                     )
-                view.copy_(value)
+            sizes.add(r)
+            if state["steps"] > 0:  # before, there are no factors yet
+                new = resized(one, self.options.rank)
+                for view, value in zip(self.layout.views(flat, matrix.index), (new.U, new.V, new.sigma)):
+                    view.copy_(value)
+                kept += torch.stack([new.sigma.double().square().sum(), one.sigma.double().square().sum()])
+        if state["steps"] > 0 and sizes != {self.options.rank}:
+            print(_resize_line(sizes, self.options.rank, kept), flush=True)
         counters.copy_(torch.stack([state["steps"], state["skipped"]]))
         return None
 
@@ -374,6 +394,17 @@ class MatrixStep:
         failed = self.exchange.sum(torch.tensor([float(problem is not None)], device=self.factors.device))
         if failed:
             raise ValueError(problem or "rank 0 could not load the MoFaSGD state; its message says why")
+
+
+def _resize_line(sizes: set[int], rank: int, kept: Tensor) -> str:
+    """What changing the rank of loaded factors does to the momentum; ``kept``: its squared norm after and before."""
+    saved = ", ".join(map(str, sorted(sizes)))
+    if max(sizes) < rank:
+        effect = "grown by directions without momentum, which the next gradients fill"
+    else:
+        effect = f"truncated to the leading ones, which hold {float(kept[0] / kept[1].clamp_min(1e-300)):.4%} of the "
+        effect += "momentum's squared norm"
+    return f"ds_mofa: the checkpoint's factors have rank {saved}, this run's {rank}: {effect}"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ build.py          from an engine and its config to the optimizer, and what is re
 matrices.py       a matrix as DeepSpeed meets it: its shards, and what accessors are told
 zero.py           ZeRO stages 1 to 3: mixins over the optimizers that DeepSpeed builds
 replicated.py     stage 0, in fp32 and bf16
+checkpoints.py    whether a checkpoint is whole and fits, before anything is loaded
+universal.py      universal checkpoints: another number of ranks, another stage
 """
 
 from ds_mofa.deepspeed.registration import register

@@ -135,7 +135,8 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     'DeepCompile, which takes over the gradient reduction: set "deepcompile": false': lambda engine: (
         engine.is_deepcompile_enabled()
     ),
-    "loading universal checkpoints: resume with the world size that saved": lambda engine: (
-        engine.load_universal_checkpoint()
+    "universal checkpoints at ZeRO stage 0, where DeepSpeed loads none: use stage 1, on one rank it is the same "
+    'training, or remove "load_universal"': lambda engine: (
+        engine.load_universal_checkpoint() and not engine.zero_optimization()
     ),
 }

@@ -17,7 +17,7 @@ from ds_mofa.parameters import Matrix
 from ds_mofa.step import whole_matrix
 from ds_mofa.weights import Shard
 
-__all__ = ["Stage3Accessors", "answer_for_whole", "forget", "is_matrix", "mark_matrices", "shard_of"]
+__all__ = ["Stage3Accessors", "answer_for_whole", "forget", "is_matrix", "local_shard", "mark_matrices", "shard_of"]
 
 _MARK = "ds_mofa_matrix"
 _ANSWERS = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
@@ -42,10 +42,11 @@ def forget(matrices: Iterable[Matrix]) -> None:
 
 def shard_of(matrix: Matrix) -> Shard:
     """This rank's part of W: a flat range of the row-major matrix in stage 3, all of it in the others."""
-    return _local_shard(matrix.param) if hasattr(matrix.param, "ds_tensor") else whole_matrix(matrix)
+    return local_shard(matrix.param) if hasattr(matrix.param, "ds_tensor") else whole_matrix(matrix)
 
 
-def _local_shard(param: nn.Parameter) -> Shard:
+def local_shard(param: nn.Parameter) -> Shard:
+    """This rank's part of a parameter that stage 3 partitions, without the padding."""
     start = dist.get_rank(param.ds_process_group) * param.ds_tensor.ds_numel
     length = max(0, min(param.ds_tensor.ds_numel, param.ds_numel - start))  # the rest is padding
     return Shard(param.ds_tensor.data.narrow(0, 0, length), min(start, param.ds_numel))
@@ -92,14 +93,14 @@ class Stage3Accessors:
     def get_local_fp32_param(self, param, optim_state_key=None):
         if not is_matrix(param):
             return super().get_local_fp32_param(param, optim_state_key)
-        return None if optim_state_key is not None else _local_shard(param).flat.float().clone()
+        return None if optim_state_key is not None else local_shard(param).flat.float().clone()
 
     def set_local_hp_param(self, value, param, optim_state_key=None):
         if not is_matrix(param):
             return super().set_local_hp_param(value, param, optim_state_key)
         if optim_state_key is not None:
             _no_such(optim_state_key)
-        shard = _local_shard(param).flat
+        shard = local_shard(param).flat
         shard.copy_(value.flatten()[: shard.numel()])
         self.mofa.matrices.refresh_masters()
 

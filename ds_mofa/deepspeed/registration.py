@@ -6,17 +6,21 @@ Every wrapper asks first whether the engine at hand trains with MoFaSGD, and oth
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import deepspeed
+from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
 from deepspeed.runtime import config as ds_config
 from deepspeed.runtime import engine as ds_engine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from packaging.version import Version
 
+from ds_mofa.deepspeed import checkpoints
 from ds_mofa.deepspeed.build import build_optimizer
 from ds_mofa.deepspeed.matrices import is_matrix
 from ds_mofa.deepspeed.replicated import wrap_replicated
+from ds_mofa.deepspeed.universal import restore
 from ds_mofa.deepspeed.zero import wrap_zero
 from ds_mofa.optimizer import MoFaSGD
 
@@ -45,6 +49,10 @@ def register() -> None:
     _wrap("_scheduler_from_config", _scheduler_from_config)
     _wrap("clip_fp32_gradients", _clip_fp32_gradients)
     _wrap("save_checkpoint", _save_checkpoint)
+    _wrap("_commit_decoupled_checkpoint", _commit_decoupled_checkpoint)
+    _wrap("load_checkpoint", _load_checkpoint)
+    _wrap("load_module_state_dict", _load_module_state_dict)
+    _wrap("_load_zero_checkpoint", _load_zero_checkpoint)
     _wrap("_common_checkpoint_state", _common_checkpoint_state)
 
     # "Optimized" is what DeepSpeed's optimizer writes into checkpoints; the rest it saves as frozen. It
@@ -102,16 +110,78 @@ def _clip_fp32_gradients(original, engine):
     return engine.optimizer.clip_grad_norm_(engine.gradient_clipping())
 
 
-def _save_checkpoint(original, engine, *args, **kwargs):
+def _save_checkpoint(original, engine, save_dir, tag=None, *args, **kwargs):
     mofa = optimizer_of(engine)
-    if mofa is None:
-        return original(*args, **kwargs)
+    if mofa is None or not save_dir:
+        return original(save_dir, tag, *args, **kwargs)
+    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+    checkpoints.invalidate(engine, save_dir, tag)
     # Not every rank's state_dict() is called while DeepSpeed saves, so the collective part goes before.
     engine.optimizer.matrix_state = mofa.matrices.state_dict()
     try:
-        return original(*args, **kwargs)
+        result = original(save_dir, tag, *args, **kwargs)
     finally:
         engine.optimizer.matrix_state = None
+    if not engine.checkpoint_engine.is_decoupled():
+        checkpoints.write_manifest(engine, mofa, save_dir, tag)
+    return result
+
+
+def _commit_decoupled_checkpoint(original, engine):
+    # A save that goes on in the background has ended by here.
+    mofa, commit = optimizer_of(engine), engine.checkpoint_engine.get_commit_info()
+    original()
+    if mofa is not None and commit is not None:
+        checkpoints.write_manifest(engine, mofa, commit.save_dir, commit.tag)
+
+
+def _load_checkpoint(
+    original,
+    engine,
+    load_dir,
+    tag=None,
+    load_module_strict=True,
+    load_optimizer_states=True,
+    load_lr_scheduler_states=True,
+    load_module_only=False,
+    custom_load_fn=None,
+):
+    mofa = optimizer_of(engine)
+    if mofa is not None:
+        latest = Path(load_dir) / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
+        if tag is None and latest.is_file():
+            tag = latest.read_text().strip()
+        if tag is not None:  # without one DeepSpeed loads nothing, and says so
+            with_state = load_optimizer_states and not load_module_only
+            checkpoints.verify(engine, mofa, load_dir, str(tag), with_state=with_state)
+    return original(
+        load_dir,
+        tag,
+        load_module_strict=load_module_strict,
+        load_optimizer_states=load_optimizer_states,
+        load_lr_scheduler_states=load_lr_scheduler_states,
+        load_module_only=load_module_only,
+        custom_load_fn=custom_load_fn,
+    )
+
+
+def _load_module_state_dict(original, engine, checkpoint, *args, **kwargs):
+    mofa, fragments = optimizer_of(engine), checkpoint.get(FROZEN_PARAM_FRAGMENTS)
+    if mofa is None or fragments is None or all(matrix.name in fragments for matrix in mofa.split.matrices):
+        return original(checkpoint, *args, **kwargs)
+    # Another optimizer has trained what are matrices here: they are with its other weights, not with the frozen ones.
+    result = original({**checkpoint, FROZEN_PARAM_FRAGMENTS: None}, *args, **kwargs)
+    for param, name in engine.param_names.items():
+        if name in fragments:
+            (param.ds_tensor if hasattr(param, "ds_tensor") else param).data.copy_(fragments[name].data)
+    return result
+
+
+def _load_zero_checkpoint(original, engine, load_dir, tag, load_optimizer_states=True):
+    result = original(load_dir, tag, load_optimizer_states=load_optimizer_states)
+    if optimizer_of(engine) is not None and engine.load_universal_checkpoint():
+        restore(engine, optimizer_of(engine), Path(load_dir) / str(tag), load_optimizer_states)
+    return result
 
 
 def _common_checkpoint_state(original, engine, module_state_dict, zero_optimizer_state, save_frozen_param):

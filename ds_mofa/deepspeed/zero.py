@@ -124,16 +124,22 @@ class MatrixMixin:
         }
         return state
 
-    def load_matrices(self, state: dict) -> None:
+    def load_matrices(self, state: dict, masters: dict[str, Tensor] | None = None) -> None:
+        """Take over what :meth:`state_dict` holds of the matrices.
+
+        Args:
+            masters: this rank's, in the place of the saved ones.
+        """
         saved = state.get("mofasgd")
         if saved is None:
             raise ValueError(
                 "the checkpoint was saved by another optimizer than MoFaSGD: load its weights alone, with "
                 "load_checkpoint(..., load_optimizer_states=False)"
             )
-        self.mofa.load_group_settings(saved["groups"])
+        self.mofa.check_group_settings(saved["groups"])
         self.mofa.matrices.load_state_dict(saved["matrices"])
-        self.mofa.matrices.load_master_state(saved["masters"])
+        self.mofa.load_group_settings(saved["groups"])
+        self.mofa.matrices.load_master_state(saved["masters"] if masters is None else masters)
 
     def destroy(self) -> None:
         self.mofa.matrices.detach()
@@ -152,6 +158,8 @@ class ZeroMixin(MatrixMixin):
 
     def load_state_dict(self, state_dict_list, load_optimizer_states=True, **kwargs):
         super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
+        if state_dict_list is None:
+            return  # a universal checkpoint: universal.restore does the rest
         if load_optimizer_states:
             self.load_matrices(state_dict_list[dist.get_rank(self.dp_process_group)])
         else:

@@ -9,6 +9,9 @@ test names its scene and the arguments to try:
     def test_it_learns(ran):
         for result in ran.ranks: ...
 
+A scene may go on from the files of another, on another number of ranks: with ``after=case`` that case is run first,
+the scene gets its folder as the argument ``before``, and the test its results as ``ran.before``.
+
 Starting processes costs seconds, a scene tenths: all scenes of one world size that the selected tests need run
 in one process group, one after the other (``driver.py``). A rank that fails ends its launch, since the others may
 be waiting for it; the scenes after the failed one get a new launch.
@@ -43,11 +46,12 @@ class Case:
     scene: str
     world: int
     arguments: str  # JSON: hashable
+    after: "Case | None" = None
 
     @property
     def id(self) -> str:
         values = (f"{key}{value}" for key, value in json.loads(self.arguments).items())
-        return "-".join([f"world{self.world}", *values])
+        return "-".join([f"world{self.world}", *values, *([f"after-{self.after.id}"] if self.after else [])])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Ran:
 
     case: Case
     ranks: list[dict[str, Any]]
+    before: "Ran | None" = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -64,27 +69,41 @@ class Ran:
             raise AttributeError(name) from None
 
 
-def cases(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,), **axes: Iterable[Any]) -> list[Case]:
+def cases(
+    scene: Callable,
+    *some: dict[str, Any],
+    world: Iterable[int] = (2,),
+    after: Iterable[Case | None] = (None,),
+    **axes: Iterable[Any],
+) -> list[Case]:
     """Every combination of the arguments; see :func:`on_ranks`."""
     module = Path(scene.__code__.co_filename).stem
     return [
-        Case(module, scene.__name__, size, json.dumps({**fixed, **dict(zip(axes, values))}, sort_keys=True))
+        Case(module, scene.__name__, size, json.dumps({**fixed, **dict(zip(axes, values))}, sort_keys=True), first)
         for size in world
+        for first in after
         for fixed in some or ({},)
         for values in itertools.product(*axes.values())
     ]
 
 
-def on_ranks(scene: Callable, *some: dict[str, Any], world: Iterable[int] = (2,), **axes: Iterable[Any]):
+def on_ranks(
+    scene: Callable,
+    *some: dict[str, Any],
+    world: Iterable[int] = (2,),
+    after: Iterable[Case | None] = (None,),
+    **axes: Iterable[Any],
+):
     """Parametrise a test, whose argument ``ran`` is a :class:`Ran`, by every combination of the axes.
 
     Args:
         scene: what to run.
         *some: arguments that do not combine freely, each with every combination of the axes.
         world: numbers of ranks.
+        after: cases to run first, whose files the scene goes on from.
         **axes: values of each other argument.
     """
-    found = cases(scene, *some, world=world, **axes)
+    found = cases(scene, *some, world=world, after=after, **axes)
     parametrised = pytest.mark.parametrize("ran", found, ids=[case.id for case in found], indirect=True)
     patient = pytest.mark.timeout(1200)  # the first test of a world size waits for the scenes of all
     return lambda test: patient(parametrised(test))
@@ -99,8 +118,14 @@ class Launcher:
 
     def result(self, case: Case, wanted: Iterable[Case]) -> Ran:
         """The result of ``case``; where it must be run, ``wanted`` of the same world size are run with it."""
+        wanted = list(wanted)
+        wanted += [c.after for c in wanted if c.after]
         if case not in self._places:
-            fresh = dict.fromkeys(c for c in [*wanted, case] if c.world == case.world and c not in self._places)
+            fresh = dict.fromkeys(
+                c for c in sorted([*wanted, case], key=_depth) if c.world == case.world and c not in self._places
+            )
+            for first in {c.after for c in fresh if c.after and c.after.world != case.world}:
+                self.result(first, wanted)
             for c in fresh:
                 self._places[c] = self._directory / f"case{len(self._places)}"
                 self._places[c].mkdir()
@@ -109,7 +134,9 @@ class Launcher:
         reports = _reports(place)
         if reports:
             pytest.fail("\n".join(f"{report.name}:\n{report.read_text()}" for report in reports), pytrace=False)
-        return Ran(case, [torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in range(case.world)])
+        before = self.result(case.after, wanted) if case.after else None
+        results = [torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in range(case.world)]
+        return Ran(case, results, before)
 
     def _run(self, world: int, cases: list[Case]) -> None:
         while cases:
@@ -121,13 +148,19 @@ class Launcher:
                 left = left[1:]
             cases = left
 
+    def _entry(self, case: Case) -> dict[str, Any]:
+        before = {"before": str(self._places[case.after])} if case.after else {}
+        arguments = {**json.loads(case.arguments), **before}
+        place = str(self._places[case])
+        return {"module": case.module, "scene": case.scene, "arguments": json.dumps(arguments), "place": place}
+
     def _finished(self, case: Case) -> bool:
         place = self._places[case]
         return bool(_reports(place)) or len(list(place.glob("rank*.pt"))) == case.world
 
     def _launch(self, world: int, cases: list[Case]) -> tuple[int, str]:
         listing = self._directory / f"world{world}.json"
-        listing.write_text(json.dumps([{**dataclasses.asdict(c), "place": str(self._places[c])} for c in cases]))
+        listing.write_text(json.dumps([self._entry(case) for case in cases]))
         port = _free_port()
         paths = [str(_HERE.parent.parent), str(_HERE.parent), str(_HERE), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"}
@@ -154,6 +187,11 @@ class Launcher:
         finally:
             remove_shared_buffers(port)
         return code, log.read_text()
+
+
+def _depth(case: Case) -> int:
+    """How many cases must be run before."""
+    return 0 if case.after is None else 1 + _depth(case.after)
 
 
 def _reports(place: Path) -> list[Path]:

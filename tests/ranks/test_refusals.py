@@ -62,10 +62,10 @@ CASES = {
         ["ZenFlow", "remove zenflow"],
     ),
     "DeepCompile": (config(3, compile={"deepcompile": True}), toy, ["DeepCompile", '"deepcompile": false']),
-    "universal checkpoints": (
-        config(1, checkpoint={"load_universal": True}),
+    "universal checkpoints without ZeRO": (
+        config(0, checkpoint={"load_universal": True}),
         toy,
-        ["universal checkpoints", "world size that saved"],
+        ["universal checkpoints at ZeRO stage 0", "use stage 1"],
     ),
     "max_grad_norm": (config(2, options={"max_grad_norm": 1.0}), toy, ['"gradient_clipping"']),
     "an unknown option": (config(2, options={"rnak": 4}), toy, ["'rnak'", "did you mean 'rank'"]),

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from launching import on_ranks
-from toys import Toy, batches
+from toys import Toy, batches, micro_batches
 from training import config, engine_for, toy, train_step, whole_weights
 
 DATA = batches(6)
@@ -42,23 +41,18 @@ def end_of(engine) -> dict:
 
 
 def files(stage: int, dtype: str) -> dict:
-    """What the checkpoint of a short run holds, as far as it is ours, and what DeepSpeed's converters make of it."""
-    options = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
-    with engine_for(config(stage, dtype=dtype, zero_optimization=options)) as engine:
+    """What the checkpoint of a short run holds, as far as it is ours."""
+    with engine_for(config(stage, dtype=dtype)) as engine:
         for batch in DATA[:2]:
             train_step(engine, batch)
         engine.save_checkpoint("saved", tag="here")
-        engine.save_16bit_model("half", "model.bin")
-        result = {"weights": whole_weights(engine.module)}
+    result = {}
     dist.barrier()
     if dist.get_rank() == 0:
         own = list(entries_of_ours(Path("saved/here")))
         torch.save(own, "own.pt")
         result["own"] = torch.load("own.pt", weights_only=True)
         result["strange"] = [name for entry in own for name in strange_types(entry)]
-        result["half"] = torch.load("half/model.bin", weights_only=True)
-        if stage:
-            result["fp32"] = dict(get_fp32_state_dict_from_zero_checkpoint("saved", "here"))
     return result
 
 
@@ -103,6 +97,47 @@ def test_masters_are_resumed_bit_for_bit(ran):
     assert_resumed(ran)
 
 
+OFFLOADED = [
+    {"stage": 2, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+    {"stage": 3, "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}},
+]
+
+
+@on_ranks(saved_and_resumed, *OFFLOADED, dtype=["bf16"], options=[{"torch_adam": False}])
+def test_an_offloaded_run_is_resumed_bit_for_bit(ran):
+    assert_resumed(ran)
+
+
+@on_ranks(saved_and_resumed, stage=[1, 2, 3], dtype=["fp16"], fp16=[{"initial_scale_power": 8, "loss_scale_window": 2}])
+def test_fp16_is_resumed_bit_for_bit_with_its_loss_scale(ran):
+    assert_resumed(ran)
+
+
+def saved_within_an_accumulation(stage: int) -> dict:
+    """What resumes after the third step of a run: a checkpoint of then, and one of half a step later."""
+    settings = config(stage, dtype="bf16", micro=3)
+    with engine_for(settings) as engine:
+        for batch in DATA[:3]:
+            train_step(engine, batch)
+        engine.save_checkpoint("saved", tag="between")
+        for tokens, targets in list(micro_batches(DATA[3], dist.get_rank(), dist.get_world_size(), 3))[:2]:
+            engine.backward(engine(tokens, targets))
+            engine.step()
+        engine.save_checkpoint("saved", tag="within")
+    ends = {}
+    for tag in ("between", "within"):
+        with engine_for(settings, model=toy(seed=1)) as engine:
+            engine.load_checkpoint("saved", tag=tag)
+            ends[tag] = end_of(engine)
+    return ends
+
+
+@on_ranks(saved_within_an_accumulation, stage=[0, 2, 3])
+def test_sketches_of_half_a_step_are_dropped_as_gradients_are(ran):
+    for result in ran.ranks:
+        assert equal(result["between"], result["within"])
+
+
 def assert_resumed(ran) -> None:
     for result in ran.ranks:
         assert equal(result["saved"], result["loaded"])
@@ -118,17 +153,3 @@ def test_our_state_is_tensors_numbers_and_strings_only(ran):
     assert ran.ranks[0]["strange"] == []
     matrices = [name for entry in ran.ranks[0]["own"] for name in entry.get("matrices", {}).get("matrices", {})]
     assert set(matrices or ran.ranks[0]["own"][0]["matrices"]) == set(Toy.MATRICES)
-
-
-@on_ranks(files, stage=[1, 2, 3], dtype=["fp32", "bf16"])
-def test_zero_to_fp32_writes_the_trained_matrices(ran):
-    first = ran.ranks[0]
-    for name in Toy.MATRICES:
-        assert torch.equal(first["fp32"][name].float(), first["weights"][name].float()), name
-
-
-@on_ranks(files, stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
-def test_save_16bit_model_writes_the_trained_matrices(ran):
-    first = ran.ranks[0]
-    for name in Toy.MATRICES:
-        assert torch.equal(first["half"][name].float(), first["weights"][name].float()), name

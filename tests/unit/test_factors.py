@@ -12,6 +12,7 @@ from ds_mofa.factors import (
     gram_matrices,
     live_directions,
     projected_norm,
+    resized,
     start_factors,
     update_factors,
     update_many,
@@ -440,3 +441,44 @@ def test_factors_do_not_depend_on_the_global_random_state_nor_move_it():
         )
         assert torch.equal(torch.get_rng_state(), before)
     assert all(map(torch.equal, *results))
+
+
+# ---------------------------------------------------------------------- another rank
+
+
+@DTYPES
+@pytest.mark.parametrize("m, n, before, after", [(40, 30, 8, 3), (33, 50, 32, 8), (12, 12, 12, 1)])
+def test_truncated_factors_are_the_truncated_svd_of_the_momentum(dtype, m, n, before, after):
+    factors = Factors(*(x.to(dtype) for x in random_factors(m, n, before, torch.Generator().manual_seed(m))))
+    smaller = resized(factors, after)
+    assert relative_error(dense(smaller), truncated(dense(factors), after)) < TOLERANCE[dtype]
+    assert smaller.U.shape == (1, m, after) and smaller.V.shape == (1, n, after) and smaller.sigma.shape == (1, after)
+    assert departure_from_orthonormal(smaller.U[0]) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("m, n, before, after", [(40, 30, 3, 8), (33, 50, 8, 32), (12, 40, 5, 12), (12, 12, 1, 12)])
+def test_grown_factors_are_the_same_momentum_with_dead_directions_beside_it(dtype, m, n, before, after):
+    factors = Factors(*(x.to(dtype) for x in random_factors(m, n, before, torch.Generator().manual_seed(m))))
+    grown = resized(factors, after)
+    for old, new in ((factors.U, grown.U), (factors.V, grown.V), (factors.sigma, grown.sigma)):
+        assert new.dtype == dtype
+        assert torch.equal(new[..., :before], old)
+    assert live_directions(grown.sigma)[0].tolist() == [1.0] * before + [0.0] * (after - before)
+    for basis in (grown.U[0], grown.V[0]):
+        assert departure_from_orthonormal(basis) < (1e-13 if dtype == torch.float64 else 1e-6)
+    back = resized(grown, before)
+    assert all(torch.equal(a, b) for a, b in zip(back, factors))
+
+
+def test_growing_changes_the_next_update_by_what_the_added_directions_see_alone():
+    """Seen through the old factors, the update is the one that they would have made."""
+    generator = torch.Generator().manual_seed(0)
+    factors, G = random_factors(40, 30, 3, generator), _normal(1, 40, 30, generator=generator)
+    G = truncated(G, 2)  # the next momentum has at most rank 3 + 2 * 2: nothing of it is truncated at 12
+    grown = resized(factors, 12)
+    updated = update_factors(grown, *sketches(grown, G), beta=0.85, gamma=0.15)
+    difference = dense(updated) - next_momentum(factors, G, 0.85, 0.15)
+    assert difference.norm() > 1e-2, "the added directions see nothing"
+    assert tangent_projection(factors.U, factors.V, difference).norm() < 1e-12 * difference.norm()
+    assert relative_error(dense(updated), next_momentum(grown, G, 0.85, 0.15)) < 1e-12

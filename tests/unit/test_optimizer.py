@@ -613,7 +613,6 @@ def test_a_loaded_state_carries_the_learning_rate_and_decay():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rank": 3}, r"U of 'first.weight' is \(8, 4\), this run's is \(8, 3\).*Use the rank"),
         ({"exclude": ["second"]}, "matrices are not this model's: 1 .*'second.weight'"),
         ({"include": ["embedding"]}, "matrices are not this model's: 1 .*'embedding.weight'"),
     ],
@@ -635,8 +634,64 @@ def test_a_state_of_another_shape_is_refused():
     train(model, optimizer, range(2))
     state = optimizer.state_dict()
     state["mofasgd"]["matrices"]["third.weight"]["V"] = torch.zeros(9, 4)
-    with pytest.raises(ValueError, match=r"V of 'third.weight' is \(9, 4\), this run's is \(8, 4\)"):
+    with pytest.raises(ValueError, match=r"V of 'third.weight' is \(9, 4\), this model's would be \(8, 4\)"):
         optimizer_of(build()).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "before, after, line", [(4, 2, "truncated to the leading ones, which hold"), (2, 4, "grown by")]
+)
+def test_another_rank_resumes_the_same_momentum(before, after, line, capsys):
+    model = build()
+    optimizer = optimizer_of(model, rank=before)
+    train(model, optimizer, range(3))
+    state = optimizer.state_dict()
+    resumed = build()
+    resumed.load_state_dict(model.state_dict())
+    other = optimizer_of(resumed, rank=after)
+    capsys.readouterr()
+    other.load_state_dict(state)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"rank {before}, this run's {after}" in said and line in said
+    loaded = other.state_dict()["mofasgd"]["matrices"]
+    for name, old in state["mofasgd"]["matrices"].items():
+        new, k = loaded[name], min(before, after)
+        assert new["U"].shape[1] == new["V"].shape[1] == len(new["sigma"]) == after
+        assert same({key: new[key][..., :k] for key in new}, {key: old[key][..., :k] for key in old})
+        assert not new["sigma"][k:].any()
+    train(resumed, other, range(3, 6))
+    for one in other.state_dict()["mofasgd"]["matrices"].values():
+        assert one["sigma"][-1] > 0, "the added directions were never filled"
+        for basis in (one["U"].double(), one["V"].double()):
+            assert (basis.mT @ basis - torch.eye(after)).abs().max() < 1e-5
+
+
+def test_another_rank_before_the_first_step(capsys):
+    """There is no momentum to resize yet: the run starts as one of the new rank."""
+    resumed, fresh = build(), build()
+    other, wanted = optimizer_of(resumed, rank=2), optimizer_of(fresh, rank=2)
+    capsys.readouterr()
+    other.load_state_dict(optimizer_of(build(), rank=4).state_dict())
+    assert capsys.readouterr().out == ""
+    train(resumed, other, range(3))
+    train(fresh, wanted, range(3))
+    assert same(weights_of(resumed), weights_of(fresh))
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    model = build()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    other = optimizer_of(build())
+    before = copy.deepcopy(other.state_dict())
+    state["mofasgd"]["matrices"]["third.weight"]["V"] = torch.zeros(9, 4)
+    with pytest.raises(ValueError, match="third.weight"):
+        other.load_state_dict(state)
+    after = other.state_dict()
+    assert after["mofasgd"]["steps"] == 0 and not after["adamw"]["state"]
+    assert after["matrix_groups"] == before["matrix_groups"]
+    assert all(same(after["mofasgd"]["matrices"][name], one) for name, one in before["mofasgd"]["matrices"].items())
 
 
 def test_a_state_of_a_later_format_is_refused():
