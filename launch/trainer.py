@@ -9,6 +9,7 @@ import torch
 from trl import SFTTrainer
 
 from launch.encoding import IGNORED
+from launch.output import writing
 
 
 class FineTuner(SFTTrainer):
@@ -50,7 +51,7 @@ class FineTuner(SFTTrainer):
         return step
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        with self.stopped_clock():
+        with self.stopped_clock(), writing(self.args.output_dir, f"the checkpoint of step {self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
 
     @contextmanager
