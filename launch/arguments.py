@@ -114,6 +114,9 @@ class TrainingArguments(SFTConfig):
     save_strategy: str = field(
         default="no", metadata={"help": "When to write checkpoints to resume from: no, steps, epoch."}
     )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints to keep: the newest whole ones, and the best. 0 keeps all."}
+    )
 
 
 class Parser(HfArgumentParser):
