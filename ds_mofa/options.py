@@ -17,6 +17,8 @@ CaptureMode = Literal["linear", "hook"]
 # A config whose "type" was AdamW a minute ago has these.
 _ALIASES = {"betas": "adamw_betas", "eps": "adamw_eps"}
 
+_LARGEST = 10**300
+
 
 class OptionError(ValueError):
     """An option that cannot be right; the message names it, its value, and what would be."""
@@ -112,7 +114,13 @@ class Options:
 
     @classmethod
     def from_config(cls, params: Mapping[str, Any], passed_on: Sequence[str] = ()) -> "tuple[Options, dict[str, Any]]":
-        """Options from a JSON object, and those of its entries that are named in ``passed_on``, untouched."""
+        """Options from a JSON object, and those of its entries that are named in ``passed_on``, untouched.
+
+        Raises:
+            OptionError: an unknown name, a value that cannot be right, or no object at all.
+        """
+        if not isinstance(params, Mapping):
+            raise OptionError(f'params={params!r} must be an object of options, such as {{"lr": 6e-3, "rank": 8}}')
         rest = {key: params[key] for key in passed_on if key in params}
         own = {}
         known = [field.name for field in dataclasses.fields(cls)]
@@ -155,6 +163,8 @@ class Options:
         bounds = f"{'>' if open_low else '>='} {low}" + (f" and < {high}" if high < math.inf else "")
         if isinstance(value, bool) or not isinstance(value, float | int):
             raise OptionError(f"{name}={value!r} must be a number {bounds}")
+        if isinstance(value, int) and abs(value) > _LARGEST:  # JSON has integers of any size, arithmetic has not
+            raise OptionError(f"{name} has {len(str(abs(value)))} digits and must be a number {bounds}")
         if not (low < value if open_low else low <= value) or not value < high:
             raise OptionError(f"{name}={value!r} must be {bounds}")
 
@@ -170,7 +180,7 @@ class Options:
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:  # the last two: counts and nesting without end
                 raise OptionError(f"{name}: {pattern!r} is not a regular expression ({error})") from None
 
 
@@ -179,7 +189,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _unknown(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
+    close = difflib.get_close_matches(str(key), known, n=1)
     return (
         f"unknown option {key!r} of MoFaSGD"
         + (f"; did you mean {close[0]!r}?" if close else "")

@@ -5,6 +5,7 @@ and the weights through a function that gives this rank's shard of a matrix; it 
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from ds_mofa.factors import (
     start_factors,
     update_many,
 )
+from ds_mofa.kernels import triton_serves
 from ds_mofa.options import Options
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition import Exchange, Layout
@@ -34,6 +36,18 @@ from ds_mofa.weights import Rounding, Shard, rounding_key, write_updates
 __all__ = ["MatrixStep", "whole_matrix", "STATE_FORMAT"]
 
 STATE_FORMAT = 1
+
+_LARGEST_NORM = 1e18  # the square of more overflows in fp32, in which DeepSpeed adds the norms up
+_NO_NUMBER = (
+    f"the gradient holds a NaN or Inf, or its norm is above {_LARGEST_NORM:g}. In fp16 a few such steps are how the "
+    'loss scale is found; else look for bad records, lower "lr", or set "gradient_clipping"'
+)
+_NO_FACTORS = (
+    "an SVD has not converged on one of them, so the matrices stay as they are (AdamW's part is done). If it happens "
+    'again, lower "lr" or "rank", or resume from a checkpoint before the first time'
+)
+
+logger = logging.getLogger("ds_mofa")
 
 
 def whole_matrix(matrix: Matrix) -> Shard:
@@ -119,10 +133,12 @@ class MatrixStep:
         self.sketches.zero_()
         if self.started:
             self._grams = [gram_matrices(*batch) for batch in self._batches(pending)]
-            square = sum((projected_norm(*grams).sum() for grams in self._grams), pending.new_zeros(()))
+            nothing = pending.new_zeros((), dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
+            square = sum((projected_norm(*grams).sum() for grams in self._grams), nothing)
         else:  # E |G Omega|^2 = |G|^2, and the same of the other sketch
             square = pending.square().sum() / 2
-        self._norm, self._finite = self.exchange.sum(square).sqrt(), None
+        norm = self.exchange.sum(square).sqrt()
+        self._norm, self._finite = torch.where(norm < _LARGEST_NORM, norm, math.inf), None
         self._pending = pending
 
     def _batches(self, pending: Tensor) -> Iterator[tuple[Factors, Tensor, Tensor]]:
@@ -136,8 +152,8 @@ class MatrixStep:
     def norm(self) -> Tensor:
         """Norm of all matrices' projected gradients, from the last :meth:`reduce`; the same on every rank.
 
-        In the first step an unbiased estimate of the whole gradient's norm. Not finite if any sketch on any
-        rank holds a NaN or Inf.
+        In the first step an unbiased estimate of the whole gradient's norm. Inf if any sketch on any rank holds a
+        NaN or Inf, or where it would be above 1e18.
         """
         return self._norm
 
@@ -165,18 +181,29 @@ class MatrixStep:
             groups: the matrix param groups, for ``lr`` and ``weight_decay``.
             clip: factor on the gradient, <= 1, from clipping by the global norm.
         """
+        grams = self._grams
         with phase("factor update"), _full_fp32():
-            self._update_factors(clip)
+            updated = self._updated_factors(clip)
+            self._publish(updated)
         with phase("gather"):
             self.exchange.all_gather(self.working, self.layout.segment)
+            if self._an_owner_failed():
+                self._take_back()
+                self.discard(_NO_FACTORS)
+                return
+            if grams is not None and self._reports_now():
+                self._report(grams, updated, clip)
+            self._keep(updated)
         self.steps += 1
         with phase("apply"):
             self._apply(groups)
 
-    def discard(self) -> None:
+    def discard(self, reason: str = _NO_NUMBER) -> None:
         """Skip this step: factors and weights stay as they are."""
         self.drop_pending()
         self.skipped += 1
+        if self.exchange.rank == 0:
+            logger.warning("ds_mofa: step skipped on every rank, %d so far: %s", self.skipped, reason)
 
     def drop_pending(self) -> None:
         """Forget what the last :meth:`reduce` has given."""
@@ -274,37 +301,72 @@ class MatrixStep:
 
     # ------------------------------------------------------------------ parts
 
-    def _update_factors(self, clip: float | Tensor) -> None:
+    def _updated_factors(self, clip: float | Tensor) -> list[Factors] | None:
+        """The new factors of this rank's blocks; None where a decomposition of the library's has failed."""
         gamma = self.options.gamma * clip  # a clipped gradient is a lighter one
         batches, grams = list(self._batches(self._pending)), self._grams
-        if self.started:
-            updated = update_many(batches, beta=self.options.beta, gamma=gamma, grams=grams)
-        else:
-            tests = (block.views(self.working)[0] for block in self._mine)
-            updated = [start_factors(Y, Z, psi.to(Y.dtype), gamma=gamma) for (_, Y, Z), psi in zip(batches, tests)]
+        try:
+            if self.started:
+                updated = update_many(batches, beta=self.options.beta, gamma=gamma, grams=grams) if batches else []
+            else:
+                tests = (block.views(self.working)[0] for block in self._mine)
+                updated = [start_factors(Y, Z, psi.to(Y.dtype), gamma=gamma) for (_, Y, Z), psi in zip(batches, tests)]
+        except torch.linalg.LinAlgError as error:
+            logger.warning("ds_mofa: rank %d: %s", self.exchange.rank, error)
+            updated = None
         self.drop_pending()
-        if grams is not None and self._reports_now():
-            self._report([old.sigma for old, _, _ in batches], grams, [new.sigma for new in updated], gamma)
-        for block, (old, _, _), new in zip(self._mine, batches, updated):
+        return updated
+
+    def _publish(self, updated: list[Factors] | None) -> None:
+        """Write this rank's part of the working copies. NaN in the place of coefficients says that it has none: so the
+        other owners learn of it by the all-gather that they are about to make.
+        """
+        for i, block in enumerate(self._mine):
             left, right, coefficients = block.views(self.working)
-            for kept, value in zip(old, new):
+            if updated is None:
+                coefficients.fill_(math.nan)
+                continue
+            left.copy_(updated[i].U)
+            right.copy_(updated[i].V)
+            coefficients.copy_(self._coefficients(updated[i].sigma))
+
+    def _an_owner_failed(self) -> bool:
+        if self.started and triton_serves(self.working):
+            return False  # its SVD raises nothing, and the host need not wait for the gathered coefficients
+        coefficients = [block.views(self.working)[2] for block in self.layout.blocks]
+        return not bool(torch.stack([torch.isfinite(part).all() for part in coefficients]).all())
+
+    def _take_back(self) -> None:
+        """Make the working copies once more what they were before :meth:`_publish`. Collective."""
+        if not self.started:
+            self.working.zero_()
+            self._draw_test_matrices()
+            return
+        old = []
+        for block in self._mine:
+            U, V, sigma = block.views(self.factors, self._segment_start)
+            old.append(Factors(U, sigma, V))
+        self._publish(old)
+        self.exchange.all_gather(self.working, self.layout.segment)
+
+    def _keep(self, updated: list[Factors]) -> None:
+        for block, new in zip(self._mine, updated):
+            U, V, sigma = block.views(self.factors, self._segment_start)
+            for kept, value in zip((U, V, sigma), (new.U, new.V, new.sigma)):
                 kept.copy_(value)
-            left.copy_(new.U)
-            right.copy_(new.V)
-            coefficients.copy_(self._coefficients(new.sigma))
 
     def _reports_now(self) -> bool:
         every = self.options.diagnostics_every
         return every > 0 and (self.steps + 1) % every == 0
 
-    def _report(
-        self, old: Sequence[Tensor], grams: Sequence[Grams], new: Sequence[Tensor], gamma: float | Tensor
-    ) -> None:
-        """Measure this rank's matrices, and give every rank the measures of all. Collective."""
+    def _report(self, grams: Sequence[Grams], updated: Sequence[Factors], clip: float | Tensor) -> None:
+        """Measure this rank's matrices, and give every rank the measures of all. Collective, before ``_keep``."""
         values = torch.zeros(len(self.matrices), len(MEASURES), dtype=torch.float64, device=self.factors.device)
-        for block, before, (left, right), after in zip(self._mine, old, grams, new):
+        for block, (left, right), new in zip(self._mine, grams, updated):
+            _, _, old_sigma = block.views(self.factors, self._segment_start)
             members = torch.tensor(block.members, device=values.device)
-            values[members] = measure(before, left, right, after, beta=self.options.beta, gamma=gamma)
+            gamma = self.options.gamma * clip
+            values[members] = measure(old_sigma, left, right, new.sigma, beta=self.options.beta, gamma=gamma)
         names = [matrix.name for matrix in self.matrices]
         self.report = Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))
         if self.on_report is not None:

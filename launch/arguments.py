@@ -6,15 +6,19 @@ option, so that a JSON alone fully describes a run, and HF raises when a command
 """
 
 import argparse
+import difflib
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
+from ds_mofa import OptionError
+from ds_mofa.deepspeed.build import read_options
 from launch.errors import UserError
 from launch.profile import ProfileArguments
 
@@ -34,6 +38,14 @@ JSON_KEY_TO_OPTION = {
     "scheduler.params.warmup_max_lr": "learning_rate",
     "scheduler.params.warmup_num_steps": "warmup_steps",
 }
+
+FILLED_IN = ("lr", "weight_decay", "betas", "eps")  # HF's Trainer replaces an "auto" of these
+
+# The keys of a DeepSpeed JSON that decide what is trained; a misspelt one would leave its default in force.
+CONFIG_KEYS = (
+    "optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "gradient_clipping", "gradient_accumulation_steps",
+    "train_batch_size", "train_micro_batch_size_per_gpu",
+)  # fmt: skip
 
 
 @dataclass
@@ -102,6 +114,9 @@ class TrainingArguments(SFTConfig):
     save_strategy: str = field(
         default="no", metadata={"help": "When to write checkpoints to resume from: no, steps, epoch."}
     )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints to keep: the newest whole ones, and the best. 0 keeps all."}
+    )
 
 
 class Parser(HfArgumentParser):
@@ -134,6 +149,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if unknown:
         parser.error(f"unknown options: {' '.join(unknown)}")
     model_args, data_args, training_args, _ = groups  # the last were read before: launch/profile.py
+    check_agreement(config, config_path, training_args)
     check_model_arguments(model_args)
     check_data_arguments(data_args, training_args)
     return model_args, data_args, training_args
@@ -158,14 +174,27 @@ def read_json(path: str, what: str) -> dict:
     if not file.is_file():
         raise UserError(f"{path}: no such file, given as {what}. Pass a path that exists (shipped ones: configs/).")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: unique(pairs, path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {what} is not UTF-8 ({error.reason}). Convert it to UTF-8.") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{error.lineno}: {what} is not valid JSON ({error.msg}, column {error.colno}). Correct that line."
         ) from None
+    except RecursionError:
+        raise UserError(f"{path}: {what} is not valid JSON (nested too deeply). Correct it.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: {what} must be a JSON object {{...}}, not a {type(content).__name__}.")
     return content
+
+
+def unique(pairs: list[tuple[str, object]], path: str) -> dict:
+    """An object of a JSON file; of a key given twice, JSON readers drop the first in silence."""
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise UserError(f"{path}: the key {twice[0]!r} stands twice in one object. Keep one of them.")
+    return dict(pairs)
 
 
 def hardware_defaults() -> dict[str, object]:
@@ -177,7 +206,7 @@ def hardware_defaults() -> dict[str, object]:
 def defaults_from_deepspeed(config: dict) -> dict[str, object]:
     """Option defaults that a DeepSpeed config implies: its own numbers, and a learning rate for its optimizer."""
     defaults: dict[str, object] = {}
-    optimizer = str(config.get("optimizer", {}).get("type", "")).lower()
+    optimizer = str(nested_value(config, "optimizer.type")).lower()
     if optimizer in DEFAULT_LEARNING_RATE:
         defaults["learning_rate"] = DEFAULT_LEARNING_RATE[optimizer]
     for key, option in JSON_KEY_TO_OPTION.items():
@@ -185,7 +214,7 @@ def defaults_from_deepspeed(config: dict) -> dict[str, object]:
         if value not in (None, "auto"):
             defaults[option] = value
     betas = nested_value(config, "optimizer.params.betas")
-    if betas not in (None, "auto"):
+    if isinstance(betas, list) and len(betas) == 2:
         defaults["adam_beta1"], defaults["adam_beta2"] = betas
     if defaults.get("fp16"):
         defaults["bf16"] = False
@@ -203,12 +232,64 @@ def nested_value(config: dict, dotted_key: str) -> object:
 
 
 def check_deepspeed_config(config: dict, path: str) -> None:
+    """What DeepSpeed would pass over in silence, or find only once the model is loaded."""
+    for key in config:
+        close = [] if key in CONFIG_KEYS else difflib.get_close_matches(key, CONFIG_KEYS, n=1, cutoff=0.85)
+        if close:  # DeepSpeed reads the keys that it knows, and no others
+            raise UserError(f"{path}: unknown key {key!r}, which DeepSpeed leaves unread; did you mean {close[0]!r}?")
+    for key in ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16"):
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(
+                f"{path}: {key!r} must be an object {{...}}, not {json.dumps(config[key])[:60]}. Correct it."
+            )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(
+            f'{path}: "stage": {json.dumps(stage)} in "zero_optimization" must be 0, 1, 2 or 3. Correct it.'
+        )
     gathers = nested_value(config, "zero_optimization.stage3_gather_16bit_weights_on_model_save")
-    if nested_value(config, "zero_optimization.stage") == 3 and gathers is not True:
+    if stage == 3 and gathers is not True:
         raise UserError(
             f'{path}: stage 3 without "stage3_gather_16bit_weights_on_model_save": true in "zero_optimization", so the '
             "trained model could not be saved. Add it."
         )
+    check_optimizer(config.get("optimizer", {}), path)
+
+
+def check_optimizer(section: dict, path: str) -> None:
+    """The optimizer's name, and MoFaSGD's options, which need no model to be checked."""
+    if not section:
+        return  # HF makes the one that --optim names
+    name = str(section.get("type", "")).lower()
+    known = {*DEEPSPEED_OPTIMIZERS, *(key.lower() for key in vars(torch.optim))}
+    if name not in known:
+        close = difflib.get_close_matches(name, ["mofasgd", *DEEPSPEED_OPTIMIZERS], n=1)
+        raise UserError(
+            f'{path}: "type": {json.dumps(section.get("type"))} in "optimizer" is no optimizer of DeepSpeed, PyTorch '
+            "or ds_mofa" + (f"; did you mean {close[0]!r}?" if close else ".") + ' Write "type": "MoFaSGD".'
+        )
+    betas = nested_value(section, "params.betas")
+    if betas not in (None, "auto") and not (isinstance(betas, list) and len(betas) == 2):
+        raise UserError(f'{path}: "optimizer": betas={json.dumps(betas)} must be two numbers, such as [0.9, 0.999].')
+    if name == "mofasgd":
+        params = section.get("params")
+        if isinstance(params, dict):  # HF fills these in from the command line
+            params = {key: value for key, value in params.items() if key not in FILLED_IN or value != "auto"}
+        try:
+            read_options({**section, "params": params})
+        except OptionError as error:
+            raise UserError(f'{path}: "optimizer": {error}') from None
+
+
+def check_agreement(config: dict, path: str, args: TrainingArguments) -> None:
+    """No option may contradict a number in the JSON; HF refuses that too, but only once the model is loaded."""
+    for key, option in JSON_KEY_TO_OPTION.items():
+        written, given = nested_value(config, key), getattr(args, option)
+        if written not in (None, "auto") and written != given:
+            raise UserError(
+                f'{path}: "{key}" is {json.dumps(written)} there, and --{option} is {given}. Give one of them alone, '
+                'or write "auto" in the JSON.'
+            )
 
 
 def check_model_arguments(args: ModelArguments) -> None:

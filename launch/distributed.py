@@ -1,8 +1,10 @@
 """Joining the other ranks and leaving them, with DeepSpeed's CPU leftovers cleared."""
 
+import argparse
 import os
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -12,8 +14,8 @@ import torch
 from launch.errors import UserError
 
 
-def join_ranks() -> None:
-    """Start torch.distributed through DeepSpeed.
+def join_ranks(argv: list[str]) -> None:
+    """Start torch.distributed through DeepSpeed, with the ``--ddp_timeout`` of the command line.
 
     To be called before HF's ``TrainingArguments`` exist: on a CPU those would start it without DeepSpeed, and
     ``zero.Init`` would then find no communication of its own.
@@ -27,7 +29,13 @@ def join_ranks() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if os.environ["RANK"] != "0" or not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    deepspeed.init_distributed()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ddp_timeout", "--ddp-timeout", type=int, default=1800)  # HF's, who would come too late
+    try:
+        seconds = parser.parse_known_args(argv)[0].ddp_timeout
+    except SystemExit:
+        raise UserError("--ddp_timeout must be a whole number of seconds, such as 1800.") from None
+    deepspeed.init_distributed(timeout=timedelta(seconds=seconds))
     if not torch.cuda.is_available():
         unlink_shared_buffer()
 

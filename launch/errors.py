@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that mean "the user can fix this"."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The message says what is wrong, where, and what to do about it; train.py prints it without a traceback.
     """
+
+
+class RankError(UserError):
+    """One that a rank may have alone, such as a full disk: every rank prints its own."""

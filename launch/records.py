@@ -62,13 +62,25 @@ def read_text(file: Path) -> Iterator[tuple[str, str, dict]]:
                 piece.append(line)
                 size += len(line)
         except UnicodeDecodeError as error:
+            # The file is decoded ahead of its lines, so the line is looked up.
             raise UserError(
-                f"{file}:{line_number + 1}: not UTF-8 ({error.reason}) near here. Convert it to UTF-8."
+                f"{file}:{undecodable_line(file)}: not UTF-8 ({error.reason}). Convert it to UTF-8."
             ) from None
     text = "".join(piece)
     if first and not text.strip():
         raise UserError(f"{file}: the file is empty. Give a file with text in it.")
     yield f"{file}:{piece_line}", "piece", {"text": text, "first": first, "last": True}
+
+
+def undecodable_line(file: Path) -> int:
+    """Number of the first line that is not UTF-8."""
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return number
 
 
 def read_jsonl(file: Path, ignore_keys: Iterable[str]) -> Iterator[tuple[str, str, dict]]:
@@ -87,6 +99,8 @@ def read_jsonl(file: Path, ignore_keys: Iterable[str]) -> Iterator[tuple[str, st
                 raise UserError(
                     f"{where}: not valid JSON ({error.msg}, column {error.colno}). Each line must be one whole record."
                 ) from None
+            except RecursionError:
+                raise UserError(f"{where}: not valid JSON (nested too deeply). Each line must be one record.") from None
             found = True
             yield where, *checked_record(record, where, ignored)
     if not found:

@@ -22,11 +22,13 @@ from ds_mofa import OptionError  # importing it registers "MoFaSGD" with DeepSpe
 from ds_mofa.profiler import MemoryCallback
 from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar
-from launch.checkpoints import checkpoint_to_resume
+from launch.checkpoints import LAST, checkpoint_to_resume
 from launch.data import load_data
 from launch.distributed import join_ranks, leave_ranks
-from launch.errors import UserError
+from launch.errors import RankError, UserError
 from launch.models import load_model
+from launch.output import check_output, writing
+from launch.preemption import EXIT_CODE, SaveOnSigterm
 from launch.profile import describe_run, start_profiler
 from launch.report import banner, evaluated_last_step, say, summary
 from launch.tokenizer import load_tokenizer
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> None:
         make_parser().print_help()
         return
     profiler = start_profiler(argv)  # first, for all that follows may open the GPU
-    join_ranks()
+    join_ranks(argv)
     model_args, data_args, args = parse_arguments(argv)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     set_seed(args.seed)
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> None:
     with args.main_process_first(desc="tokenizing"):
         train_data, eval_data = load_data(data_args, tokenizer, args.max_length)
     model = load_model(model_args, args, tokenizer)
+    check_output(args, model)
     say(args, banner(model_args, args, model, tokenizer_description, train_data, eval_data))
     trainer = FineTuner(
         model=model, args=args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer
@@ -56,10 +59,22 @@ def main(argv: list[str]) -> None:
         describe_run(profiler, args.output_dir)
         trainer.memory_profiler = profiler
         trainer.add_callback(MemoryCallback(profiler))
+    preemption = SaveOnSigterm()
+    trainer.add_callback(preemption)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if preemption.stopped:
+        step = trainer.state.global_step
+        say(
+            args,
+            f"stopped by SIGTERM, saved {args.output_dir}/checkpoint-{step}. Start the same command with "
+            f"--resume_from_checkpoint {LAST} to go on from step {step}.",
+        )
+        leave_ranks()
+        sys.exit(EXIT_CODE)
     if eval_data is not None and not evaluated_last_step(trainer.state):
         trainer.evaluate()
-    trainer.save_model()
+    with writing(args.output_dir, "the model"):
+        trainer.save_model()
     say(args, summary(trainer.state, args.output_dir))
     if profiler is not None:
         say(args, f"memory report: {profiler.output_dir / 'report.html'}, and report.md beside it")
@@ -71,6 +86,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (UserError, OptionError) as error:
         # The message is the whole story; a traceback per rank would bury it.
-        if os.environ.get("RANK", "0") == "0":
+        if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

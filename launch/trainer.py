@@ -4,12 +4,16 @@ import math
 import resource
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from ds_mofa.deepspeed.registration import optimizer_of
+from launch.checkpoints import remove_old, seal, unseal
 from launch.encoding import IGNORED
+from launch.output import writing
 
 
 class FineTuner(SFTTrainer):
@@ -52,8 +56,20 @@ class FineTuner(SFTTrainer):
         return step
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        with self.stopped_clock():
-            super()._save_checkpoint(*args, **kwargs)
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        first, keep = self.args.should_save, self.args.save_total_limit
+        with self.stopped_clock(), writing(self.args.output_dir, f"the checkpoint of step {self.state.global_step}"):
+            if first:
+                unseal(folder)
+            self.args.save_total_limit = None  # HF would remove the old ones while other ranks still write this one
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            finally:
+                self.args.save_total_limit = keep
+            self.accelerator.wait_for_everyone()
+            if first:
+                seal(folder)
+                remove_old(self.args.output_dir, keep, self.state.best_model_checkpoint)
 
     @contextmanager
     def stopped_clock(self):

@@ -1,8 +1,9 @@
 """From an engine and its config to a MoFaSGD, or to an error that says what to change."""
 
+import difflib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepspeed import comm as dist
@@ -18,10 +19,11 @@ from ds_mofa.parameters import full_shape, split_parameters
 from ds_mofa.partition import Exchange
 from ds_mofa.step import MatrixStep
 
-__all__ = ["build_optimizer"]
+__all__ = ["build_optimizer", "read_options"]
 
 # DeepSpeed's own switches of its AdamW: they are for get_optimizer_configuration.
 _PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach", "fused")
+_SECTION = ("type", "params", "legacy_fusion")  # what DeepSpeed reads of "optimizer"
 
 _LARGE = 1 << 26  # elements
 
@@ -33,10 +35,7 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         OptionError: an option, or a combination with the rest of the config, that cannot work.
     """
     _refuse_unsupported(engine)
-    params = dict(engine.optimizer_params() or {})
-    if "max_grad_norm" in params:
-        raise OptionError('max_grad_norm is not an option of MoFaSGD: write "gradient_clipping" beside "optimizer"')
-    options, passed_on = Options.from_config(params, _PASSED_ON)
+    options, passed_on = read_options(engine._config._param_dict["optimizer"])
     split = split_parameters(engine.module, model_parameters, options, names=engine.param_names)
 
     replicated_fp32 = not engine.zero_optimization() and not (engine.fp16_enabled() or engine.bfloat16_enabled())
@@ -67,6 +66,30 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         print(f"ds_mofa: {split.summary()}", flush=True)  # loggers are often set to warnings only
     facade = ReplicatedMoFaSGD if replicated_fp32 else MoFaSGD
     return facade.from_parts(split, options, adamw, matrices)
+
+
+def read_options(section: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """The options in the JSON's ``"optimizer"``, and DeepSpeed's own switches among its ``"params"``.
+
+    Raises:
+        OptionError: a key or value that is not understood; DeepSpeed would leave an unknown key unread.
+    """
+    for key in section:
+        if key not in _SECTION:
+            close = difflib.get_close_matches(key, _SECTION, n=1)
+            raise OptionError(
+                f'"optimizer" has an unknown key {key!r}'
+                + (f"; did you mean {close[0]!r}?" if close else "")
+                + ' It takes "type" and "params"; options of MoFaSGD belong into "params"'
+            )
+    params = section.get("params")
+    if isinstance(params, Mapping) and "max_grad_norm" in params:
+        raise OptionError('max_grad_norm is not an option of MoFaSGD: write "gradient_clipping" beside "optimizer"')
+    options, passed_on = Options.from_config({} if params is None else params, _PASSED_ON)
+    for key, value in passed_on.items():
+        if not isinstance(value, bool):
+            raise OptionError(f"{key}={value!r} must be true or false: it chooses between DeepSpeed's AdamWs")
+    return options, passed_on
 
 
 def _large_ones_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -75,8 +75,8 @@ def test_numbers_in_the_json_become_defaults(tmp_path):
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (3, 5)
     assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (0.25, 0.5, 0.75)
     assert args.max_grad_norm == 1.0  # HF's own default
-    # What the command line says wins here; HF then raises where it contradicts the JSON.
-    assert parse(*MODEL, *DATA, "--deepspeed", str(file), "--learning_rate", "0.5")[2].learning_rate == 0.5
+    with pytest.raises(UserError, match='"optimizer.params.lr" is 0.25 there, and --learning_rate is 0.5'):
+        parse(*MODEL, *DATA, "--deepspeed", str(file), "--learning_rate", "0.5")
 
 
 @pytest.mark.parametrize(("name", "rate"), [("MoFaSGD", 6e-3), ("mofasgd", 6e-3), ("AdamW", 2e-5)])

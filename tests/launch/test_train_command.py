@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,11 @@ def command_environment(folder: Path) -> dict[str, str]:
     }
 
 
-def train(folder: Path, *words: str, config: str = "zero2_mofasgd", ranks: int = 2) -> subprocess.CompletedProcess:
+def train(
+    folder: Path, *words: str, config: str = "zero2_mofasgd", ranks: int = 2, script: str = "launch/train.py"
+) -> subprocess.CompletedProcess:
     """Run `deepspeed launch/train.py` from ``folder``, so from elsewhere than the repository's root."""
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / "launch/train.py")]
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / script)]
     command += ["--deepspeed", str(ROOT / f"configs/{config}.json")]
     if "--model_name_or_path" not in words:
         command += ["--model_config", "shape.json"]
@@ -149,12 +152,65 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(finished):
     # Under the memory profiler, which must not change a bit of what is trained.
     options = ["--resume_from_checkpoint", checkpoint, "--profile_memory", "--profile_hz", "50"]
     resumed = succeeded(train(folder, "--output_dir", "resumed", *options))
-    whole, again = (load_file(folder / name / "model.safetensors") for name in ("model", "resumed"))
-    assert whole.keys() == again.keys()
-    for name, weight in whole.items():
-        assert torch.equal(weight, again[name]), name
+    assert_same_model(folder / "model", folder / "resumed")
     assert losses_in(resumed) == losses_in(output)
     check_memory_report(folder / "resumed/memory", resumed)
+
+
+def faulty(folder: Path, fault: str, *words: str) -> subprocess.CompletedProcess:
+    """A run with a fault in it (see faulty.py), which must end by itself, and with an error."""
+    run = train(folder, *words, "--ddp_timeout", "60", "--fault", fault, script="tests/launch/faulty.py")
+    assert run.returncode != 0, run.stdout[-3000:]
+    return run
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+def test_sigterm_to_one_rank_saves_on_all_and_the_run_goes_on_from_there(finished):
+    folder, _ = finished
+    run = faulty(folder, "sigterm:3:1", "--output_dir", "stopped")
+    assert run.returncode == 143, run.stdout[-3000:] + run.stderr[-3000:]
+    said = "stopped by SIGTERM, saved stopped/checkpoint-3. Start the same command with --resume_from_checkpoint last"
+    assert run.stdout.count(said) == 1
+    assert not (folder / "stopped/model.safetensors").exists()  # nothing that looks like a finished model
+    succeeded(train(folder, "--output_dir", "stopped", "--resume_from_checkpoint", "last"))
+    assert_same_model(folder / "model", folder / "stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_that_is_killed_everywhere_ends_as_if_nothing_had_been(finished, rank):
+    """Killed in a step, then in a save, then in a resume, then told to stop; resumed each time from the last whole."""
+    folder, out = finished[0], f"killed{rank}"
+    words = ["--output_dir", out, "--save_strategy", "steps", "--save_steps", "1"]
+
+    def timed(fault: str, *more: str) -> str:
+        began = time.monotonic()
+        run = faulty(folder, f"{fault}:{rank}", *words, *more)
+        assert time.monotonic() - began < 120  # start, some steps, and the end within the timeout of 60 s
+        return run.stdout + run.stderr
+
+    def checkpoints() -> list[str]:
+        return sorted(path.name for path in (folder / out).glob("checkpoint-*"))
+
+    timed("step:3")
+    assert checkpoints() == ["checkpoint-1", "checkpoint-2"]
+    resume = ["--resume_from_checkpoint", "last"]
+    timed("save:2", *resume)  # of checkpoint-4
+    assert checkpoints() == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert not (folder / out / "checkpoint-4/complete.json").exists()
+    output = timed("resume:1", *resume)
+    assert f"passed over {out}/checkpoint-4, which is not whole" in output
+    output = timed("sigterm-all:2", *resume)
+    assert f"stopped by SIGTERM, saved {out}/checkpoint-5" in output
+    succeeded(train(folder, *words, *resume))
+    assert checkpoints() == ["checkpoint-5", "checkpoint-6"]
+    assert_same_model(folder / "model", folder / out)
 
 
 def check_memory_report(folder: Path, output: str) -> None:

@@ -11,7 +11,7 @@ BAD_STEP, STEPS = 2, 5
 
 
 def one_bad_step(stage: int, dtype: str, where: str, rank: int, clip: float = 0.0) -> dict:
-    """Six steps; in the third something is not finite: the loss of one rank, or one number in its sketches."""
+    """Five steps; in the third something is not finite: the loss of one rank, or one number in its sketches."""
     extra = {"fp16": SCALER} if dtype == "fp16" else {}
     with engine_for(config(stage, dtype=dtype, gradient_clipping=clip, **extra)) as engine:
         losses, seen = [], {}
@@ -31,8 +31,8 @@ def bad_step(engine, batch, where: str, mine: bool) -> None:
     (part,) = micro_batches(batch, dist.get_rank(), dist.get_world_size(), 1)
     loss = engine(*part)
     engine.backward(loss * float("inf") if mine and where == "loss" else loss)
-    if mine and where == "sketches":
-        engine.basic_optimizer.matrices.sketches[7] = float("nan")
+    if mine and where != "loss":
+        engine.basic_optimizer.matrices.sketches[7] = float("inf" if where == "inf in the sketches" else "nan")
     engine.step()
 
 
@@ -83,6 +83,18 @@ def test_an_fp16_overflow_on_one_rank_is_left_out_by_all(ran):
     dtype=["fp32", "bf16"],
 )
 def test_a_nan_on_one_rank_is_left_out_by_all(ran):
+    assert_left_out(ran)
+
+
+@on_ranks(
+    one_bad_step,
+    {"where": "loss", "rank": 1},
+    {"where": "inf in the sketches", "rank": 0},
+    {"where": "inf in the sketches", "rank": 1},
+    stage=[0, 1, 2, 3],
+    dtype=["fp32"],
+)
+def test_a_nan_or_inf_is_left_out_by_all_wherever_it_is(ran):
     assert_left_out(ran)
 
 

@@ -1,10 +1,13 @@
 """Options: what is refused, and that the message says which option, which value, and what would be right."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from ds_mofa import OptionError, Options
 
@@ -175,3 +178,39 @@ def test_derived_numbers():
     assert Options(lr=1e-2).adamw_lr_ratio == 0.1
     assert Options(lr=1e-2, adamw_lr=2e-4).adamw_lr_ratio == pytest.approx(0.02)
     assert Options(lr=1e-2, adamw_lr=0).adamw_lr_ratio == 0
+
+
+NAMES = [field.name for field in dataclasses.fields(Options)]
+ANY_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(-(10**400), 10**400) | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["auto", "spectral", "nearest", "linear", "(", "*", "a{99999999999999999999}", 1e-3, 8, 0.9]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)  # fmt: skip
+ANY_KEY = st.sampled_from([*NAMES, "betas", "eps", "learning_rate", "ranks"]) | st.text(max_size=12)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(ANY_KEY, ANY_VALUE, max_size=4))
+@example({"include": ["(" * 5000 + ")" * 5000]})
+@example({"include": ["a{99999999999999999999}"]})
+@example({"lr": 10**400})
+@example({"adamw_lr": 1.0, "lr": 10**300})
+@example({"adamw_betas": [0.5, 10**400]})
+def test_any_json_object_gives_options_or_an_error_that_names_the_key(params):
+    params = json.loads(json.dumps(params))
+    try:
+        options, rest = Options.from_config(params)
+    except OptionError as error:
+        message = str(error)
+        assert any(key in message or repr(key) in message for key in params), message
+        return
+    assert params.keys() <= {*NAMES, "betas", "eps"} and rest == {}
+    numbers = [options.gamma, options.adamw_lr_ratio, options.shape_factor(3, 5)]
+    assert all(isinstance(number, float) and not math.isnan(number) for number in numbers)
+
+
+@pytest.mark.parametrize("params", [[], [1], "lr", 3, True])
+def test_what_is_no_object_of_options_is_refused(params):
+    with pytest.raises(OptionError, match="params=.* must be an object of options"):
+        Options.from_config(params)
