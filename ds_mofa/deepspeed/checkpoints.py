@@ -123,7 +123,7 @@ def _description(engine, mofa: MoFaSGD) -> dict[str, Any]:
 
 def _names(engine, save_dir: str, tag: str) -> list[str]:
     """The files that all ranks together have written."""
-    world = engine.seq_dp_world_size
+    world = dist.get_world_size(engine.optimizer.dp_process_group) if engine.zero_optimization() else 1
     if engine.zero_optimization_partition_weights():
         paths = [engine._get_ckpt_name(save_dir, tag, pp_placeholder=str(rank)) for rank in range(world)]
     else:
