@@ -4,6 +4,7 @@
 #   make train OPTIMIZER=AdamW    the same run with AdamW
 #   make test                     the tests that need no GPU
 #   make test-slow, make test-gpu the others
+#   make test-long                of the slow ones, the 2000 steps on two ranks
 #   make verify-claim             AdamW and MoFaSGD in the paper's setting, measured and judged: needs a GPU of 80 GB
 #   make clean                    remove the environment and all outputs
 #
@@ -33,7 +34,7 @@ endif
 # The environment's own tools (deepspeed, ninja) come first; DeepSpeed looks ninja up by name.
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: help setup train test test-slow test-gpu verify-claim clean
+.PHONY: help setup train test test-slow test-long test-gpu verify-claim clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +65,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	python -m pytest -m slow
+
+test-long: $(STAMP)
+	python -m pytest -m slow tests/ranks/test_long.py
 
 test-gpu: $(STAMP)
 	python -m pytest -m gpu

@@ -1,6 +1,7 @@
 """MoFaSGD, the optimizer that users construct and that learning-rate schedulers see."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -230,6 +231,10 @@ class MoFaSGD(torch.optim.Optimizer):
 
 
 def clip_factor(norm: Tensor | float, max_norm: float) -> Tensor | float:
-    """The factor, <= 1, that takes a gradient of this norm to at most ``max_norm``, as DeepSpeed computes it."""
+    """The factor, <= 1, that takes a gradient of this norm to at most ``max_norm``, as DeepSpeed computes it; 0 where
+    the norm is NaN, which may come from AdamW's gradients alone and must not enter the momentum.
+    """
     excess = (norm + 1e-6) / max_norm
-    return 1.0 / (excess.clamp_min(1.0) if isinstance(excess, Tensor) else max(excess, 1.0))
+    if isinstance(excess, Tensor):
+        return 1.0 / excess.nan_to_num(nan=math.inf, posinf=math.inf).clamp_min(1.0)
+    return 0.0 if math.isnan(excess) else 1.0 / max(excess, 1.0)

@@ -146,17 +146,6 @@ def test_the_output_tells_the_story(finished):
     assert list((folder / "model").glob("runs/*/events.out.tfevents.*"))
 
 
-def test_a_resumed_run_ends_where_the_uninterrupted_one_did(finished):
-    folder, output = finished
-    checkpoint = f"model/checkpoint-{STEPS // 2}"
-    # Under the memory profiler, which must not change a bit of what is trained.
-    options = ["--resume_from_checkpoint", checkpoint, "--profile_memory", "--profile_hz", "50"]
-    resumed = succeeded(train(folder, "--output_dir", "resumed", *options))
-    assert_same_model(folder / "model", folder / "resumed")
-    assert losses_in(resumed) == losses_in(output)
-    check_memory_report(folder / "resumed/memory", resumed)
-
-
 def faulty(folder: Path, fault: str, *words: str) -> subprocess.CompletedProcess:
     """A run with a fault in it (see faulty.py), which must end by itself, and with an error."""
     run = train(folder, *words, "--ddp_timeout", "60", "--fault", fault, script="tests/launch/faulty.py")
@@ -171,15 +160,29 @@ def assert_same_model(one: Path, other: Path) -> None:
         assert torch.equal(weight, theirs[name]), name
 
 
-def test_sigterm_to_one_rank_saves_on_all_and_the_run_goes_on_from_there(finished):
+@pytest.fixture(scope="module")
+def stopped(finished) -> tuple[Path, subprocess.CompletedProcess]:
+    """The same run, of which one rank gets SIGTERM half way."""
     folder, _ = finished
-    run = faulty(folder, "sigterm:3:1", "--output_dir", "stopped")
+    return folder, faulty(folder, f"sigterm:{STEPS // 2}:1", "--output_dir", "stopped")
+
+
+def test_sigterm_to_one_rank_saves_on_all(stopped):
+    folder, run = stopped
     assert run.returncode == 143, run.stdout[-3000:] + run.stderr[-3000:]
-    said = "stopped by SIGTERM, saved stopped/checkpoint-3. Start the same command with --resume_from_checkpoint last"
-    assert run.stdout.count(said) == 1
+    assert run.stdout.count(f"stopped by SIGTERM, saved stopped/checkpoint-{STEPS // 2}. Start the same command") == 1
+    assert "--resume_from_checkpoint last" in run.stdout
     assert not (folder / "stopped/model.safetensors").exists()  # nothing that looks like a finished model
-    succeeded(train(folder, "--output_dir", "stopped", "--resume_from_checkpoint", "last"))
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_did(finished, stopped):
+    folder, output = finished
+    # Under the memory profiler, which must not change a bit of what is trained.
+    options = ["--resume_from_checkpoint", "last", "--profile_memory", "--profile_hz", "50"]
+    resumed = succeeded(train(folder, "--output_dir", "stopped", *options))
     assert_same_model(folder / "model", folder / "stopped")
+    assert losses_in(resumed) == losses_in(output)
+    check_memory_report(folder / "stopped/memory", resumed)
 
 
 @pytest.mark.slow
@@ -214,7 +217,7 @@ def test_a_run_that_is_killed_everywhere_ends_as_if_nothing_had_been(finished, r
 
 
 def check_memory_report(folder: Path, output: str) -> None:
-    assert "memory report: resumed/memory/report.html" in output
+    assert "memory report: stopped/memory/report.html" in output
     report = load_report(folder / "report.json")
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
     for rank in report["ranks"]:

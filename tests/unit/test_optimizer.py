@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 from ds_mofa import MoFaSGD, OptionError, Options
 from ds_mofa import step as step_module
 from ds_mofa.factors import Factors, update_many
+from ds_mofa.optimizer import clip_factor
 from tests.unit.dense_reference import (
     dense,
     departure_from_orthonormal,
@@ -533,6 +534,12 @@ def test_a_gradient_that_is_not_finite_moves_no_matrix_and_is_counted(capture, v
     assert optimizer.matrices.steps == started + 2
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert not torch.equal(model.first.weight, before["first.weight"])
+
+
+@pytest.mark.parametrize("norm, factor", [(math.nan, 0.0), (math.inf, 0.0), (4.0, 0.25), (0.5, 1.0)])
+def test_the_clipping_factor_is_a_number_for_every_norm(norm, factor):
+    assert clip_factor(norm, 1.0) == pytest.approx(factor, abs=1e-6)
+    assert float(clip_factor(torch.tensor(norm), 1.0)) == pytest.approx(factor, abs=1e-6)
 
 
 def test_a_norm_that_is_not_finite_is_reported():
