@@ -72,7 +72,8 @@ def test_nothing_drifts_in_two_thousand_steps(ran):
         for at in result["looks"]:
             assert at["orthonormal"] < 1e-5, at
             assert at["same"], at
-        # Bytes. One tensor kept a step would be 75 kB of the first, a copy of the matrices 37 MB of the second.
+        # Bytes, once the caches are warm. One tensor kept a step would be 50 kB of the first, a copy of the matrices
+        # 37 MB of the second.
         traced, resident = result["traced"], [at["resident"] for at in result["looks"]]
-        assert traced[-1] - traced[0] < 20_000, traced
+        assert traced[-1] - traced[1] < 20_000, traced
         assert resident[-1] - resident[1] < 8 << 20, resident
