@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from transformers import ProgressCallback, set_seed
 
 from ds_mofa import OptionError  # importing it registers "MoFaSGD" with DeepSpeed, before any engine is made
+from ds_mofa.deepspeed.checkpoints import CheckpointError
 from ds_mofa.profiler import MemoryCallback
 from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (UserError, OptionError) as error:
+    except (UserError, OptionError, CheckpointError) as error:
         # The message is the whole story; a traceback per rank would bury it.
         if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)

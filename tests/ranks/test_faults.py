@@ -177,11 +177,11 @@ def always_odd(steps: int) -> list:
     return [(tokens.clone().index_fill_(1, torch.tensor([0]), 1), targets) for tokens, targets in batches(steps)]
 
 
-def idle(stage: int, after: int) -> dict:
-    """Steps in which a matrix has no gradient at all, with ``after`` ordinary ones before them and two behind."""
+def idle(stage: int, trained: int) -> dict:
+    """Steps in which a matrix has no gradient at all, with ``trained`` ordinary ones before them and two behind."""
     model = toy(Sometimes)
     with engine_for(config(stage, options={"weight_decay": 0.0}), model=model) as engine:
-        for batch in batches(after):
+        for batch in batches(trained):
             train_step(engine, batch)
         start = whole_weights(model)["spare.weight"]
         for batch in always_odd(25):
@@ -216,12 +216,12 @@ def assert_orthonormal(factors: dict, tolerance: float = 1e-5) -> None:
             assert float((gram - torch.eye(len(gram))).abs().max()) < tolerance, (name, side)
 
 
-@on_ranks(idle, stage=[0, 3], after=[0, 3])
+@on_ranks(idle, stage=[0, 3], trained=[0, 3])
 def test_a_matrix_without_a_gradient_for_long_is_not_harmed(ran):
     for result in ran.ranks:
         assert torch.isfinite(result["end"]).all()
         assert torch.equal(result["end"], ran.ranks[0]["end"])
-        if ran.after == 0:  # no gradient yet: no momentum, and the weights stay
+        if ran.trained == 0:  # no gradient yet: no momentum, and the weights stay
             assert torch.equal(result["idle"], result["start"])
         assert not torch.equal(result["end"], result["idle"])  # and it learns as soon as there is one
     assert_orthonormal(ran.ranks[0]["factors"])
