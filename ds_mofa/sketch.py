@@ -44,7 +44,8 @@ class Sketch:
 
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
         """Add G = dy^T x without forming it. x: (..., n), dy: (..., m), of one dtype."""
-        if self._queue is not None and x.dtype == self.V.dtype == dy.dtype:
+        # In a compiled backward the products stand in the graph themselves.
+        if self._queue is not None and x.dtype == self.V.dtype == dy.dtype and not torch.compiler.is_compiling():
             self._queue.add(self._addresses, x.contiguous(), dy.contiguous())
             return
         with phase("capture"):
@@ -158,7 +159,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Sketch, gathered) -> Tensor:
-    if torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return SketchedLinear.apply(x, weight, bias, sketch, gathered)
     return _apply(x, weight, bias, sketch, gathered)
 
