@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_mofa.batching import together
 
-__all__ = ["Side", "Basis", "complements", "orthonormal_complement", "sketch_gram", "generic_columns"]
+__all__ = ["Side", "Basis", "complements", "sketch_gram", "generic_columns"]
 
 
 class Side(NamedTuple):
@@ -53,18 +53,6 @@ class Basis(NamedTuple):
     def turned(self, P: Tensor) -> Tensor:
         """[U Q] P, (B, m, r), in U's dtype; P (B, c + k, r)."""
         return (_joined(self.U, self.rough) @ (self.combination @ P.double())).to(self.rough.dtype)
-
-
-def orthonormal_complement(U: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (B, m, k) and R (B, k, r) with Y = U U^T Y + Q R, [U Q] orthonormal, k = min(r, m - r).
-
-    Only the r new directions are orthonormalised, U is left as it is. Q is orthonormal for every Y: a
-    direction that Y does not have (rank-deficient, zero, or inside span U) is filled with an
-    arbitrary one and gets zero in R.
-    """
-    [basis] = complements([Side(U, Y)])
-    c, k = U.shape[-1], basis.rough.shape[-1]
-    return basis.turned(torch.eye(c + k, device=U.device)[:, c:].expand(len(U), -1, -1)), basis.R
 
 
 def complements(sides: Sequence[Side]) -> list[Basis]:

@@ -93,6 +93,15 @@ class Queue:
         return cls(rank, working.dtype) if kernels and sketches.dtype == torch.float32 else None
 
     def add(self, addresses: tuple[int, int, int, int], x: Tensor, dy: Tensor) -> None:
+        """Sketch dy^T x later; within a backward.
+
+        Args:
+            addresses: of Y, Z, U and V.
+            x: (..., n), contiguous, in the queue's dtype.
+            dy: (..., m), likewise.
+        """
+        if x.numel() == 0:  # an expert that no token went to
+            return
         if not self._waiting:
             torch.autograd.Variable._execution_engine.queue_callback(self.take)
         self._waiting.append((addresses, x, dy))

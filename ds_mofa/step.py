@@ -361,11 +361,11 @@ class MatrixStep:
 
     def _report(self, grams: Sequence[Grams], updated: Sequence[Factors], clip: float | Tensor) -> None:
         """Measure this rank's matrices, and give every rank the measures of all. Collective, before ``_keep``."""
+        gamma = self.options.gamma * clip
         values = torch.zeros(len(self.matrices), len(MEASURES), dtype=torch.float64, device=self.factors.device)
         for block, (left, right), new in zip(self._mine, grams, updated):
             _, _, old_sigma = block.views(self.factors, self._segment_start)
             members = torch.tensor(block.members, device=values.device)
-            gamma = self.options.gamma * clip
             values[members] = measure(old_sigma, left, right, new.sigma, beta=self.options.beta, gamma=gamma)
         names = [matrix.name for matrix in self.matrices]
         self.report = Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ds_mofa.deepspeed.checkpoints import write_atomically
 from launch.errors import UserError
 
 LAST = "last"
@@ -74,9 +75,7 @@ def seal(folder: str | Path) -> None:
     folder = Path(folder)
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    half = folder / f"{SEAL}.tmp"
-    half.write_text(json.dumps(sizes, indent=1))
-    half.replace(folder / SEAL)  # at once: there is no half a seal
+    write_atomically(folder / SEAL, json.dumps(sizes, indent=1).encode())  # there is no half a seal
 
 
 def unseal(folder: str | Path) -> None:

@@ -88,8 +88,7 @@ def measure(run: str, shape: str, args: argparse.Namespace, out: Path) -> dict:
     row = {"run": run, "shape": shape, "gpus": args.gpus, "date": datetime.date.today().isoformat()}
     if result_file.exists():
         return {**row, **json.loads(result_file.read_text())}
-    lines = log.read_text(errors="replace").splitlines()
-    errors = [line for line in lines if "Error" in line or line.startswith(f"{run}: ")]
+    errors = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
     return {**row, "error": (errors or [f"no result, see {log}"])[-1][-300:]}
 
 

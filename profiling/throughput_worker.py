@@ -31,10 +31,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0)
     args = parser.parse_args()
 
-    backend, optimizer, *options = args.run.split(":")
-    options = dict(option.split("=") for option in options)
-    if unknown := options.keys() - OPTIONS:
-        raise SystemExit(f"{args.run}: no option {', '.join(sorted(unknown))}; there are {', '.join(sorted(OPTIONS))}")
+    backend, optimizer, options = parse_run(args.run)
     tokens, micro_batches = map(int, args.shape.split("x"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", args.local_rank) if cuda else torch.device("cpu")
@@ -85,6 +82,19 @@ def main() -> None:
     }
     if args.local_rank == 0:
         Path(args.result).write_text(json.dumps(result))
+
+
+def parse_run(run: str) -> tuple[str, str, dict[str, str]]:
+    """Backend, optimizer and options of BACKEND:OPTIMIZER[:OPTION=VALUE...].
+
+    Raises:
+        ValueError: an option that no run has, which would otherwise go unread.
+    """
+    backend, optimizer, *options = run.split(":")
+    options = dict(option.split("=") for option in options)
+    if unknown := options.keys() - OPTIONS:
+        raise ValueError(f"{run}: no option {', '.join(sorted(unknown))}; there are {', '.join(sorted(OPTIONS))}")
+    return backend, optimizer, options
 
 
 def clock(device: torch.device) -> float:

@@ -95,8 +95,7 @@ def make_trainer(run: str, model_config: str, micro_batches: int, device: torch.
     sys.path.append(str(HERE))
     import throughput_worker as worker
 
-    backend, optimizer, *options = run.split(":")
-    options = dict(option.split("=") for option in options)
+    backend, optimizer, options = worker.parse_run(run)
     if optimizer.lower() == "lora":
         return LoRATrainer(worker, model_config, options, micro_batches, device)
     if backend == "torch":

@@ -22,7 +22,17 @@ from deepspeed import comm as dist
 from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.step import STATE_FORMAT
 
-__all__ = ["MANIFEST", "CheckpointError", "agree", "check", "files_of", "invalidate", "verify", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "CheckpointError",
+    "agree",
+    "check",
+    "files_of",
+    "invalidate",
+    "verify",
+    "write_atomically",
+    "write_manifest",
+]
 
 MANIFEST = "mofasgd_manifest.json"
 FORMAT = 1

@@ -17,7 +17,7 @@ from ds_mofa.factors import (
     update_factors,
     update_many,
 )
-from ds_mofa.orthonormal import Side, complements, orthonormal_complement
+from ds_mofa.orthonormal import Side, complements
 from tests.unit.dense_reference import (
     dense,
     departure_from_orthonormal,
@@ -293,6 +293,13 @@ def test_tangent_projection_loses_least(m, n, gradient, seed):
 
 
 # ---------------------------------------------------------------------- the new directions alone
+
+
+def orthonormal_complement(U, Y):
+    """Q (B, m, k) and R (B, k, r) with Y = U U^T Y + Q R, written out."""
+    [basis] = complements([Side(U, Y)])
+    c, k = U.shape[-1], basis.rough.shape[-1]
+    return basis.turned(torch.eye(c + k)[:, c:].expand(len(U), -1, -1)), basis.R
 
 
 @DTYPES

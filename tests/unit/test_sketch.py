@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import split_parameters
-from ds_mofa.sketch import Sketch, attach
+from ds_mofa.sketch import Queue, Sketch, attach
 from tests.unit.dense_reference import relative_error
 
 RANK = 3
@@ -526,3 +526,10 @@ def test_taking_an_earlier_attachment_off_leaves_a_later_one_on():
     assert later[0].Y.any() and not earlier[0].Y.any() and "forward" in vars(model[0])
     second.remove()
     assert "forward" not in vars(model[0])
+
+
+def test_a_linear_without_tokens_does_not_wait():
+    queue = Queue(2, torch.bfloat16)
+    queue.add((0, 0, 0, 0), torch.empty(0, 6), torch.empty(0, 5))
+    queue.take()
+    assert not queue._waiting
