@@ -14,7 +14,6 @@ sys.path[0] = str(HERE.parent)
 import torch
 
 from ds_mofa.profiler import MemoryProfiler
-from launch.distributed import unlink_shared_buffer
 
 WARM_UP = 2  # steps before the one that is recorded allocation by allocation
 
@@ -54,6 +53,8 @@ def main() -> None:
         torch.manual_seed(0)
         trainer = make_trainer(args.run, args.model_config, micro_batches, device)
         if not cuda and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from launch.distributed import unlink_shared_buffer  # brings in what only the training command needs
+
             unlink_shared_buffer()
         profiler.watch(getattr(trainer, "engine", None) or trainer.model, getattr(trainer, "optimizer", None))
         generator = torch.Generator().manual_seed(args.local_rank)

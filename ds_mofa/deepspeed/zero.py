@@ -37,14 +37,25 @@ class GatheredWeight:
             self._weight.partition()
 
 
-def wrap_zero(optimizer, mofa: MoFaSGD):
-    """Weave ``mofa``'s matrices into the ZeRO optimizer that DeepSpeed has built around its AdamW."""
+def wrap_zero(optimizer, mofa: MoFaSGD, managed_accumulation: bool = True):
+    """Weave ``mofa``'s matrices into the ZeRO optimizer that DeepSpeed has built around its AdamW.
+
+    Args:
+        managed_accumulation: DeepSpeed counts the micro-batches of a step, and so knows its last one.
+    """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         mixin = Stage3Mixin
     elif isinstance(optimizer, BF16_Optimizer):
         mixin = Bf16Mixin
     else:
         mixin = Stage12Mixin
+        optimizer.reduces_once = (
+            mofa.options.adamw_reduce == "step"
+            and managed_accumulation
+            and optimizer.partition_gradients
+            and not optimizer.cpu_offload
+            and not optimizer.use_separate_grad_accum
+        )
     return swap_class(optimizer, mixin, mofa)
 
 
@@ -167,7 +178,26 @@ class ZeroMixin(MatrixMixin):
 
 
 class Stage12Mixin(ZeroMixin):
-    """DeepSpeedZeroOptimizer: stages 1 and 2."""
+    """DeepSpeedZeroOptimizer: stages 1 and 2.
+
+    Stage 2 sends every micro-batch's gradients, so that no rank need hold all of them. What is left without the
+    matrices is few but large, an embedding and an output head: every rank's partition has a piece of each, and so it
+    is held whole all the same. ``reduces_once`` lets it add up where autograd puts it until the step's last
+    micro-batch, as stage 1 does, which spares the others their all-reduce and the host its waiting for it.
+    """
+
+    reduces_once: bool
+
+    def process_gradients(self, param, i):
+        if not self._holds_back():
+            super().process_gradients(param, i)
+
+    def overlapping_partition_gradients_reduce_epilogue(self):
+        if not self._holds_back():
+            super().overlapping_partition_gradients_reduce_epilogue()
+
+    def _holds_back(self) -> bool:
+        return self.reduces_once and not self.is_gradient_accumulation_boundary()
 
     def bind_accessors(self) -> None:
         super().bind_accessors()
