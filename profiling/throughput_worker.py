@@ -23,7 +23,7 @@ OPTIONS = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", required=True)
-    parser.add_argument("--shape", required=True)
+    parser.add_argument("--shapes", nargs="+", required=True)
     parser.add_argument("--model_config", required=True)
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
@@ -32,21 +32,42 @@ def main() -> None:
     args = parser.parse_args()
 
     backend, optimizer, options = parse_run(args.run)
-    tokens, micro_batches = map(int, args.shape.split("x"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", args.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
 
+    micro_batches = int(args.shapes[0].split("x")[1])
     if backend == "torch":
         trainer = TorchTrainer(args.model_config, optimizer, options, micro_batches, device)
     else:
         trainer = DeepSpeedTrainer(args.model_config, backend, optimizer, options, micro_batches, device)
-    vocabulary = trainer.config.vocab_size
-    generator = torch.Generator().manual_seed(args.local_rank)
-    batches = torch.randint(vocabulary, (micro_batches, 1, tokens), generator=generator).to(device)
+    versions = {
+        "hardware": torch.cuda.get_device_name() if cuda else "CPU",
+        "model": Path(args.model_config).stem,
+        "parameters": trainer.parameters,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ds_mofa": ds_mofa.__version__,
+        **trainer.versions(),
+    }
+    results = {}
+    for shape in args.shapes:
+        results[shape] = {**measure(trainer, shape, args, device), **versions}
+        if args.local_rank == 0:
+            Path(args.result).write_text(json.dumps(results))
 
+
+def measure(trainer, shape: str, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Times and memory of training steps on a batch of TOKENSxMICRO_BATCHES, the same in each."""
+    tokens, micro_batches = map(int, shape.split("x"))
+    trainer.accumulate_over(micro_batches)
+    cuda = device.type == "cuda"
+    generator = torch.Generator().manual_seed(args.local_rank)
+    batches = torch.randint(trainer.config.vocab_size, (micro_batches, 1, tokens), generator=generator).to(device)
+    if cuda:  # the driver's figure is to be of this shape
+        torch.cuda.empty_cache()
     micro_ms, step_ms = [], []
     loss = None
     for step in range(args.warmup + args.steps):
@@ -65,23 +86,14 @@ def main() -> None:
     micro, step = statistics.median(micro_ms), statistics.median(step_ms)
     memory = memory_used(args.local_rank) if cuda else {}
     parts = look_inside(trainer, batches) if cuda else {}
-    result = {
+    return {
         "micro_batch_ms": round(micro, 2),
         "step_ms": round(step, 2),
         "tokens_per_second": round(tokens * micro_batches / (micro * micro_batches + step) * 1e3),
         **memory,
         **parts,
         "last_loss": round(float(loss), 4),
-        "hardware": torch.cuda.get_device_name() if cuda else "CPU",
-        "model": Path(args.model_config).stem,
-        "parameters": trainer.parameters,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ds_mofa": ds_mofa.__version__,
-        **trainer.versions(),
     }
-    if args.local_rank == 0:
-        Path(args.result).write_text(json.dumps(result))
 
 
 def parse_run(run: str) -> tuple[str, str, dict[str, str]]:
@@ -193,6 +205,9 @@ class TorchTrainer:
         else:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), **params, fused=device.type == "cuda")
 
+    def accumulate_over(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+
     def accumulate(self, ids: torch.Tensor) -> torch.Tensor:
         loss = self.model(input_ids=ids, labels=ids).loss
         (loss / self.micro_batches).backward()
@@ -248,10 +263,15 @@ class DeepSpeedTrainer:
         self._version = deepspeed.__version__
         self.micro_batches, self._count = micro_batches, 0
 
+    def accumulate_over(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+        self.engine.set_train_batch_size(micro_batches * self.engine.dp_world_size)
+
     def accumulate(self, ids: torch.Tensor) -> torch.Tensor:
         if self._count:
             self.engine.step()  # counts the micro-batch before; the last one's call is the optimizer's
         self._count = (self._count + 1) % self.micro_batches
+        self.engine.set_gradient_accumulation_boundary(self._count == 0)
         loss = self.engine(input_ids=ids, labels=ids).loss
         self.engine.backward(loss)
         return loss.detach()
