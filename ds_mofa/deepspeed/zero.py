@@ -226,7 +226,11 @@ class Stage12Mixin(ZeroMixin):
             self.check_grad_overflow = checks
 
     def has_overflow(self, partition_gradients=True):
-        return super().has_overflow(partition_gradients) or not self.mofa.matrices.finite
+        if not self.mofa.matrices.finite:
+            return True
+        if self.compute_grad_norm and not self.cpu_offload:
+            return False  # the norm, which is next, shows it; a search of every tensor would cost as much as the update
+        return super().has_overflow(partition_gradients)
 
     def scaled_global_norm(self, norm_type=2):
         return self.with_matrix_norm([super().scaled_global_norm(norm_type)])
