@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
+from ds_mofa.deepspeed.gradients import GradientMixin
 from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, forget
 from ds_mofa.optimizer import MoFaSGD, clip_factor
 from ds_mofa.phases import phase
@@ -49,14 +50,10 @@ def wrap_zero(optimizer, mofa: MoFaSGD, managed_accumulation: bool = True):
         mixin = Bf16Mixin
     else:
         mixin = Stage12Mixin
-        optimizer.reduces_once = (
-            mofa.options.adamw_reduce == "step"
-            and managed_accumulation
-            and optimizer.partition_gradients
-            and not optimizer.cpu_offload
-            and not optimizer.use_separate_grad_accum
-        )
-    return swap_class(optimizer, mixin, mofa)
+    optimizer = swap_class(optimizer, mixin, mofa)
+    if mixin is Stage12Mixin:
+        optimizer.plan_reductions(mofa.options.adamw_reduce == "step", managed_accumulation)
+    return optimizer
 
 
 def swap_class(optimizer, mixin: type, mofa: MoFaSGD):
@@ -177,27 +174,8 @@ class ZeroMixin(MatrixMixin):
             self.mofa.matrices.refresh_masters()
 
 
-class Stage12Mixin(ZeroMixin):
-    """DeepSpeedZeroOptimizer: stages 1 and 2.
-
-    Stage 2 sends every micro-batch's gradients, so that no rank need hold all of them. What is left without the
-    matrices is few but large, an embedding and an output head: every rank's partition has a piece of each, and so it
-    is held whole all the same. ``reduces_once`` lets it add up where autograd puts it until the step's last
-    micro-batch, as stage 1 does, which spares the others their all-reduce and the host its waiting for it.
-    """
-
-    reduces_once: bool
-
-    def process_gradients(self, param, i):
-        if not self._holds_back():
-            super().process_gradients(param, i)
-
-    def overlapping_partition_gradients_reduce_epilogue(self):
-        if not self._holds_back():
-            super().overlapping_partition_gradients_reduce_epilogue()
-
-    def _holds_back(self) -> bool:
-        return self.reduces_once and not self.is_gradient_accumulation_boundary()
+class Stage12Mixin(GradientMixin, ZeroMixin):
+    """DeepSpeedZeroOptimizer: stages 1 and 2."""
 
     def bind_accessors(self) -> None:
         super().bind_accessors()
