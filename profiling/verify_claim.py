@@ -146,8 +146,6 @@ def prediction(run: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]
     backend, optimizer, *options = run.split(":")
     options = dict(option.split("=") for option in options)
     tokens, micro_batches = map(int, args.shape.split("x"))
-    if options.get("liger") == "1":
-        return {"error": "the prediction knows HF's own layers and loss, not liger-kernel's"}
     try:
         return predict(
             Setting(
@@ -160,6 +158,7 @@ def prediction(run: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]
                 rank=int(options.get("r", 8)),
                 states=options.get("states", "fp32"),
                 checkpointing=options.get("checkpointing") == "1",
+                liger=options.get("liger") == "1",
                 bucket=int(options.get("bucket", 100_000_000)),
                 contiguous=options.get("contiguous", "1") == "1",
             )

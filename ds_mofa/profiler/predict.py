@@ -28,6 +28,10 @@ OPTIMIZERS = ("AdamW", "MoFaSGD", "LoRA", "Muon", "GaLore")
 CUDA_CONTEXT = 1_500_000_000  # the driver's own reserve on the device included
 NCCL = 1_100_000_000  # of a rank
 
+# In the allocator, from the first product on: what PyTorch gives cuBLAS to work in on Hopper, 32 MiB for each thread
+# that multiplies, forward's and autograd's.
+CUBLAS = 2 * (32 << 20)
+
 _LARGE = 1 << 26  # elements; ds_mofa.deepspeed.build gives such parameters groups of their own
 
 
@@ -46,6 +50,7 @@ class Setting:
         rank: of MoFaSGD, LoRA and GaLore.
         states: "fp32" or "bf16": DeepSpeed's master weights and moments. A plain loop keeps all in bf16.
         checkpointing: recompute layers in backward.
+        liger: liger-kernel's fused norms, rotary embedding, SwiGLU and loss.
         bucket: DeepSpeed's reduce_bucket_size, elements.
         contiguous: DeepSpeed's contiguous_gradients.
     """
@@ -60,6 +65,7 @@ class Setting:
     rank: int = 8
     states: str = "fp32"
     checkpointing: bool = False
+    liger: bool = False
     bucket: int = 100_000_000
     contiguous: bool = True
 
@@ -100,14 +106,15 @@ def predict(setting: Setting) -> dict[str, Any]:
         setting.micro_batch,
         setting.rank,
         setting.checkpointing,
+        setting.liger,
     )
     always = _always(setting, batch)
     peak = max(_candidates(setting, batch), key=lambda candidate: sum(candidate.extra.values()))
-    categories = dict(always)
+    categories = {**always, "workspace": CUBLAS}
     for name, size in peak.extra.items():
         categories[name] = categories.get(name, 0) + size
     allocated = sum(categories.values())
-    categories["allocator slack"] = _slack(setting, batch, always, allocated)
+    categories["allocator slack"] = _slack(setting, batch, always, allocated - CUBLAS)
     categories["CUDA context"] = CUDA_CONTEXT
     if setting.gpus > 1:
         categories["communication buffers"] = categories.get("communication buffers", 0) + NCCL
@@ -122,14 +129,16 @@ def predict(setting: Setting) -> dict[str, Any]:
 
 
 def on_host(predicted: dict[str, Any]) -> dict[str, Any]:
-    """A prediction without what only a device has: its context, NCCL, the allocator's slack."""
+    """A prediction without what only a device has: its context, NCCL, cuBLAS's workspace, the allocator's slack."""
     categories = dict(predicted["categories"])
+    categories["workspace"] -= CUBLAS
     for name in ("CUDA context", "allocator slack"):
         categories.pop(name, None)
     if predicted["setting"]["gpus"] > 1:
         categories["communication buffers"] -= NCCL
     categories = {name: size for name, size in categories.items() if size}
-    return {**predicted, "categories": categories, "total": sum(categories.values())}
+    allocated = predicted["allocated"] - CUBLAS
+    return {**predicted, "allocated": allocated, "categories": categories, "total": sum(categories.values())}
 
 
 def _content(path: str) -> str:
@@ -140,9 +149,17 @@ def _content(path: str) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _simulated(content: str, optimizer: str, seq: int, micro_batch: int, rank: int, checkpointing: bool) -> MicroBatch:
+def _simulated(
+    content: str, optimizer: str, seq: int, micro_batch: int, rank: int, checkpointing: bool, liger: bool
+) -> MicroBatch:
     return simulate(
-        json.loads(content), optimizer, tokens=seq, micro_batch=micro_batch, rank=rank, checkpointing=checkpointing
+        json.loads(content),
+        optimizer,
+        tokens=seq,
+        micro_batch=micro_batch,
+        rank=rank,
+        checkpointing=checkpointing,
+        liger=liger,
     )
 
 

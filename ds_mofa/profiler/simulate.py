@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import split_parameters
+from ds_mofa.profiler.liger import MODELS, fused
 from ds_mofa.profiler.trace import StorageTracker
 
 __all__ = ["MicroBatch", "Moment", "Parameter", "simulate"]
@@ -86,6 +87,7 @@ def simulate(
     micro_batch: int = 1,
     rank: int = 8,
     checkpointing: bool = False,
+    liger: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> MicroBatch:
     """Run one micro-batch.
@@ -98,10 +100,12 @@ def simulate(
         micro_batch: sequences.
         rank: of MoFaSGD and LoRA.
         checkpointing: recompute each layer in backward.
+        liger: with liger-kernel's fused operators (:mod:`ds_mofa.profiler.liger`).
         dtype: of weights and activations.
 
     Raises:
-        PredictionError: the model cannot be built from its config, or transformers is missing.
+        PredictionError: the model cannot be built from its config, transformers is missing, or it is not known which of
+            the model's operators liger-kernel would replace.
     """
     with FakeTensorMode(), _one_sequence_a_row():
         model = _build(model_config, dtype)
@@ -117,7 +121,8 @@ def simulate(
             for p, name in names.items()
         ]
         ids = torch.zeros(micro_batch, tokens, dtype=torch.long)
-        order, peaks, at_completion, events = _run(model, ids, kinds, names)
+        with _operators(model, liger):
+            order, peaks, at_completion, events = _run(model, ids, kinds, names)
     return MicroBatch(parameters, order, peaks, at_completion, events)
 
 
@@ -177,6 +182,18 @@ class _LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.B(self.A(x)) * 2.0
+
+
+def _operators(model: nn.Module, liger: bool) -> contextlib.AbstractContextManager:
+    """Within: the model computes with liger-kernel's operators, or with its own."""
+    if not liger:
+        return contextlib.nullcontext()
+    if model.config.model_type not in MODELS:
+        raise PredictionError(
+            f'liger-kernel with a model of type "{model.config.model_type}" cannot be predicted: which of its operators '
+            f"are replaced is known of {', '.join(MODELS)}. Predict it without liger"
+        )
+    return fused(model)
 
 
 @contextlib.contextmanager
