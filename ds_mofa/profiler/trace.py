@@ -193,7 +193,7 @@ class StorageTracker(TorchDispatchMode):
         self.peak = 0
         for tensor in ignored:
             self._add(tensor, None)
-        self.allocations, self.live = [], 0
+        self.allocations, self.live, self.peak = [], 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
