@@ -51,6 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no_contiguous", dest="contiguous", action="store_false", help="DeepSpeed's contiguous_gradients off"
     )
+    parser.add_argument(
+        "--adamw_reduce", default="step", choices=["step", "micro_batch"], help="MoFaSGD's option, in ZeRO-2"
+    )
     parser.add_argument("--output", help="JSON file to write")
     return parser
 

@@ -53,6 +53,7 @@ class Setting:
         liger: liger-kernel's fused norms, rotary embedding, SwiGLU and loss.
         bucket: DeepSpeed's reduce_bucket_size, elements.
         contiguous: DeepSpeed's contiguous_gradients.
+        adamw_reduce: ds_mofa's option of that name: "step", or "micro_batch".
     """
 
     model_config: str
@@ -68,6 +69,7 @@ class Setting:
     liger: bool = False
     bucket: int = 100_000_000
     contiguous: bool = True
+    adamw_reduce: str = "step"
 
     def __post_init__(self):
         names = {name.lower(): name for name in OPTIMIZERS}
@@ -81,6 +83,8 @@ class Setting:
             raise PredictionError(f"zero is {self.zero}: give none, 0, 1, 2 or 3")
         if self.states not in ("fp32", "bf16"):
             raise PredictionError(f"states is {self.states!r}: give fp32 or bf16")
+        if self.adamw_reduce not in ("step", "micro_batch"):
+            raise PredictionError(f"adamw_reduce is {self.adamw_reduce!r}: give step or micro_batch")
         if self.zero is None and self.gpus > 1:
             raise PredictionError("several GPUs without ZeRO: ds_mofa has no such backend. Give --zero 0, 1, 2 or 3")
         if self.zero == 0 and self.states == "bf16":
@@ -233,9 +237,11 @@ def _candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
 
 
 def _zero(setting: Setting) -> ZeroSettings:
+    held_back = setting.optimizer == "MoFaSGD" and setting.adamw_reduce == "step" and setting.micro_batches > 1
     return ZeroSettings(
         stage=setting.zero,
         world_size=setting.gpus,
+        reduces_once=setting.zero == 1 or (setting.zero == 2 and held_back),
         state_bytes=4 if setting.states == "fp32" else 2,
         reduce_bucket_size=setting.bucket,
         contiguous_gradients=setting.contiguous,
@@ -300,7 +306,7 @@ def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocate
             batch,
             groups,
             buffers,
-            stage=zero.stage,
+            reduces_once=zero.reduces_once,
             touched=touched,
             sizes=sizes,
             state_bytes=zero.state_bytes,

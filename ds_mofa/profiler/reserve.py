@@ -141,7 +141,7 @@ def reserved_by_stage12(
     groups: Sequence[Sequence[Parameter]],
     buffers: Sequence[int],
     *,
-    stage: int,
+    reduces_once: bool,
     touched: int,
     sizes: Sequence[int],
     state_bytes: int,
@@ -153,6 +153,7 @@ def reserved_by_stage12(
     """Bytes reserved after two steps under ZeRO stage 1 or 2; see :mod:`ds_mofa.profiler.zero` for what is when.
 
     Args:
+        reduces_once: of :class:`ds_mofa.profiler.zero.ZeroSettings`.
         touched, sizes: of :func:`ds_mofa.profiler.zero.partitioned`.
         state_bytes: of one number of the masters and moments.
         own_masters: whether the masters are a copy.
@@ -193,11 +194,11 @@ def reserved_by_stage12(
                 numel = numels[name]
                 if contiguous and state["buckets"] is None:
                     state["buckets"] = [allocator.alloc(bucket // 2) for _ in range(2)]
-                if stage == 2:
+                if not reduces_once:
                     fresh = allocator.alloc(2 * numel)
                 elif name not in whole:
                     whole[name] = allocator.alloc(2 * numel)
-                reduces = stage == 2 or last
+                reduces = last or not reduces_once
                 if reduces and state["elements"] and state["elements"] + numel > bucket // 4:
                     if contiguous and state["filled"] is None:
                         state["filled"] = allocator.alloc(2 * touched)
@@ -205,18 +206,18 @@ def reserved_by_stage12(
                         allocator.free(waiting.pop())
                     state["elements"] = 0
                 state["elements"] += numel
-                if stage == 2 and numel > bucket // 4:
+                if not reduces_once and numel > bucket // 4:
                     waiting.append(fresh)
-                elif stage == 2:
+                elif not reduces_once:
                     allocator.free(fresh)
 
             _play(allocator, batch, complete)
-            if contiguous and state["filled"] is None and (stage == 2 or last):
+            if contiguous and state["filled"] is None and (last or not reduces_once):
                 state["filled"] = allocator.alloc(2 * touched)
             for handle in [*waiting, *(state["buckets"] or [])]:
                 allocator.free(handle)
             if state["filled"] is not None:
-                if stage == 2 and kept:
+                if kept:
                     allocator.free(state["filled"])  # added to the first one's
                 else:
                     kept.append(state["filled"])

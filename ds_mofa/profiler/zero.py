@@ -13,10 +13,15 @@ __all__ = ["Candidate", "ZeroSettings", "partitioned", "stage12_candidates", "st
 
 @dataclasses.dataclass(frozen=True)
 class ZeroSettings:
-    """Of ``zero_optimization`` in DeepSpeed's JSON, under their names there; sizes in elements."""
+    """Of ``zero_optimization`` in DeepSpeed's JSON, under their names there; sizes in elements.
+
+    ``reduces_once`` is not DeepSpeed's: gradients add up whole, where autograd puts them, until the last micro-batch of
+    a step. So they do in stage 1, and in stage 2 those that ds_mofa holds back (its option ``adamw_reduce``).
+    """
 
     stage: int
     world_size: int
+    reduces_once: bool = False
     state_bytes: int = 4  # of one number of the master weights and of each moment: 4, or 2 for bf16 states
     reduce_bucket_size: int = 100_000_000
     stage3_max_live_parameters: int = 1_000_000_000
@@ -61,8 +66,8 @@ def stage12_candidates(
 
     Backward. Stage 2 keeps, from one micro-batch to the next, one flat buffer of the gradients that this rank's
     partition touches (``grads_in_partition``), and fills another in each micro-batch, allocated when the first bucket
-    is reduced. Stage 1 keeps whole gradients, and with ``contiguous_gradients`` copies them into such a buffer in the
-    last micro-batch. A gradient larger than the bucket waits, whole, until the next one comes.
+    is reduced. Where gradients are reduced once a step they stay whole, and with ``contiguous_gradients`` are copied into
+    such a buffer in the last micro-batch. A gradient larger than the bucket waits, whole, until the next one comes.
 
     Step, group by group: a flat copy of the partition's gradients, then its conversion to the masters' dtype, beside
     what the accumulated gradients still hold.
@@ -71,8 +76,7 @@ def stage12_candidates(
     touched, sizes = partitioned(groups, zero.world_size)
     whole = 2 * sum(p.numel for p in trained.values())
     kept = 2 * touched
-    stage2 = zero.stage == 2
-    before = (kept if stage2 else whole) if micro_batches > 1 else 0
+    before = (whole if zero.reduces_once else kept) if micro_batches > 1 else 0
     buffers = (2 if zero.overlap_comm else 1) * 2 * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     candidates = [
         Candidate(
@@ -92,7 +96,7 @@ def stage12_candidates(
         if param is None:
             continue
         size = 2 * param.numel
-        own = size if stage2 else 0  # stage 1 adds it to one that is there
+        own = 0 if zero.reduces_once else size  # or it is added to one that is there
         if elements and elements + param.numel > zero.reduce_bucket_size:
             filled = kept if zero.contiguous_gradients else 0
             extra = {"gradients": before + filled + waiting + own, "communication buffers": buffers}
