@@ -93,8 +93,11 @@ class Setting:
             raise PredictionError("GaLore does not run under ZeRO: predict it with --zero none")
 
 
-def predict(setting: Setting) -> dict[str, Any]:
-    """The peak of the fullest rank, in bytes.
+def predict(setting: Setting, process: int | None = None) -> dict[str, Any]:
+    """The peak of one rank, in bytes.
+
+    Args:
+        process: which; by default the fullest. In stages 1 and 2 they differ, see :mod:`ds_mofa.profiler.zero`.
 
     Returns:
         ``allocated``, by PyTorch's allocator; ``total``, as NVML would see it; ``categories``, which add up to
@@ -113,12 +116,14 @@ def predict(setting: Setting) -> dict[str, Any]:
         setting.liger,
     )
     always = _always(setting, batch)
-    peak = max(_candidates(setting, batch), key=lambda candidate: sum(candidate.extra.values()))
+    several = range(setting.gpus) if setting.zero in (1, 2) else (0,)
+    moments = [(c, p) for p in (several if process is None else (process,)) for c in _candidates(setting, batch, p)]
+    peak, process = max(moments, key=lambda moment: sum(moment[0].extra.values()))
     categories = {**always, "workspace": CUBLAS}
     for name, size in peak.extra.items():
         categories[name] = categories.get(name, 0) + size
     allocated = sum(categories.values())
-    categories["allocator slack"] = _slack(setting, batch, always, allocated - CUBLAS)
+    categories["allocator slack"] = _slack(setting, batch, always, allocated - CUBLAS, process)
     categories["CUDA context"] = CUDA_CONTEXT
     if setting.gpus > 1:
         categories["communication buffers"] = categories.get("communication buffers", 0) + NCCL
@@ -221,10 +226,10 @@ def _moments(setting: Setting, trained: list[Parameter], sharded: int, state: in
     return {"AdamW states": adamw, "other optimizer states": state * projected}
 
 
-def _candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
+def _candidates(setting: Setting, batch: MicroBatch, process: int) -> list[Candidate]:
     groups = _groups(setting, batch)
     if setting.zero in (1, 2):
-        found = stage12_candidates(_zero(setting), groups, batch, setting.micro_batches)
+        found = stage12_candidates(_zero(setting), groups, batch, setting.micro_batches, process)
     else:
         found = _other_candidates(setting, batch)
     step = _step_workspace(setting, batch)
@@ -237,11 +242,11 @@ def _candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
 
 
 def _zero(setting: Setting) -> ZeroSettings:
-    held_back = setting.optimizer == "MoFaSGD" and setting.adamw_reduce == "step" and setting.micro_batches > 1
+    held_back = setting.zero == 2 and setting.optimizer == "MoFaSGD" and setting.adamw_reduce == "step"
     return ZeroSettings(
         stage=setting.zero,
         world_size=setting.gpus,
-        reduces_once=setting.zero == 1 or (setting.zero == 2 and held_back),
+        reduces_once=(setting.zero == 1 or held_back) and setting.micro_batches > 1,
         state_bytes=4 if setting.states == "fp32" else 2,
         reduce_bucket_size=setting.bucket,
         contiguous_gradients=setting.contiguous,
@@ -292,7 +297,7 @@ def _step_workspace(setting: Setting, batch: MicroBatch) -> int:
     return 0
 
 
-def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocated: int) -> int:
+def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocated: int, process: int) -> int:
     """Reserved and unused at the peak, where the allocator's rules can be played through; 0 in stage 0."""
     trained = _trained(setting, batch)
     buffers = [always[name] for name in ("sketches", "factors", "other optimizer states") if name in always]
@@ -307,7 +312,7 @@ def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocate
             groups,
             buffers,
             reduces_once=zero.reduces_once,
-            touched=touched,
+            mine=touched[process],
             sizes=sizes,
             state_bytes=zero.state_bytes,
             own_masters="master weights" in always,

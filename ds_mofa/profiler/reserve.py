@@ -7,7 +7,7 @@ joined. So a large free block serves small requests, but not the other way round
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ds_mofa.profiler.simulate import MicroBatch, Parameter
 
@@ -142,7 +142,7 @@ def reserved_by_stage12(
     buffers: Sequence[int],
     *,
     reduces_once: bool,
-    touched: int,
+    mine: Mapping[str, int],
     sizes: Sequence[int],
     state_bytes: int,
     own_masters: bool,
@@ -154,7 +154,7 @@ def reserved_by_stage12(
 
     Args:
         reduces_once: of :class:`ds_mofa.profiler.zero.ZeroSettings`.
-        touched, sizes: of :func:`ds_mofa.profiler.zero.partitioned`.
+        mine, sizes: what the rank's partitions touch and have, of :func:`ds_mofa.profiler.zero.partitioned`.
         state_bytes: of one number of the masters and moments.
         own_masters: whether the masters are a copy.
         bucket: bytes of all reduce buckets.
@@ -178,6 +178,7 @@ def reserved_by_stage12(
         for _ in range(2):
             allocator.alloc(state_bytes * size)
         allocator.free(gradient)
+    kept_whole = 2 * sum(mine.values())
     numels = {param.name: param.numel for group in groups for param in group}
     for _ in range(2):
         kept: list[tuple] = []
@@ -185,7 +186,7 @@ def reserved_by_stage12(
         count = min(micro_batches, 3)
         for number in range(count):
             last = number == count - 1
-            state = {"elements": 0, "buckets": None, "filled": None}
+            state = {"elements": 0, "buckets": None, "filled": None, "mine": False}
             waiting: list[tuple] = []
 
             def complete(name: str, state=state, waiting=waiting, whole=whole, last=last) -> None:
@@ -200,12 +201,13 @@ def reserved_by_stage12(
                     whole[name] = allocator.alloc(2 * numel)
                 reduces = last or not reduces_once
                 if reduces and state["elements"] and state["elements"] + numel > bucket // 4:
-                    if contiguous and state["filled"] is None:
-                        state["filled"] = allocator.alloc(2 * touched)
+                    if contiguous and state["mine"] and state["filled"] is None:
+                        state["filled"] = allocator.alloc(kept_whole)
                     while waiting:
                         allocator.free(waiting.pop())
                     state["elements"] = 0
                 state["elements"] += numel
+                state["mine"] |= name in mine
                 if not reduces_once and numel > bucket // 4:
                     waiting.append(fresh)
                 elif not reduces_once:
@@ -213,7 +215,7 @@ def reserved_by_stage12(
 
             _play(allocator, batch, complete)
             if contiguous and state["filled"] is None and (last or not reduces_once):
-                state["filled"] = allocator.alloc(2 * touched)
+                state["filled"] = allocator.alloc(kept_whole)
             for handle in [*waiting, *(state["buckets"] or [])]:
                 allocator.free(handle)
             if state["filled"] is not None:
