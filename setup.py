@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 TRAIN = ["transformers>=5.17", "accelerate>=1.15", "trl>=1.16; python_version >= '3.11'", "datasets>=5.2"]
 LOGS = ["tensorboard>=2.20"]
 PROFILE = ["matplotlib>=3.9"]
+LIGER = ["liger-kernel>=0.8"]  # needs a GPU, so not in "all"
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 
 setup(
@@ -23,6 +24,7 @@ setup(
         "train": TRAIN,
         "logs": LOGS,
         "profile": PROFILE,
+        "liger": LIGER,
         "test": TEST,
         "all": TRAIN + LOGS + PROFILE + TEST,
     },

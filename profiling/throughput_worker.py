@@ -1,6 +1,7 @@
 """One measured run of profiling/throughput.py: builds the model, trains a few steps, writes what it saw."""
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -71,8 +72,10 @@ def measure(trainer, shape: str, args: argparse.Namespace, device: torch.device)
     micro_ms, step_ms = [], []
     loss = None
     for step in range(args.warmup + args.steps):
-        if step == args.warmup and cuda:
-            torch.cuda.reset_peak_memory_stats()
+        if step == args.warmup:
+            freeze_garbage()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
         start = clock(device)
         for ids in batches:
             loss = trainer.accumulate(ids)
@@ -107,6 +110,16 @@ def parse_run(run: str) -> tuple[str, str, dict[str, str]]:
     if unknown := options.keys() - OPTIONS:
         raise ValueError(f"{run}: no option {', '.join(sorted(unknown))}; there are {', '.join(sorted(OPTIONS))}")
     return backend, optimizer, options
+
+
+def freeze_garbage() -> None:
+    """Take what is alive out of Python's cyclic garbage collection.
+
+    A full collection visits every object of the model and its libraries, which takes tenths of a second, and comes once
+    in several steps: whatever is measured then would pay for it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def clock(device: torch.device) -> float:

@@ -1,11 +1,13 @@
 """One measured run of profiling/verify_claim.py, under the memory profiler from before the first allocation."""
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -51,7 +53,8 @@ def main() -> None:
         if cuda:
             torch.cuda.set_device(device)
         torch.manual_seed(0)
-        trainer = make_trainer(args.run, args.model_config, micro_batches, device)
+        worker = load_worker()
+        trainer = make_trainer(worker, args.run, args.model_config, micro_batches, device)
         if not cuda and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from launch.distributed import unlink_shared_buffer  # brings in what only the training command needs
 
@@ -62,17 +65,23 @@ def main() -> None:
 
         for _ in range(WARM_UP + 1):
             one_step(trainer, batches, profiler, device)
+        worker.freeze_garbage()  # the recorded step's history, too
         with_profiler, without = [], []
-        for _ in range(args.steps):  # in turns, so that a drift of the machine falls on both
-            with profiler.paused():
-                without.append(one_step(trainer, batches, profiler, device))
-            with_profiler.append(one_step(trainer, batches, profiler, device))
+        for watched in turns(args.steps):
+            with contextlib.nullcontext() if watched else profiler.paused():
+                (with_profiler if watched else without).append(one_step(trainer, batches, profiler, device))
         profiler.setting["seconds_per_step"] = statistics.median(with_profiler)
         profiler.setting["seconds_per_step_without_profiler"] = statistics.median(without)
         profiler.setting["all_seconds"] = {"with": with_profiler, "without": without}
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def turns(pairs: int) -> Iterator[bool]:
+    """Whether the profiler is on, step by step: off, on, on, off, off, on ..., so that a drift falls on both alike."""
+    for pair in range(pairs):
+        yield from (bool(pair % 2), not pair % 2)
 
 
 def one_step(trainer, batches: torch.Tensor, profiler: MemoryProfiler, device: torch.device) -> float:
@@ -91,11 +100,16 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def make_trainer(run: str, model_config: str, micro_batches: int, device: torch.device):
-    """The trainer of profiling/throughput.py for BACKEND:OPTIMIZER[:OPTION=VALUE...], or LoRA's."""
+def load_worker():
+    """profiling/throughput.py's worker; late, since its libraries belong to the run that is measured."""
     sys.path.append(str(HERE))
-    import throughput_worker as worker
+    import throughput_worker
 
+    return throughput_worker
+
+
+def make_trainer(worker, run: str, model_config: str, micro_batches: int, device: torch.device):
+    """The trainer of profiling/throughput.py for BACKEND:OPTIMIZER[:OPTION=VALUE...], or LoRA's."""
     backend, optimizer, options = worker.parse_run(run)
     if optimizer.lower() == "lora":
         return LoRATrainer(worker, model_config, options, micro_batches, device)
