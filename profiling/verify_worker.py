@@ -53,8 +53,8 @@ def main() -> None:
         if cuda:
             torch.cuda.set_device(device)
         torch.manual_seed(0)
-        worker = load_worker()
-        trainer = make_trainer(worker, args.run, args.model_config, micro_batches, device)
+        worker, trainers = load_worker()
+        trainer = make_trainer(trainers, args.run, args.model_config, micro_batches, device)
         if not cuda and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from launch.distributed import unlink_shared_buffer  # brings in what only the training command needs
 
@@ -101,30 +101,29 @@ def clock(device: torch.device) -> float:
 
 
 def load_worker():
-    """profiling/throughput.py's worker; late, since its libraries belong to the run that is measured."""
+    """profiling/throughput.py's worker and trainers; late, since their libraries belong to the run that is measured."""
     sys.path.append(str(HERE))
     import throughput_worker
+    import trainers
 
-    return throughput_worker
+    return throughput_worker, trainers
 
 
-def make_trainer(worker, run: str, model_config: str, micro_batches: int, device: torch.device):
+def make_trainer(trainers, run: str, model_config: str, micro_batches: int, device: torch.device):
     """The trainer of profiling/throughput.py for BACKEND:OPTIMIZER[:OPTION=VALUE...], or LoRA's."""
-    backend, optimizer, options = worker.parse_run(run)
+    _, optimizer, options = trainers.parse_run(run)
     if optimizer.lower() == "lora":
-        return LoRATrainer(worker, model_config, options, micro_batches, device)
-    if backend == "torch":
-        return worker.TorchTrainer(model_config, optimizer, options, micro_batches, device)
-    return worker.DeepSpeedTrainer(model_config, backend, optimizer, options, micro_batches, device)
+        return LoRATrainer(trainers, model_config, options, micro_batches, device)
+    return trainers.make_trainer(run, model_config, micro_batches, device)
 
 
 class LoRATrainer:
     """A plain loop on one GPU: peft's LoRA on every linear of the layers, adapters and AdamW's states in bf16."""
 
-    def __init__(self, worker, path: str, options: dict, micro_batches: int, device: torch.device):
+    def __init__(self, trainers, path: str, options: dict, micro_batches: int, device: torch.device):
         from peft import LoraConfig, get_peft_model
 
-        base, self.micro_batches = worker.build_model(path, options, device), micro_batches
+        base, self.micro_batches = trainers.build_model(path, options, device), micro_batches
         self.config = base.config
         config = LoraConfig(r=int(options.get("r", 8)), target_modules="all-linear", lora_dropout=0.0)
         # peft's default makes the adapters fp32, and with them a second, fp32 copy of every input.
