@@ -176,7 +176,7 @@ def test_fira_takes_up_again_after_a_gradient_of_zero():
 @SHAPES
 def test_mlorc_compresses_the_moments_between_the_steps(shape):
     m, n = shape
-    grads = [G**3 for G in gradients(shape, 6)]  # few large entries: what a truncated SVD makes negative
+    grads = [G**3 for G in gradients(shape, 12)]  # few large entries: what a truncated SVD makes negative
     settings = dict(rank=2, oversampling=1, power_iterations=1, betas=BETAS, eps=EPS, seed=7)
     tall = m >= n  # the test matrices are drawn for the gradient seen wide
     W, first, second, expected, negatives = start(shape)[0].detach(), 0.0, 0.0, [], 0
@@ -229,13 +229,15 @@ def test_randomized_svd_is_close_to_the_best_approximation():
     spectrum = 0.7 ** torch.arange(20, dtype=torch.float64)
     A = random_orthonormal(20, 20, generator) * spectrum @ random_orthonormal(30, 20, generator).mT
     best = float(spectrum[6:].norm())
-    errors = []
-    for oversampling, power_iterations in ((0, 0), (0, 1), (4, 2)):
-        U, sigma, V = randomized_svd(A, 6, oversampling, power_iterations, generator=generator)
-        assert U.shape == (20, 6) and sigma.shape == (6,) and V.shape == (30, 6)
-        errors.append(float((A - U * sigma @ V.mT).norm()) / best)
-    assert errors[0] < 4 and errors[1] < 1.2 and errors[2] < 1.001
-    assert errors[0] > errors[1] > errors[2] >= 1 - 1e-12
+    excess = []
+    for oversampling, power_iterations in ((0, 0), (0, 1), (4, 1), (4, 2)):
+        errors = []
+        for _ in range(30):
+            U, sigma, V = randomized_svd(A, 6, oversampling, power_iterations, generator=generator)
+            assert U.shape == (20, 6) and sigma.shape == (6,) and V.shape == (30, 6)
+            errors.append(float((A - U * sigma @ V.mT).norm()) / best)
+        excess.append(sum(errors) / len(errors) - 1)
+    assert 1 < excess[0] < 2 and excess[1] < 0.2 and excess[2] < 1e-3 and -1e-12 < excess[3] < 1e-6
 
 
 # ---------------------------------------------------------------------- GUM and Muon
@@ -291,7 +293,7 @@ def test_gum_is_muon_where_the_subspace_holds_everything(shape):
     )
     before = start(shape)[0].detach()
     for value, reference in zip(gum, muon):
-        assert relative_error(value - before, reference - before) < 0.02
+        assert relative_error(value - before, reference - before) < 0.05
 
 
 def test_gum_estimates_the_gradient_without_bias():
@@ -516,10 +518,11 @@ def test_a_peer_moves_all_parameters_and_brings_the_loss_down(name):
     began = copy.deepcopy(model)
     tokens = torch.arange(11)[:, None].expand(11, 3)
 
+    @torch.no_grad()
     def loss(of):
         return float(nn.functional.cross_entropy(of(tokens).flatten(0, 1), (tokens * 3 + 1).flatten() % 11))
 
-    train(model, build(name, model), range(30))
+    train(model, build(name, model, adamw_lr=0.02), range(30))
     assert loss(model) < 0.8 * loss(began)
     for (key, value), before in zip(model.named_parameters(), began.parameters()):
         assert not torch.equal(value, before), key
@@ -650,7 +653,8 @@ def _expected_bytes(name, optimizer, r=2):
         sampled = [is_sampled(0.5, 0, 1, index) for index in range(3)]
         assert 0 < sum(sampled) < 3  # both branches are counted
         return sum(4 * (s * r + (s if full else r) * l) for (s, l), full in zip(small_large, sampled))
-    return sum(8 * r * (m + n + 1) for m, n in shapes)  # MoFaSGD: factors and, for fp32 weights, working copies
+    # MoFaSGD: factors and, for fp32 weights, working copies of that size; each shape's buffer is padded to 128 elements.
+    return sum(8 * 128 * math.ceil(r * (m + n + 1) / 128) for m, n in shapes)
 
 
 @NAMES
@@ -671,8 +675,8 @@ def test_the_state_of_any_torch_optimizer_can_be_counted():
     assert peers.state_bytes(optimizer) == 4 * (12 + 4)
     masters = build("MoFaSGD", model := build_model(torch.bfloat16), master_weights=True)
     train(model, masters, range(2))
-    matrices = sum(2 * 3 * 2 * (m + n + 1) + 4 * m * n for m, n in MATRICES.values())
-    assert peers.state_bytes(masters) == matrices + 4 * REST + 4 * 6
+    rest = 4 * REST + 4 * 6
+    assert peers.state_bytes(masters) == 3 * 128 * (4 + 2) + sum(4 * m * n for m, n in MATRICES.values()) + rest
 
 
 def test_a_schedule_moves_matrices_and_rest():
@@ -764,4 +768,4 @@ def test_a_model_of_matrices_alone_needs_no_adamw():
 )
 def test_what_cannot_be_right_is_refused_with_what_would_be(name, settings, message):
     with pytest.raises(ValueError, match=message):
-        peers.build(name, build_model(), **settings)
+        peers.build(name, build_model(), **{"rank": 2, **settings})
