@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_mofa.optimizer import MoFaSGD
-from ds_mofa.options import Options
+from ds_mofa.options import Options, check_integer, check_number
 from ds_mofa.parameters import split_parameters
 from ds_mofa.peers.fira import Fira
 from ds_mofa.peers.galore import GaLore
@@ -22,7 +22,7 @@ from ds_mofa.peers.mlorc import MLorc
 from ds_mofa.peers.peer import Peer
 from ds_mofa.peers.so import SO
 
-__all__ = ["build", "state_bytes", "names", "settings_of"]
+__all__ = ["build", "state_bytes", "names"]
 
 
 def _adamw(params, *, betas=(0.9, 0.999), eps=1e-8) -> torch.optim.AdamW:
@@ -32,6 +32,8 @@ def _adamw(params, *, betas=(0.9, 0.999), eps=1e-8) -> torch.optim.AdamW:
 
 
 def _muon(params, *, momentum=0.95, nesterov=True, ns_steps=5, adjust_lr_fn="match_rms_adamw") -> torch.optim.Muon:
+    check_number("momentum", momentum, low=0, high=1)
+    check_integer("ns_steps", ns_steps, low=1, high=100)
     return torch.optim.Muon(params, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn)
 
 
@@ -66,19 +68,13 @@ def names() -> list[str]:
     return [*_METHODS, "MoFaSGD"]
 
 
-def settings_of(name: str) -> list[str]:
-    """The settings of a method that not all have."""
-    own = [key for key in inspect.signature(_METHODS[name]).parameters if key not in ("params", *_COMMON)]
-    return own + ["reset_every"] * (name in _RESETTABLE)
-
-
 def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
     """An optimizer of all trained parameters of ``model``: the method for its matrices, AdamW for the rest.
 
     Args:
         name: one of :func:`names`.
         model: what to train.
-        **settings: of the method (:func:`settings_of`), and of all, which mean what they mean for MoFaSGD
+        **settings: of the method, as in its file, and of all, which mean what they mean for MoFaSGD
             (:class:`ds_mofa.options.Options`): ``lr``, to be given, as each method needs another; ``rank``, which
             decides which parameters are matrices even where a method has none; ``weight_decay``, ``include``,
             ``exclude``, ``seed``, ``adamw_betas``, ``adamw_eps``, ``adamw_weight_decay``; and ``adamw_lr``, by default
@@ -91,7 +87,7 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
         raise ValueError(f"there is no peer {name!r}. There are {', '.join(names())}")
     if name == "MoFaSGD":
         return MoFaSGD(model, **settings)
-    own = settings_of(name)
+    own = _own_settings(name)
     for key in settings:
         if key not in own and key not in _COMMON:
             raise ValueError(
@@ -103,7 +99,7 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
     options = Options(**{key: value for key, value in settings.items() if key in _COMMON})
     split = split_parameters(model, model.parameters(), options)
     reset_every = settings.get("reset_every", 0)
-    Options._integer("reset_every", reset_every, low=0, high=2**31)
+    check_integer("reset_every", reset_every, low=0, high=2**31)
 
     method = _METHODS[name]
     given = {"rank": options.rank, "seed": options.seed, **settings}
@@ -133,6 +129,12 @@ def _kept(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     if optimizer is not None:
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _own_settings(name: str) -> list[str]:
+    """The settings of a method that not all have."""
+    own = [key for key in inspect.signature(_METHODS[name]).parameters if key not in ("params", *_COMMON)]
+    return own + ["reset_every"] * (name in _RESETTABLE)
 
 
 def _without(group: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.options import Options
+from ds_mofa.options import check_number
 from ds_mofa.peers.galore import GaLore
 
 __all__ = ["Fira", "scaled_residual", "growth_limited"]
@@ -50,7 +50,7 @@ class Fira(GaLore):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):
-        Options._number("gamma", gamma, low=1)
+        check_number("gamma", gamma, low=1)
         super().__init__(params, rank=rank, refresh_every=refresh_every, alpha=alpha, betas=betas, eps=eps)
         for group in self.param_groups:
             group["gamma"] = gamma

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_mofa.options import Options
+from ds_mofa.options import check_integer, check_number
 from ds_mofa.peers.adam import adam_direction, adam_moments, check_adam
 from ds_mofa.peers.matrix_method import MatrixMethod
 from ds_mofa.peers.subspace import leading_subspace
@@ -48,8 +48,8 @@ class GaLore(MatrixMethod):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):
-        Options._integer("refresh_every", refresh_every, low=1, high=2**31)
-        Options._number("alpha", alpha, low=0, open_low=True)
+        check_integer("refresh_every", refresh_every, low=1, high=2**31)
+        check_number("alpha", alpha, low=0, open_low=True)
         check_adam(betas, eps)
         super().__init__(params, rank=rank, refresh_every=refresh_every, alpha=alpha, betas=tuple(betas), eps=eps)
 

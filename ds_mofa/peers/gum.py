@@ -20,7 +20,8 @@ What is certain and what is not. The two updates, their weights and q = gamma / 
 gamma counts layers, ours is a probability for each matrix, drawn independently. That the momentum starts from zero
 in every period is our reading: the two branches' momenta have different shapes, and P changes. Given that, and since
 NS does not feel the scale of R, the weights 1 / q and 1 / (1 - q) change no update; they matter to the estimate alone.
-Nesterov is not in the equations and not here. f is not stated; torch's names for it apply.
+The paper projects from the left; as in GaLore's code it is the smaller dimension here. Nesterov is not in the equations
+and not here. No f is stated; torch's names for it apply, with the same default as for the Muon beside it.
 
 q = 0 is a biased ablation, GaLore with Muon in the place of Adam. q = 1 would never train P's directions, and is refused.
 
@@ -31,7 +32,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_mofa.options import AdjustLr, Options
+from ds_mofa.options import AdjustLr, Options, check_integer, check_number
 from ds_mofa.peers.matrix_method import MatrixMethod
 from ds_mofa.peers.newton_schulz import orthogonalized
 from ds_mofa.peers.subspace import leading_subspace
@@ -66,10 +67,10 @@ class GUM(MatrixMethod):
         adjust_lr_fn: AdjustLr = "match_rms_adamw",
         seed: int = 0,
     ):
-        Options._number("q", q, low=0, high=1)
-        Options._number("momentum", momentum, low=0, high=1)
-        Options._integer("period", period, low=1, high=2**31)
-        Options._integer("ns_steps", ns_steps, low=1, high=100)
+        check_number("q", q, low=0, high=1)
+        check_number("momentum", momentum, low=0, high=1)
+        check_integer("period", period, low=1, high=2**31)
+        check_integer("ns_steps", ns_steps, low=1, high=100)
         self._options = Options(adjust_lr_fn=adjust_lr_fn)
         super().__init__(params, rank=rank, q=q, period=period, momentum=momentum, ns_steps=ns_steps, seed=seed)
 

@@ -74,6 +74,5 @@ class MatrixMethod(torch.optim.Optimizer):
             if saved_id in state_dict["state"]:
                 saved = state_dict["state"][saved_id]
                 self.state[p] = {
-                    key: value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else value
-                    for key, value in saved.items()
+                    key: value.to(p.device) if isinstance(value, Tensor) else value for key, value in saved.items()
                 }

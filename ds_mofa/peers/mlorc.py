@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.options import Options
+from ds_mofa.options import check_integer
 from ds_mofa.peers.adam import adam_direction, adam_moments, check_adam
 from ds_mofa.peers.matrix_method import MatrixMethod
 from ds_mofa.peers.randomness import keyed_generator
@@ -56,8 +56,8 @@ class MLorc(MatrixMethod):
         eps: float = 1e-8,
         seed: int = 0,
     ):
-        Options._integer("oversampling", oversampling, low=0, high=2**31)
-        Options._integer("power_iterations", power_iterations, low=0, high=100)
+        check_integer("oversampling", oversampling, low=0, high=2**31)
+        check_integer("power_iterations", power_iterations, low=0, high=100)
         check_adam(betas, eps)
         super().__init__(
             params,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.options import OptionError, Options
+from ds_mofa.options import OptionError, check_integer, check_number
 from ds_mofa.peers.adam import adam_direction, adam_moments, check_adam
 from ds_mofa.peers.matrix_method import MatrixMethod
 from ds_mofa.peers.randomness import keyed_generator
@@ -54,10 +54,10 @@ class SO(MatrixMethod):
         eps: float = 1e-8,
         seed: int = 0,
     ):
-        Options._number("density", density, low=0, open_low=True)
+        check_number("density", density, low=0, open_low=True)
         if density > 1:
             raise OptionError(f"density={density!r} must be > 0 and <= 1: it is a share of the entries")
-        Options._integer("refresh_every", refresh_every, low=1, high=2**31)
+        check_integer("refresh_every", refresh_every, low=1, high=2**31)
         check_adam(betas, eps)
         super().__init__(params, density=density, refresh_every=refresh_every, betas=tuple(betas), eps=eps, seed=seed)
 

@@ -597,22 +597,6 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(name, dtype):
 
 
 @NAMES
-def test_a_loaded_state_is_a_copy(name):
-    model = build_model()
-    optimizer = build(name, model)
-    train(model, optimizer, range(2))
-    saved = optimizer.state_dict()
-    kept = copy.deepcopy(saved)
-    other = build_model()
-    copied = build(name, other)
-    copied.load_state_dict(copy.deepcopy(saved))
-    train(other, copied, range(2, 5))
-    flat, expected = io.BytesIO(), io.BytesIO()
-    torch.save(saved, flat), torch.save(kept, expected)
-    assert flat.getvalue() == expected.getvalue()
-
-
-@NAMES
 def test_nothing_is_drawn_from_the_global_generator(name):
     results = []
     for seed in (1, 2):
@@ -717,7 +701,8 @@ def test_a_closure_is_called_with_gradients_enabled():
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure)) > float(optimizer.step(closure)) > 0
+    first, second = (optimizer.step(closure).item() for _ in range(2))
+    assert first > second > 0
 
 
 def test_mofasgd_is_the_products_own():
@@ -731,6 +716,8 @@ def test_a_model_of_matrices_alone_needs_no_adamw():
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="takes all its parameters when it is built"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))]})
     with pytest.raises(ValueError, match="holds 2 optimizers, this one is made of 1"):
         optimizer.load_state_dict(build("GaLore", build_model()).state_dict())
 
@@ -749,6 +736,8 @@ def test_a_model_of_matrices_alone_needs_no_adamw():
         ("AdamW", {}, "AdamW needs an lr"),
         ("AdamW", {"lr": 1.0, "betas": (0.9, 1.0)}, "betas"),
         ("AdamW", {"lr": 1.0, "reset_every": -1}, "reset_every=-1 must be a whole number >= 0"),
+        ("Muon", {"lr": 1.0, "momentum": 1.0}, "momentum=1.0 must be >= 0 and < 1"),
+        ("Muon", {"lr": 1.0, "ns_steps": 0}, "ns_steps=0 must be a whole number >= 1"),
         ("SO", {"lr": -1.0}, "lr=-1.0 must be > 0"),
         ("SO", {"lr": 1.0, "density": 1.5}, "density=1.5 must be > 0 and <= 1"),
         ("SO", {"lr": 1.0, "density": 0}, "density=0 must be > 0"),
