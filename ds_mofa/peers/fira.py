@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ds_mofa.options import check_number
 from ds_mofa.peers.galore import GaLore
+from ds_mofa.peers.projected_gradient import Gradient
 
 __all__ = ["Fira", "scaled_residual", "growth_limited"]
 
@@ -55,11 +56,14 @@ class Fira(GaLore):
         for group in self.param_groups:
             group["gamma"] = gamma
 
-    def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
+    def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
         R, N = self.projected(G, state, group)
-        S = scaled_residual(G, state["P"], R, N)
+        S = scaled_residual(G.value, state["P"], R, N)
         S, state["residual_norm"] = growth_limited(S, state.get("residual_norm"), group["gamma"])
         return group["alpha"] * (state["P"] @ N) + S
+
+    def projector(self, state: dict[str, Any], group: dict[str, Any], index: int) -> None:
+        return None  # the residual needs all of G
 
 
 def scaled_residual(G: Tensor, P: Tensor, R: Tensor, N: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from torch import Tensor
 from ds_mofa.options import AdjustLr, Options, check_integer, check_number
 from ds_mofa.peers.matrix_method import MatrixMethod
 from ds_mofa.peers.newton_schulz import orthogonalized
+from ds_mofa.peers.projected_gradient import Gradient
 from ds_mofa.peers.subspace import leading_subspace
 from ds_mofa.weights import Rounding, rounding_key
 
@@ -77,22 +78,34 @@ class GUM(MatrixMethod):
     def lr_factor(self, m: int, n: int) -> float:
         return self._options.shape_factor(m, n)
 
-    def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
+    def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
         done = state["step"] - 1
-        full = is_sampled(group["q"], group["seed"], done // group["period"], index)
-        starts = done % group["period"] == 0
+        starts, full = self._starts(done, group), self._is_full(done, group, index)
         if starts:
-            state["P"] = leading_subspace(G, group["rank"])
+            state["P"] = leading_subspace(G.value, group["rank"])
         estimate = gradient_estimate(G, state["P"], full, group["q"])
         state["R"] = estimate if starts else group["momentum"] * state["R"] + estimate
         D = orthogonalized(state["R"], group["ns_steps"])
         return D if full else state["P"] @ D
 
+    def projector(self, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor | None:
+        done = state["step"]
+        return None if self._starts(done, group) or self._is_full(done, group, index) else state["P"]
 
-def gradient_estimate(G: Tensor, P: Tensor, full: bool, q: float) -> Tensor:
+    @staticmethod
+    def _starts(done: int, group: dict[str, Any]) -> bool:
+        """Whether the step after ``done`` others is the first of a period."""
+        return done % group["period"] == 0
+
+    @staticmethod
+    def _is_full(done: int, group: dict[str, Any], index: int) -> bool:
+        return is_sampled(group["q"], group["seed"], done // group["period"], index)
+
+
+def gradient_estimate(G: Gradient, P: Tensor, full: bool, q: float) -> Tensor:
     """What a sampled matrix, (s, l), or another, (r, l) in the basis P, adds to its momentum."""
-    projected = P.mT @ G
-    return (G - P @ projected) / q if full else projected / (1 - q)
+    R = G.through(P)
+    return (G.value - P @ R) / q if full else R / (1 - q)
 
 
 def is_sampled(q: float, seed: int, period: int, index: int) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ds_mofa.options import check_integer
 from ds_mofa.peers.adam import adam_direction, adam_moments, check_adam
 from ds_mofa.peers.matrix_method import MatrixMethod
+from ds_mofa.peers.projected_gradient import Gradient
 from ds_mofa.peers.randomness import keyed_generator
 
 __all__ = ["MLorc", "randomized_svd", "mended"]
@@ -69,14 +70,14 @@ class MLorc(MatrixMethod):
             seed=seed,
         )
 
-    def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
+    def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
         t = state["step"]
         if t == 1:
-            m = v = torch.zeros_like(G)
+            m = v = torch.zeros_like(G.value)
         else:
             m, v = (_product(*(state[moment + part] for part in _PARTS)) for moment in "mv")
-        m, v = adam_moments(m, mended(v), G, group["betas"])
-        generator = keyed_generator(group["seed"], t, index, G.device)
+        m, v = adam_moments(m, mended(v), G.value, group["betas"])
+        generator = keyed_generator(group["seed"], t, index, G.value.device)
         for moment, value in (("m", m), ("v", v)):
             factors = randomized_svd(
                 value, group["rank"], group["oversampling"], group["power_iterations"], generator=generator

@@ -59,6 +59,11 @@ class Peer(torch.optim.Optimizer):
         self.steps += 1
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients since the last step, captured ones included."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only."""
         return {"parts": [part.state_dict() for part in self.parts], "steps": self.steps}

@@ -27,6 +27,7 @@ from torch import Tensor
 from ds_mofa.options import OptionError, check_integer, check_number
 from ds_mofa.peers.adam import adam_direction, adam_moments, check_adam
 from ds_mofa.peers.matrix_method import MatrixMethod
+from ds_mofa.peers.projected_gradient import Gradient
 from ds_mofa.peers.randomness import keyed_generator
 
 __all__ = ["SO", "spread"]
@@ -61,12 +62,12 @@ class SO(MatrixMethod):
         check_adam(betas, eps)
         super().__init__(params, density=density, refresh_every=refresh_every, betas=tuple(betas), eps=eps, seed=seed)
 
-    def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
-        t, flat = state["step"], G.reshape(-1)
+    def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
+        t, flat = state["step"], G.value.reshape(-1)
         k = max(1, int(group["density"] * flat.numel()))
         if (t - 1) % group["refresh_every"] == 0:
-            generator = keyed_generator(group["seed"], t, index, G.device)
-            drawn = torch.randperm(flat.numel(), generator=generator, device=G.device)[:k]
+            generator = keyed_generator(group["seed"], t, index, flat.device)
+            drawn = torch.randperm(flat.numel(), generator=generator, device=flat.device)[:k]
             state["S"] = drawn.sort().values.int()
         S, M = state["S"].long(), state["M"].long() if t > 1 else state["S"].long()[:0]
         m, v = (state["m"], state["v"]) if t > 1 else (flat[:0], flat[:0])
@@ -75,7 +76,7 @@ class SO(MatrixMethod):
         m, v = adam_moments(m, v, g, group["betas"])
         kept = m.abs().topk(k).indices
         state["M"], state["m"], state["v"] = union[kept].int(), m[kept], v[kept]
-        return spread(adam_direction(m, v, t, group["betas"], group["eps"]), union, flat.numel()).view_as(G)
+        return spread(adam_direction(m, v, t, group["betas"], group["eps"]), union, flat.numel()).view_as(G.value)
 
 
 def spread(values: Tensor, places: Tensor, among: Tensor | int) -> Tensor:
