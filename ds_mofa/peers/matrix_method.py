@@ -1,5 +1,6 @@
 """What every peer shares: the loop over matrices, decoupled weight decay, and a state that resumes bit for bit."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +28,12 @@ class MatrixMethod(torch.optim.Optimizer):
 
     def __init__(self, params, **settings: Any):
         super().__init__(params, {"lr": 1e-3, "weight_decay": 0.0, **settings})
-        every = [p for group in self.param_groups for p in group["params"]]
-        self._index = {p: index for index, p in enumerate(every)}
+        self._places: dict[nn.Parameter, tuple[int, int]] = {}  # number of the group, index among all
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                self._places[p] = number, len(self._places)
         self._captured: dict[nn.Parameter, ProjectedGradient] = {}
+        self._attachment: sketch.Attachment | None = None
 
     def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
         """D (s, l), descent being W - lr D.
@@ -52,8 +56,17 @@ class MatrixMethod(torch.optim.Optimizer):
 
     def capture(self, matrices: Sequence[Matrix], mode: CaptureMode) -> None:
         """From now on take gradients in backward, through :meth:`projector`; the matrices get no ``.grad``."""
-        self._captured = {matrix.param: ProjectedGradient(matrix.shape) for matrix in matrices}
-        sketch.attach(matrices, list(self._captured.values()), mode)
+        self._captured = {
+            matrix.param: ProjectedGradient(matrix.shape, functools.partial(self._projector_of, matrix.param))
+            for matrix in matrices
+        }
+        self._attachment = sketch.attach(matrices, list(self._captured.values()), mode)
+
+    def detach(self) -> None:
+        """End the capture: the matrices get their ``.grad`` again, for another optimizer of the same model."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._captured, self._attachment = {}, None
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -70,36 +83,28 @@ class MatrixMethod(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 state["step"] = state.get("step", 0) + 1
-                D = self.direction(G, state, group, self._index[p])
+                D = self.direction(G, state, group, self._places[p][1])
                 p.mul_(1 - lr * decay)
                 p.add_(like(D, p.shape), alpha=-lr * self.lr_factor(*p.shape))
-        self.zero_captured()
+        self._forget_captured()
         return loss
 
-    def zero_captured(self) -> None:
-        """Forget captured gradients, and see the next ones through the projectors that are due."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p in self._captured:
-                    state, captured = self.state.get(p), self._captured[p]
-                    captured.value = None
-                    captured.P = self.projector(state, group, self._index[p]) if state else None
-
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients since the last step, captured ones included."""
         super().zero_grad(set_to_none)
-        self.zero_captured()
+        self._forget_captured()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state with each tensor's own dtype; torch's method would round it to that of the weights."""
         super().load_state_dict({**state_dict, "state": {}})
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for saved_id, p in zip(saved_ids, self._index):
+        for saved_id, p in zip(saved_ids, self._places):
             if saved_id in state_dict["state"]:
                 saved = state_dict["state"][saved_id]
                 self.state[p] = {
                     key: value.to(p.device) if isinstance(value, Tensor) else value for key, value in saved.items()
                 }
-        self.zero_captured()
+        self._forget_captured()
 
     def _gradient(self, p: nn.Parameter) -> Gradient | None:
         captured = self._captured.get(p)
@@ -108,3 +113,12 @@ class MatrixMethod(torch.optim.Optimizer):
         else:
             value, whole = captured.value, captured.P is None
         return None if value is None else Gradient(value.to(torch.promote_types(p.dtype, torch.float32)), whole)
+
+    def _projector_of(self, p: nn.Parameter) -> Tensor | None:
+        number, index = self._places[p]
+        state = self.state.get(p)
+        return self.projector(state, self.param_groups[number], index) if state else None
+
+    def _forget_captured(self) -> None:
+        for captured in self._captured.values():
+            captured.value = None

@@ -27,6 +27,11 @@ class Peer(torch.optim.Optimizer):
         super().__init__(self._groups_of_parts(), {})
         self._built = True
 
+    @property
+    def matrices(self) -> torch.optim.Optimizer:
+        """The method's own part."""
+        return self.parts[0]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._built:
             raise ValueError("a peer takes all its parameters when it is built: build it from the whole model")
@@ -51,12 +56,12 @@ class Peer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.reset_every and self.steps and self.steps % self.reset_every == 0:
-            for part in self.parts:
-                forget_state(part)
         for part in self.parts:
             part.step()
         self.steps += 1
+        if self.reset_every and self.steps % self.reset_every == 0:
+            for part in self.parts:
+                forget_state(part)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -6,6 +6,7 @@ MoFaSGD's linear (:mod:`ds_mofa.sketch`) does on both sides; this is its one-sid
 the same hook.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,28 +31,38 @@ class Gradient(NamedTuple):
 class ProjectedGradient:
     """Where one matrix's gradient adds up over the backwards of a step, seen wide (s x l, s <= l).
 
+    Args:
+        shape: (m, n).
+        projector: gives the P (s, r) to see the gradient through, or None where all of G is needed; asked at the first
+            backward of each step.
+
     Attributes:
-        P: (s, r), the projector that gradients are seen through, or None while all of G is needed.
         value: the sum so far: P^T G (r, l), in float32 or better, or G (s, l) in its own dtype. None: no backward yet.
+        P: of ``value``.
     """
 
-    def __init__(self, shape: tuple[int, int]):
-        self.P: Tensor | None = None
+    def __init__(self, shape: tuple[int, int], projector: Callable[[], Tensor | None]):
         self.value: Tensor | None = None
-        self._shape = shape
+        self.P: Tensor | None = None
+        self._shape, self._projector = shape, projector
 
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
         """Add G = dy^T x, formed only where P is None. x: (..., n), dy: (..., m)."""
-        m, n = self._shape
+        P, (m, n) = self._current(), self._shape
         x, dy = x.reshape(-1, n), dy.reshape(-1, m)
         short, long = (dy, x) if m < n else (x, dy)
-        self._add((short if self.P is None else short @ self.P.to(short.dtype)).mT @ long)
+        self._add((short if P is None else short @ P.to(short.dtype)).mT @ long)
 
     @torch.no_grad()
     def add_gradient(self, grad: Tensor) -> None:
         """Add a gradient that exists. grad: (m, n)."""
-        G = wide(grad)
-        self._add(G.clone() if self.P is None else self.P.to(G.dtype).mT @ G)
+        P, G = self._current(), wide(grad)
+        self._add(G.clone() if P is None else P.to(G.dtype).mT @ G)
+
+    def _current(self) -> Tensor | None:
+        if self.value is None:
+            self.P = self._projector()
+        return self.P
 
     def _add(self, part: Tensor) -> None:
         if self.P is not None:

@@ -78,7 +78,8 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
             ``exclude``, ``seed``, ``adamw_betas``, ``adamw_eps``, ``adamw_weight_decay``; and ``adamw_lr``, by default
             the same as ``lr``. ``reset_every`` (AdamW, GaLore, Fira) is :mod:`ds_mofa.peers.restarts`'; ``sketched``
             (GaLore, GUM) takes P^T G in backward in the place of G where a step needs no more, and leaves matrices
-            without ``.grad``, so that ``clip_grad_norm_`` does not see them. "MoFaSGD" takes its own options alone, and has its own defaults.
+            without ``.grad``, so that ``clip_grad_norm_`` does not see them. "MoFaSGD" takes its own options alone, and
+            has its own defaults.
 
     Raises:
         ValueError: an unknown name or setting, or a value that cannot be right.

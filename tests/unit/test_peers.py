@@ -675,6 +675,8 @@ def test_a_schedule_moves_matrices_and_rest():
         group["lr"] = 0.0
     train(model, optimizer, [1])
     assert_same_weights(model, before)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
     optimizer.load_state_dict(optimizer.state_dict())
     for group in optimizer.param_groups:  # still the ones that count
         group["lr"] = 0.0
@@ -744,6 +746,8 @@ def test_a_model_of_matrices_alone_needs_no_adamw():
         ("SO", {"lr": 1.0, "density": 0}, "density=0 must be > 0"),
         ("SO", {"lr": 1.0, "refresh_every": 0}, "refresh_every=0 must be a whole number >= 1"),
         ("GaLore", {"lr": 1.0, "refresh_every": 0}, "refresh_every=0 must be a whole number >= 1"),
+        ("GaLore", {"lr": 1.0, "sketched": 1}, "sketched=1 must be true or false"),
+        ("Fira", {"lr": 1.0, "sketched": True}, "Fira has no setting 'sketched'"),
         ("GaLore", {"lr": 1.0, "alpha": 0}, "alpha=0 must be > 0"),
         ("GaLore", {"lr": 1.0, "eps": 0}, "^eps=0 must be > 0"),
         ("GaLore", {"lr": 1.0, "rank": 0}, "rank=0 must be a whole number >= 1"),
@@ -769,7 +773,8 @@ def test_a_sketched_run_equals_the_one_that_forms_gradients(name):
     models = build_model(torch.float64), build_model(torch.float64)
     for model, sketched in zip(models, (False, True)):
         model.twice = model.square  # a weight used twice
-        optimizer = build(name, model, sketched=sketched)
+        settings = {"reset_every": 5} if name == "GaLore" else {}
+        optimizer = build(name, model, sketched=sketched, **settings)
         for step in range(8):
             optimizer.zero_grad()
             for micro in range(2):
@@ -789,11 +794,11 @@ def test_between_refreshes_only_the_projected_gradient_lives(through_linear):
         train_backward(model, optimizer, step, through_linear)
         for key, (m, n) in MATRICES.items():
             param = model.get_parameter(key)
-            captured = optimizer.parts[0]._captured[param]
+            captured = optimizer.matrices._captured[param]
             rows = min(m, n) if step % 3 == 0 else 2
             assert param.grad is None and captured.value.shape == (rows, max(m, n))
         optimizer.step()
-        assert all(captured.value is None for captured in optimizer.parts[0]._captured.values())
+        assert all(captured.value is None for captured in optimizer.matrices._captured.values())
 
 
 def train_backward(model, optimizer, step, through_linear):
@@ -817,6 +822,17 @@ def test_a_sketched_run_resumes_bit_for_bit(name):
     again.load_state_dict(optimizer.state_dict())
     train(resumed, again, range(5, 8))
     assert_same_weights(resumed, unbroken)
+
+
+def test_a_model_is_given_back_with_its_gradients():
+    model, other = build_model(), build_model()
+    optimizer = build("GaLore", model, sketched=True)
+    train(model, optimizer, range(1))
+    optimizer.matrices.detach()
+    model.load_state_dict(other.state_dict())
+    train(model, build("MLorc", model), range(2))
+    train(other, build("MLorc", other), range(2))
+    assert_same_weights(model, other)
 
 
 def test_forgotten_captured_gradients_move_nothing():
