@@ -13,7 +13,8 @@ __all__ = ["state_bytes"]
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors that the optimizer keeps from step to step, besides weights and gradients.
 
-    Of MoFaSGD these are factors, working copies, masters and AdamW's moments; its sketches stand in the gradients' place.
+    Of MoFaSGD these are factors, working copies, masters and AdamW's moments; its sketches stand in the place of
+    gradients.
     """
     return sum(tensor.numel() * tensor.element_size() for tensor in _kept(optimizer))
 

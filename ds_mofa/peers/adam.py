@@ -1,4 +1,4 @@
-"""Adam's moments and direction (arXiv 1412.6980), on whatever a method hands them: matrices, sketches, lists of entries.
+"""Adam's moments and direction (arXiv 1412.6980), of whatever a method has: matrices, projections, lists of entries.
 
     m' = beta1 m + (1 - beta1) G        v' = beta2 v + (1 - beta2) G^2
     N  = m' / (1 - beta1^t)  /  (sqrt(v' / (1 - beta2^t)) + eps)

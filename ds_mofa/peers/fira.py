@@ -1,4 +1,4 @@
-"""Fira (arXiv 2410.01623): GaLore, and the part of the gradient outside the subspace, scaled as Adam scaled that inside.
+"""Fira (arXiv 2410.01623): GaLore, and the gradient outside the subspace, scaled as Adam scaled that inside.
 
 With P, R = P^T G and N of :mod:`ds_mofa.peers.galore`, column by column (row by row for a tall matrix):
 

@@ -23,7 +23,7 @@ NS does not feel the scale of R, the weights 1 / q and 1 / (1 - q) change no upd
 The paper projects from the left; as in GaLore's code it is the smaller dimension here. Nesterov is not in the equations
 and not here. No f is stated; torch's names for it apply, with the same default as for the Muon beside it.
 
-q = 0 is a biased ablation, GaLore with Muon in the place of Adam. q = 1 would never train P's directions, and is refused.
+q = 0 is a biased ablation, GaLore with Muon for Adam. q = 1 would never train P's directions, and is refused.
 
 Kept per m x n matrix, s = min(m, n) and l = max(m, n): P and R, 4 (s r + r l) bytes, or where sampled 4 (s r + m n).
 """
@@ -109,5 +109,5 @@ def gradient_estimate(G: Gradient, P: Tensor, full: bool, q: float) -> Tensor:
 
 
 def is_sampled(q: float, seed: int, period: int, index: int) -> bool:
-    """Whether matrix ``index`` takes full-rank steps in this period: true with probability q, alike on every machine."""
+    """Whether matrix ``index`` takes full-rank steps in this period: with probability q, alike on every machine."""
     return rounding_key(Rounding(False, seed, period), index) < q * 2**32

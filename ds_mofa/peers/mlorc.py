@@ -96,7 +96,7 @@ def _product(U: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
 def randomized_svd(
     A: Tensor, rank: int, oversampling: int, power_iterations: int, *, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (s, r), sigma (r), V (l, r), about the leading singular triplets of A (s, l); exactly, where A has rank <= r."""
+    """U (s, r), sigma (r), V (l, r), about the leading singular triplets of A (s, l); exact where A has rank <= r."""
     columns = min(rank + oversampling, *A.shape)
     omega = torch.randn(A.shape[1], columns, generator=generator, device=A.device, dtype=A.dtype)
     Q = torch.linalg.qr(A @ omega).Q

@@ -15,7 +15,7 @@ of one gradient under a bias correction near 1, so its first step is up to (1 - 
 that is the rule, not an accident here. The published code couples weight decay to the gradient (L2); here it is
 decoupled and dense, as for all peers.
 
-Kept per m x n matrix: the indices of M and S (int32), m and v, 16 k bytes. During the step the update is a whole matrix.
+Kept per m x n matrix: the indices of M and S (int32), m and v, 16 k bytes. During the step N is a whole matrix.
 """
 
 from collections.abc import Sequence
@@ -80,8 +80,13 @@ class SO(MatrixMethod):
 
 
 def spread(values: Tensor, places: Tensor, among: Tensor | int) -> Tensor:
-    """``values`` at ``places`` and zero elsewhere: among sorted places, which hold all of ``places``, or among the first
-    so many."""
+    """``values`` at ``places`` and zero elsewhere.
+
+    Args:
+        values: (k,).
+        places: (k,), where they go.
+        among: the places of the result, sorted and with all of ``places`` in it, or how many, from 0.
+    """
     if isinstance(among, int):
         return values.new_zeros(among).index_copy_(0, places, values)
     return values.new_zeros(among.shape).index_copy_(0, torch.searchsorted(among, places), values)

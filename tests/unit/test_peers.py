@@ -109,7 +109,7 @@ def test_galore_is_adam_on_the_projected_gradient(shape):
 
 @SHAPES
 def test_galore_is_adam_where_the_singular_vectors_are_the_axes(shape):
-    """Gradients with orthogonal rows of falling norms (columns, where tall): projecting chooses rows, and turns nothing."""
+    """Gradients with orthogonal rows of falling norms (columns, where tall): projecting chooses rows, turns nothing."""
     m, n = shape
     generator = torch.Generator().manual_seed(0)
     grads = []
@@ -637,7 +637,7 @@ def _expected_bytes(name, optimizer, r=2):
         sampled = [is_sampled(0.5, 0, 1, index) for index in range(3)]
         assert 0 < sum(sampled) < 3  # both branches are counted
         return sum(4 * (s * r + (s if full else r) * l) for (s, l), full in zip(small_large, sampled))
-    # MoFaSGD: factors and, for fp32 weights, working copies of that size; each shape's buffer is padded to 128 elements.
+    # MoFaSGD: factors and, for fp32 weights, working copies of that size; each shape's is padded to 128 elements.
     return sum(8 * 128 * math.ceil(r * (m + n + 1) / 128) for m, n in shapes)
 
 
