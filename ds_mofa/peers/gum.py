@@ -16,12 +16,13 @@ and in every step of it
 NS is Muon's orthogonalisation (:mod:`ds_mofa.peers.newton_schulz`), f its factor by shape. Over the sampling, the
 increment of the momentum (P P^T G / (1 - q), or the residual / q) has the mean G: that is the unbiasedness.
 
-What is certain and what is not. The two updates, their weights and q = gamma / (number of layers) are the paper's; its
-gamma counts layers, ours is a probability for each matrix, drawn independently. That the momentum starts from zero
-in every period is our reading: the two branches' momenta have different shapes, and P changes. Given that, and since
-NS does not feel the scale of R, the weights 1 / q and 1 / (1 - q) change no update; they matter to the estimate alone.
-The paper projects from the left; as in GaLore's code it is the smaller dimension here. Nesterov is not in the equations
-and not here. No f is stated; torch's names for it apply, with the same default as for the Muon beside it.
+What is certain and what is not; no published code was found. The two updates, their weights and q = gamma / (number of
+layers) are the paper's, as reported by others; its gamma counts layers, ours is a probability for each matrix, drawn
+independently. That the momentum starts from zero in every period is our reading: the two branches' momenta have
+different shapes, and P changes. Given that, and since NS does not feel the scale of R, the weights 1 / q and
+1 / (1 - q) change no update; they matter to the estimate alone. The paper projects from the left; as in GaLore's code
+it is the smaller dimension here. Nesterov is not in the equations and not here. No f is stated; torch's names for it
+apply, with the same default as for the Muon beside it.
 
 q = 0 is a biased ablation, GaLore with Muon for Adam. q = 1 would never train P's directions, and is refused.
 

@@ -12,8 +12,8 @@ RSVD (Halko, Martinsson, Tropp 2011) of A: Q = qr(A Omega) with Omega Gaussian, 
 cut to r. Each power iteration takes Q to qr(A qr(A^T Q)). The paper has p = 0; that its published code makes one power
 iteration (through ``torch.pca_lowrank``) is the default here. Omega is keyed by seed, step and matrix.
 
-How the negative entries are mended is taken from the published code; the wording of the paper leaves open whether the
-mean is added to the other entries too.
+How the negative entries are mended is taken from the published code; the paper's formula as reported, ReLU(v~) plus the
+magnitude of a mean, could also be read as adding that mean to the other entries.
 
 Kept per m x n matrix: two sets of factors, 8 r (m + n + 1) bytes. During the step m, v and N are whole matrices.
 """
