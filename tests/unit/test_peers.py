@@ -712,6 +712,15 @@ def test_mofasgd_is_the_products_own():
     assert type(build("SO", build_model())) is Peer
 
 
+@pytest.mark.parametrize("settings, rank", [({}, 8), ({"rank": 3}, 3)])
+def test_the_rank_is_mofasgd_s_unless_given(settings, rank):
+    model = nn.Sequential(nn.Linear(9, 20))
+    optimizer = peers.build("GaLore", model, lr=0.1, **settings)
+    model(torch.ones(2, 9)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["P"].shape == (9, rank)
+
+
 def test_a_model_of_matrices_alone_needs_no_adamw():
     model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))
     optimizer = peers.build("GaLore", model, lr=0.1, rank=2)
