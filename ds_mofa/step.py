@@ -22,7 +22,6 @@ from ds_mofa.factors import (
     gram_matrices,
     live_directions,
     projected_norm,
-    resized,
     start_factors,
     update_many,
 )
@@ -31,11 +30,10 @@ from ds_mofa.options import Options
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition import Exchange, Layout
 from ds_mofa.phases import phase
+from ds_mofa.state import packed, unpack
 from ds_mofa.weights import Rounding, Shard, rounding_key, write_updates
 
-__all__ = ["MatrixStep", "whole_matrix", "STATE_FORMAT"]
-
-STATE_FORMAT = 1
+__all__ = ["MatrixStep", "whole_matrix"]
 
 _LARGEST_NORM = 1e18  # the square of more overflows in fp32, in which DeepSpeed adds the norms up
 _NO_NUMBER = (
@@ -226,12 +224,7 @@ class MatrixStep:
         flat = self._gather_factors()
         if flat is None:
             return {}
-        matrices = {}
-        for matrix in self.matrices:
-            U, V, sigma = self.layout.views(flat, matrix.index)
-            matrices[matrix.name] = {"U": U.clone(), "sigma": sigma.clone(), "V": V.clone()}
-        counters = {"format": STATE_FORMAT, "steps": self.steps, "skipped": self.skipped}
-        return {**{key: torch.tensor(value) for key, value in counters.items()}, "matrices": matrices}
+        return packed(flat, self.layout, self.matrices, steps=self.steps, skipped=self.skipped)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -248,7 +241,7 @@ class MatrixStep:
         counters = torch.zeros(2, dtype=torch.int64, device=device)
         problem = None
         if self.exchange.rank == 0:
-            problem = self._fill_from(state or {}, flat, counters)
+            problem = unpack(state or {}, self.layout, self.matrices, self.options.rank, flat, counters)
         self._agree(problem)
         self.exchange.broadcast(flat, 0)
         self.exchange.broadcast(counters, 0)
@@ -414,59 +407,11 @@ class MatrixStep:
         dist.gather(self.factors, parts, dst=dist.get_global_rank(group, 0), group=group)
         return torch.cat([part.cpu() for part in parts]) if root else None
 
-    def _fill_from(self, state: Mapping[str, Any], flat: Tensor, counters: Tensor) -> str | None:
-        """Rank 0's part of loading; the reason when it cannot."""
-        if int(state.get("format", -1)) != STATE_FORMAT:
-            return (
-                f"the checkpoint holds MoFaSGD state of format {state.get('format', 'none')}, this version reads "
-                f"{STATE_FORMAT}. Load it with the version that wrote it, or start the optimizer anew "
-                "(load_optimizer_states=False)"
-            )
-        saved = state["matrices"]
-        names = {matrix.name for matrix in self.matrices}
-        if saved.keys() != names:
-            odd = sorted(saved.keys() ^ names)
-            return (
-                f"the checkpoint's matrices are not this model's: {len(odd)} are on one side only, such as {odd[0]!r}. "
-                "Use the include and exclude that it was saved with, and a rank that fits the same matrices"
-            )
-        sizes, kept = set(), torch.zeros(2, dtype=torch.float64)  # squares of sigma: after and before
-        for matrix in self.matrices:
-            one = Factors(*(saved[matrix.name][key] for key in Factors._fields))
-            (m, n), r = matrix.shape, one.sigma.shape[-1]
-            for key, value, shape in zip(one._fields, one, ((m, r), (r,), (n, r))):
-                if value.shape != shape:
-                    return (
-                        f"the checkpoint's {key} of {matrix.name!r} is {tuple(value.shape)}, this model's would be "
-                        f"{shape}. Use the model that it was saved with"
-                    )
-            sizes.add(r)
-            if state["steps"] > 0:  # before, there are no factors yet
-                new = resized(one, self.options.rank)
-                for view, value in zip(self.layout.views(flat, matrix.index), (new.U, new.V, new.sigma)):
-                    view.copy_(value)
-                kept += torch.stack([new.sigma.double().square().sum(), one.sigma.double().square().sum()])
-        if state["steps"] > 0 and sizes != {self.options.rank}:
-            print(_resize_line(sizes, self.options.rank, kept), flush=True)
-        counters.copy_(torch.stack([state["steps"], state["skipped"]]))
-        return None
-
     def _agree(self, problem: str | None) -> None:
         """Raise on every rank if rank 0 has a problem."""
         failed = self.exchange.sum(torch.tensor([float(problem is not None)], device=self.factors.device))
         if failed:
             raise ValueError(problem or "rank 0 could not load the MoFaSGD state; its message says why")
-
-
-def _resize_line(sizes: set[int], rank: int, kept: Tensor) -> str:
-    """What changing the rank of loaded factors does to the momentum; ``kept``: its squared norm after and before."""
-    saved = ", ".join(map(str, sorted(sizes)))
-    if max(sizes) < rank:
-        effect = "grown by directions without momentum, which the next gradients fill"
-    else:
-        effect = f"truncated to the leading ones, which hold {float(kept[0] / kept[1].clamp_min(1e-300)):.4%} of the "
-        effect += "momentum's squared norm"
-    return f"ds_mofa: the checkpoint's factors have rank {saved}, this run's {rank}: {effect}"
 
 
 @contextlib.contextmanager
