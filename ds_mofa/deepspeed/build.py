@@ -17,6 +17,7 @@ from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import full_shape, split_parameters
 from ds_mofa.partition import Exchange
+from ds_mofa.staging import HostMemory
 from ds_mofa.step import MatrixStep
 
 __all__ = ["build_optimizer", "read_options"]
@@ -59,6 +60,7 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         device=engine.device,
         shard_of=shard_of,
         gathered=GatheredWeight if engine.zero_optimization_partition_weights() else None,
+        host=HostMemory(engine.zero_offload_optimizer().pin_memory) if engine.zero_cpu_offload() else None,
     )
     matrices.on_report = functools.partial(_write_to_monitor, engine)
     mark_matrices(split.matrices)
