@@ -146,7 +146,7 @@ def test_no_copy_overtakes_what_it_depends_on(seed):
         gpu.compute.do(lambda: buffers.fill_(255))  # the allocator has given them to another
         gpu.compute.do(lambda: new.add_(7))
         staging.send(new, kept)
-        for staged in staging.passes([[tensor] for tensor in (*host, kept)]):  # what has left can be read again
+        for staged in staging.passes([[tensor] for tensor in (kept, *host)]):  # what has left can be read again
             for tensor in staged:
                 gpu.compute.do(lambda tensor=tensor: total.add_(tensor))
         gpu.run(random.Random(seed))
