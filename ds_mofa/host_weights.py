@@ -56,7 +56,8 @@ def _write_through(staging, away, shards, U, V, coefficients, *, indices, master
     weights = [shard.flat for shard in shards]
     kinds = [weights, masters]
     moving = [tensors for tensors, is_away in zip(kinds, away) if is_away]
-    places = list(chunks(len(shards), weights[0].numel(), sum(tensors[0].element_size() for tensors in moving)))
+    bytes_each = sum(tensors[0].element_size() for tensors in moving)
+    places = list(chunks(len(shards), shards[0].start, weights[0].numel(), bytes_each))
     pieces = [[tensor[low:high] for kind in moving for tensor in kind[some]] for some, low, high in places]
     for (some, low, high), staged in zip(places, staging.passes(pieces, back=True), strict=True):
         arrived = iter(staged)
@@ -75,11 +76,12 @@ def _write_through(staging, away, shards, U, V, coefficients, *, indices, master
         )
 
 
-def chunks(count: int, numel: int, bytes_each: int) -> Iterator[tuple[slice, int, int]]:
+def chunks(count: int, start: int, numel: int, bytes_each: int) -> Iterator[tuple[slice, int, int]]:
     """Which of ``count`` shards, and which elements [low, high) of each, pass together: ``CHUNK_BYTES`` or less.
 
     Args:
         count: of the shards.
+        start: index of the first element of each in its matrix.
         numel: of each.
         bytes_each: of one element.
     """
@@ -92,9 +94,11 @@ def chunks(count: int, numel: int, bytes_each: int) -> Iterator[tuple[slice, int
             yield slice(first, min(first + step, count)), 0, numel
         return
     length = limit - limit % 1024 or limit
-    # Of the whole's parity: then the kernel that takes two neighbours as one word serves a chunk, at an even place and
-    # of even length, just if it would serve the whole, and the sums of products are rounded by the same one.
-    length -= (length - numel) % 2
+    # The kernel that takes two neighbours as one word serves an even number of weights from an even place on. Odd
+    # chunks where the whole is odd, else even ones: so it serves each if it would serve the whole, and none if not, and
+    # the sums of products are rounded by the same kernel.
+    odd = start % 2 == 0 and numel % 2 == 1
+    length -= (length - odd) % 2
     for i in range(count):
         for low in range(0, numel, length):
             yield slice(i, i + 1), low, min(low + length, numel)
