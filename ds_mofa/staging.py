@@ -45,6 +45,7 @@ class Staging:
         self._on_gpu = device.type == "cuda"
         self._in, self._out = (torch.cuda.Stream(device) if self._on_gpu else _Immediate() for _ in range(2))
         self._sent: list[Tensor] = []
+        self._last = None  # the event after the last copy out
         self.peak = 0
 
     def passes(self, pieces: Sequence[Sequence[Tensor]], *, back: bool = False) -> Iterator[list[Tensor]]:
@@ -76,7 +77,7 @@ class Staging:
                 yield staged
                 left[number % 2] = compute.record_event()
                 if back:
-                    left[number % 2] = self._copy(self._out, staged, piece, after=left[number % 2])
+                    left[number % 2] = self._last = self._copy(self._out, staged, piece, after=left[number % 2])
         finally:
             # The buffers go back to the allocator, which knows of the current stream alone.
             compute.wait_stream(self._in)
@@ -86,12 +87,14 @@ class Staging:
         """Copy a device tensor to the host beside what comes next. Until :meth:`finish`, neither may be written, and
         the host must not read ``target``.
         """
-        self._copy(self._out, [source], [target], after=self._current().record_event())
+        self._last = self._copy(self._out, [source], [target], after=self._current().record_event())
         self._sent.append(source)  # else its memory would be given away while it is read
 
     def finish(self) -> None:
         """Wait until the host has all that was sent or has gone back."""
-        self._out.synchronize()
+        if self._last is not None:
+            self._last.synchronize()
+        self._last = None
         self._sent.clear()
 
     def _buffers(self, pieces: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -124,8 +127,6 @@ class _Immediate:
     def wait_event(self, event) -> None: ...
 
     def wait_stream(self, stream) -> None: ...
-
-    def synchronize(self) -> None: ...
 
 
 def _room(tensor: Tensor) -> int:

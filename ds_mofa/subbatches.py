@@ -36,8 +36,8 @@ class Part:
 def temporaries(parts: Sequence[Part]) -> int:
     """Bytes that :func:`ds_mofa.factors.update_many` needs at most for these parts, its results included.
 
-    Of every matrix its new directions and its new factors in fp32, 8 r (m + n), and what is r x r, in float64; of
-    one side of one part at a time the old columns, the new and the sketch in float64, 24 r m.
+    Of every matrix its new directions and its new factors in fp32, 8 r (m + n), and 512 r^2 for what is r x r, in
+    float64; of one side of one part at a time the old columns, the new and the sketch in float64, 24 r m.
     """
     every = sum((p.last - p.first) * (8 * p.block.rank * sum(p.block.shape) + 512 * p.block.rank**2) for p in parts)
     return every + max((24 * (p.last - p.first) * p.block.rank * max(p.block.shape) for p in parts), default=0)
