@@ -11,6 +11,7 @@ import pytest
 import torch
 from comparing import STEPS, assert_same, dense, distances
 from deepspeed import comm as dist
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from launching import on_ranks
 from test_faults import matrices_of
 from test_resume import end_of, equal, saved_and_resumed
@@ -18,6 +19,7 @@ from toys import batches
 from training import config, engine_for, toy, train, train_step
 
 from ds_mofa import host_weights
+from ds_mofa import step as step_module
 
 CPU = {"device": "cpu", "pin_memory": False}
 PINNED = {"device": "cpu", "pin_memory": True}
@@ -169,6 +171,40 @@ def test_a_failure_half_way_leaves_offloaded_factors_as_they_were(ran):
     for result in ran.ranks:
         assert equal(result["before"], result["after"])
         assert result["end"]["steps"] == 3 and not equal(result["end"]["weights"], result["after"]["weights"])
+
+
+# ---------------------------------------------------------------------- moved by hand, gathered by slices
+
+
+def put_away(stage: int) -> dict:
+    """Four steps with DeepSpeed's states away and back after the second, and without; the factors by slices."""
+    include = None if stage < 3 else [OffloadStateTypeEnum.lp_grads, OffloadStateTypeEnum.contiguous_grad_buffer]
+    ends = []
+    for away in (False, True):
+        with engine_for(settings_of(stage, NOWHERE, "bf16")) as engine:
+            for number, batch in enumerate(batches(4)):
+                if away and number == 2:
+                    engine.offload_states(include=include, pin_memory=False)
+                    engine.reload_states()
+                train_step(engine, batch)
+            ends.append(matrices_of(engine))
+            with mock.patch.object(step_module, "_SLICE", 100):
+                by_slices = engine.basic_optimizer.matrices.state_dict()
+            at_once = engine.basic_optimizer.matrices.state_dict()
+    return {"stayed": ends[0], "went": ends[1], "by slices": by_slices, "at once": at_once}
+
+
+@on_ranks(put_away, stage=[1, 2, 3])
+def test_deepspeeds_states_go_and_come_back(ran):
+    for result in ran.ranks:
+        assert equal(result["stayed"], result["went"])
+
+
+@on_ranks(put_away, stage=[2])
+def test_factors_gathered_by_slices_are_the_factors(ran):
+    assert ran.ranks[0]["at once"]["matrices"]
+    for result in ran.ranks:
+        assert equal(result["by slices"], result["at once"])
 
 
 # ---------------------------------------------------------------------- weights through the buffers
