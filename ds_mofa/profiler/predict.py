@@ -13,11 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ds_mofa.options import Options
 from ds_mofa.partition import Layout
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.reserve import reserved_by_plain_loop, reserved_by_stage12
 from ds_mofa.profiler.simulate import MicroBatch, Parameter, PredictionError, simulate
 from ds_mofa.profiler.zero import Candidate, ZeroSettings, partitioned, stage3_gathered, stage3_step, stage12_candidates
+from ds_mofa.subbatches import split, temporaries
 
 __all__ = ["OPTIMIZERS", "PredictionError", "Setting", "on_host", "predict"]
 
@@ -288,8 +290,10 @@ def _step_workspace(setting: Setting, batch: MicroBatch) -> int:
     matrices = [p for p in batch.parameters if p.kind == "matrix"]
     if setting.optimizer == "MoFaSGD":
         layout = Layout([((p.shape[0], p.shape[1]), 0) for p in matrices], setting.rank, setting.gpus)
-        # The reduced sketches, and in float64 at most the basis, the sketch, its complement and the new directions.
-        return 4 * layout.segment + 4 * 8 * layout.segment
+        batches = [
+            batch for rank in range(setting.gpus) for batch in split(layout.owned_by(rank), Options().update_bytes)
+        ]
+        return 4 * layout.segment + max(map(temporaries, batches))  # the reduced sketches, and the update's
     if setting.optimizer == "Muon":  # Newton-Schulz in bf16: the update, its Gram matrix twice, one product
         return max(2 * (2 * p.numel + 2 * min(p.shape) ** 2) for p in matrices)
     if setting.optimizer == "GaLore":  # the update projected back, and an SVD's fp32 copy of one gradient
