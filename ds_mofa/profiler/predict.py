@@ -17,7 +17,15 @@ from ds_mofa.partition import Layout
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.reserve import reserved_by_plain_loop, reserved_by_stage12
 from ds_mofa.profiler.simulate import MicroBatch, Parameter, PredictionError, simulate
-from ds_mofa.profiler.zero import Candidate, ZeroSettings, partitioned, stage3_gathered, stage3_step, stage12_candidates
+from ds_mofa.profiler.zero import (
+    Candidate,
+    ZeroSettings,
+    norm_bytes,
+    partitioned,
+    stage3_gathered,
+    stage3_step,
+    stage12_candidates,
+)
 
 __all__ = ["OPTIMIZERS", "PredictionError", "Setting", "on_host", "predict"]
 
@@ -280,6 +288,10 @@ def _other_candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
         step["gradients"] += 2 * whole  # DeepSpeed converts all of them to fp32 before it steps
     if setting.zero == 3:
         step["gradients"] = stage3_step(_zero(setting), whole // 2 // setting.gpus)
+    if setting.zero == 3:
+        largest = max((size // 2 for size in sizes.values()), default=0) // setting.gpus
+        norm = {"gradients": whole // setting.gpus, "workspace": norm_bytes(largest)}
+        found.append(Candidate("step, gradient norm", norm))
     return [*found, Candidate("step", step)]
 
 

@@ -10,6 +10,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 
 from ds_mofa.profiler.simulate import MicroBatch, Parameter
+from ds_mofa.profiler.zero import norm_bytes
 
 __all__ = ["CachingAllocator", "reserved_by_plain_loop", "reserved_by_stage12"]
 
@@ -160,7 +161,7 @@ def reserved_by_stage12(
         bucket: bytes of all reduce buckets.
         contiguous: ``contiguous_gradients``.
     """
-    allocator = CachingAllocator()
+    allocator, aside = CachingAllocator(), CachingAllocator()  # the reduction's stream has blocks of its own
     weights = {param.name: allocator.alloc(2 * param.numel) for param in batch.parameters}
     for size in buffers:
         allocator.alloc(size)
@@ -178,8 +179,8 @@ def reserved_by_stage12(
         for _ in range(2):
             allocator.alloc(state_bytes * size)
         allocator.free(gradient)
-    kept_whole = 2 * sum(mine.values())
     numels = {param.name: param.numel for group in groups for param in group}
+    kept_whole = 2 * sum(numels[name] for name in mine)
     for _ in range(2):
         kept: list[tuple] = []
         whole: dict[str, tuple] = {}
@@ -202,7 +203,7 @@ def reserved_by_stage12(
                 reduces = last or not reduces_once
                 if reduces and state["elements"] and state["elements"] + numel > bucket // 4:
                     if contiguous and state["mine"] and state["filled"] is None:
-                        state["filled"] = allocator.alloc(kept_whole)
+                        state["filled"] = aside.alloc(kept_whole)
                     while waiting:
                         allocator.free(waiting.pop())
                     state["elements"] = 0
@@ -215,18 +216,20 @@ def reserved_by_stage12(
 
             _play(allocator, batch, complete)
             if contiguous and state["filled"] is None and (last or not reduces_once):
-                state["filled"] = allocator.alloc(kept_whole)
+                state["filled"] = aside.alloc(kept_whole)
             for handle in [*waiting, *(state["buckets"] or [])]:
                 allocator.free(handle)
             if state["filled"] is not None:
                 if kept:
-                    allocator.free(state["filled"])  # added to the first one's
+                    aside.free(state["filled"])  # added to the first one's
                 else:
                     kept.append(state["filled"])
         if contiguous:  # copied into the flat buffer, in whole
             for handle in whole.values():
                 allocator.free(handle)
             whole.clear()
+        for elements in mine.values():
+            allocator.free(allocator.alloc(norm_bytes(elements)))
         for size in sizes:
             flat = allocator.alloc(2 * size)
             if state_bytes != 2:
@@ -234,6 +237,8 @@ def reserved_by_stage12(
                 allocator.free(flat)
                 flat = converted
             allocator.free(flat)
-        for handle in [*kept, *whole.values()]:
+        for handle in kept:
+            aside.free(handle)
+        for handle in whole.values():
             allocator.free(handle)
-    return allocator.reserved
+    return allocator.reserved + aside.reserved

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 from ds_mofa.profiler.simulate import MicroBatch, Moment, Parameter
 
-__all__ = ["Candidate", "ZeroSettings", "partitioned", "stage12_candidates", "stage3_gathered", "stage3_step"]
+__all__ = [
+    "Candidate",
+    "ZeroSettings",
+    "norm_bytes",
+    "partitioned",
+    "stage12_candidates",
+    "stage3_gathered",
+    "stage3_step",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Candidate:
 
 
 def partitioned(groups: Sequence[Sequence[Parameter]], world_size: int) -> tuple[list[dict[str, int]], list[int]]:
-    """(of each rank, the parameters that its partitions touch, with their elements; elements of a partition by group).
+    """(by rank, the parameters that its partitions touch, with the elements in them; elements of a partition by group).
 
     Stages 1 and 2 cut each group's flat buffer into equal ranges, and keep whole the gradient of a parameter that a cut
     goes through, on both sides of it.
@@ -51,10 +59,16 @@ def partitioned(groups: Sequence[Sequence[Parameter]], world_size: int) -> tuple
         sizes.append(size)
         start = 0
         for param in group:
-            for rank in range(start // size, min(world_size - 1, (start + param.numel - 1) // size) + 1):
-                touched[rank][param.name] = param.numel
-            start += param.numel
+            end = start + param.numel
+            for rank in range(start // size, min(world_size - 1, (end - 1) // size) + 1):
+                touched[rank][param.name] = min(end, (rank + 1) * size) - max(start, rank * size)
+            start = end
     return touched, sizes
+
+
+def norm_bytes(elements: int) -> int:
+    """Of the float64 copy of a gradient that DeepSpeed takes its norm of, one after the other, before each step."""
+    return 8 * elements
 
 
 def stage12_candidates(
@@ -68,14 +82,14 @@ def stage12_candidates(
     micro-batch, through the buckets into such a buffer. A gradient larger than the bucket waits, whole, until the next
     one comes.
 
-    Step, group by group: a flat copy of the partition's gradients, then its conversion to the masters' dtype, beside
+    Step: :func:`norm_bytes`; then, group by group, a flat copy of the partition's gradients, then its conversion to the masters' dtype, beside
     what the accumulated gradients still hold.
     """
     trained = {p.name: p for group in groups for p in group}
     touched, sizes = partitioned(groups, zero.world_size)
     mine = touched[rank]
     whole = 2 * sum(p.numel for p in trained.values())
-    kept = 2 * sum(mine.values())
+    kept = 2 * sum(trained[name].numel for name in mine)
     before = (whole if zero.reduces_once else kept) if micro_batches > 1 else 0
     buffers = (2 if zero.overlap_comm else 1) * 2 * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     candidates = []
@@ -108,6 +122,8 @@ def stage12_candidates(
         else:
             before -= moved
         candidate(f"backward ({name})", moment, before + filled + waiting)
+    norm = {"gradients": kept, "workspace": norm_bytes(max(mine.values(), default=0))}
+    candidates.append(Candidate("step, gradient norm", norm))
     remaining = kept
     for size in sizes:
         flat = 2 * size
