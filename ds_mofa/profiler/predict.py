@@ -15,14 +15,15 @@ from typing import Any
 
 from ds_mofa.partition import Layout
 from ds_mofa.profiler.categories import CATEGORIES
-from ds_mofa.profiler.reserve import reserved_by_plain_loop, reserved_by_stage12
+from ds_mofa.profiler.gathering import gathered
+from ds_mofa.profiler.reserve import reserved_by_plain_loop
+from ds_mofa.profiler.reserve_zero import reserved_by_stage3, reserved_by_stage12
 from ds_mofa.profiler.simulate import MicroBatch, Parameter, PredictionError, simulate
 from ds_mofa.profiler.zero import (
     Candidate,
     ZeroSettings,
     norm_bytes,
     partitioned,
-    stage3_gathered,
     stage3_step,
     stage12_candidates,
 )
@@ -61,6 +62,8 @@ class Setting:
         liger: liger-kernel's fused norms, rotary embedding, SwiGLU and loss.
         bucket: DeepSpeed's reduce_bucket_size, elements.
         contiguous: DeepSpeed's contiguous_gradients.
+        prefetch: DeepSpeed's stage3_prefetch_bucket_size, elements.
+        leaf: whether stage 3 gathers a decoder layer as one, DeepSpeed's leaf_module.
         adamw_reduce: ds_mofa's option of that name: "step", or "micro_batch".
     """
 
@@ -77,6 +80,8 @@ class Setting:
     liger: bool = False
     bucket: int = 100_000_000
     contiguous: bool = True
+    prefetch: int = 100_000_000
+    leaf: bool = False
     adamw_reduce: str = "step"
 
     def __post_init__(self):
@@ -258,6 +263,8 @@ def _zero(setting: Setting) -> ZeroSettings:
         state_bytes=4 if setting.states == "fp32" else 2,
         reduce_bucket_size=setting.bucket,
         contiguous_gradients=setting.contiguous,
+        stage3_prefetch_bucket_size=setting.prefetch,
+        leaf_module=setting.leaf,
     )
 
 
@@ -268,7 +275,7 @@ def _other_candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
     fixed = {}
     if setting.zero == 3:
         zero = _zero(setting)
-        fixed["communication buffers"] = 2 * zero.reduce_bucket_size + stage3_gathered(zero, batch.parameters)
+        fixed["communication buffers"] = 2 * zero.reduce_bucket_size + gathered(zero, batch.parameters).at_loss
     found, complete = [], 0
     for i, moment in enumerate(batch.peaks):
         if i:
@@ -333,9 +340,9 @@ def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocate
             micro_batches=setting.micro_batches,
         )
     elif setting.zero == 3:
-        # The step's flat gradients, in blocks larger than any of backward's; not what gathering leaves unused.
-        largest = max(map(_numbers, _groups(setting, batch))) // setting.gpus
-        return stage3_step(_zero(setting), largest) - 2 * largest
+        zero = _zero(setting)
+        reserved = reserved_by_stage3(zero, batch, _groups(setting, batch), buffers, setting.micro_batches)
+        reserved += gathered(zero, batch.parameters).reserved
     else:
         return 0
     return max(0, reserved - allocated)

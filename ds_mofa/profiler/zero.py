@@ -14,7 +14,6 @@ __all__ = [
     "norm_bytes",
     "partitioned",
     "stage12_candidates",
-    "stage3_gathered",
     "stage3_step",
 ]
 
@@ -33,6 +32,10 @@ class ZeroSettings:
     state_bytes: int = 4  # of one number of the master weights and of each moment: 4, or 2 for bf16 states
     reduce_bucket_size: int = 100_000_000
     stage3_max_live_parameters: int = 1_000_000_000
+    stage3_max_reuse_distance: int = 1_000_000_000
+    stage3_param_persistence_threshold: int = 100_000
+    stage3_prefetch_bucket_size: int = 100_000_000
+    leaf_module: bool = False  # whether a layer is gathered as one
     sub_group_size: int = 1_000_000_000
     overlap_comm: bool = True
     contiguous_gradients: bool = True
@@ -131,15 +134,6 @@ def stage12_candidates(
         candidates.append(Candidate("step", {"gradients": remaining + flat + converted}))
         remaining -= min(remaining, flat)
     return candidates
-
-
-def stage3_gathered(zero: ZeroSettings, parameters: Sequence[Parameter]) -> int:
-    """Bytes of whole weights at the loss.
-
-    Every module that is entered prefetches another bucket, more than it uses itself, so prefetching runs ahead until
-    ``stage3_max_live_parameters`` are gathered, or all there are.
-    """
-    return 2 * min(zero.stage3_max_live_parameters, sum(p.numel for p in parameters))
 
 
 def stage3_step(zero: ZeroSettings, sharded: int) -> int:
