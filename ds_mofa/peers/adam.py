@@ -1,0 +1,33 @@
+"""Adam's moments and direction (arXiv 1412.6980), on whatever a method hands them: matrices, sketches, lists of entries.
+
+    m' = beta1 m + (1 - beta1) G        v' = beta2 v + (1 - beta2) G^2
+    N  = m' / (1 - beta1^t)  /  (sqrt(v' / (1 - beta2^t)) + eps)
+
+as ``torch.optim.AdamW`` computes them. The published codes of GaLore, Fira and MLorc leave the second bias correction
+out of the sum with eps, which makes their eps larger in the first steps, and set eps to 1e-6 (MLorc: 1e-8).
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ds_mofa.options import Options
+
+__all__ = ["adam_moments", "adam_direction", "check_adam"]
+
+
+def adam_moments(m: Tensor, v: Tensor, G: Tensor, betas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """m' and v', of one shape with G."""
+    beta1, beta2 = betas
+    return beta1 * m + (1 - beta1) * G, beta2 * v + (1 - beta2) * G.square()
+
+
+def adam_direction(m: Tensor, v: Tensor, t: int, betas: Sequence[float], eps: float) -> Tensor:
+    """N; t is 1 in the first step."""
+    beta1, beta2 = betas
+    return (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+
+
+def check_adam(betas: Sequence[float], eps: float) -> None:
+    """Raise an OptionError where they cannot be Adam's."""
+    Options(adamw_betas=betas, adamw_eps=eps)

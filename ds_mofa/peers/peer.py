@@ -1,0 +1,72 @@
+"""A peer as a comparison sees it: one method for the matrices, torch's AdamW for the rest, one optimizer."""
+
+from typing import Any
+
+import torch
+
+from ds_mofa.peers.restarts import forget_state
+
+__all__ = ["Peer"]
+
+
+class Peer(torch.optim.Optimizer):
+    """Two optimizers that step together.
+
+    ``param_groups`` holds the matrices' groups, then AdamW's, each with its own ``lr``: schedulers of torch and Hugging
+    Face scale each from where it starts.
+
+    Args:
+        matrices: of the matrices.
+        rest: of everything else, or None where there is nothing else.
+        reset_every: steps between two momentum resets of both (:mod:`ds_mofa.peers.restarts`), 0 for none.
+    """
+
+    def __init__(self, matrices: torch.optim.Optimizer, rest: torch.optim.Optimizer | None, *, reset_every: int = 0):
+        self.parts = [matrices] if rest is None else [matrices, rest]
+        self.reset_every, self.steps = reset_every, 0
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @property
+    def state(self) -> dict[torch.nn.Parameter, dict[str, Any]]:
+        """Both parts' state; a copy of the outer dict."""
+        return {param: state for part in self.parts for param, state in part.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        pass  # torch's constructor sets an empty one
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Move every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.reset_every and self.steps and self.steps % self.reset_every == 0:
+            for part in self.parts:
+                forget_state(part)
+        for part in self.parts:
+            part.step()
+        self.steps += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only."""
+        return {"parts": [part.state_dict() for part in self.parts], "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of the same peer of the same model.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        if len(state_dict["parts"]) != len(self.parts):
+            raise ValueError(
+                f"the checkpoint holds {len(state_dict['parts'])} optimizers, this one is made of {len(self.parts)}: "
+                "build it by the name, the model and the settings that it was saved with"
+            )
+        for part, saved in zip(self.parts, state_dict["parts"]):
+            part.load_state_dict(saved)
+        self.steps = state_dict["steps"]
+        # Loading has put new dicts in the place of the old.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]

@@ -1,0 +1,86 @@
+"""SO, sparse optimization (arXiv 2504.12436, "Sparsity Outperforms Low-Rank Projections in Few-Shot Adaptation").
+
+Adam on few entries of each matrix: of the gradient those that chance picks, of the moments those that matter. With
+k = density m n entries, in step t = 1, 2, ...:
+
+    every T steps, first in step 1:  S = k entries of W, uniformly at random
+    on the union of S and of the support M of the moments (empty in step 1):
+        g = the gradient on S, zero on the rest
+        m, v = Adam's moments of g, those of entries outside M starting from zero
+        W <- W - lr N,  N Adam's direction (with the global t)
+    M <- the k entries of the union with the largest |m|; the other moments are forgotten
+
+The rule is that of the published code, read together with the paper's description. An entry that joins late has a v
+of one gradient under a bias correction near 1, so its first step is up to (1 - beta1) / sqrt(1 - beta2) = 19 lr long;
+that is the rule, not an accident here. The published code couples weight decay to the gradient (L2); here it is
+decoupled and dense, as for all peers.
+
+Kept per m x n matrix: the indices of M and S (int32), m and v, 16 k bytes. During the step the update is a whole matrix.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_mofa.options import OptionError, Options
+from ds_mofa.peers.adam import adam_direction, adam_moments, check_adam
+from ds_mofa.peers.matrix_method import MatrixMethod
+from ds_mofa.peers.randomness import keyed_generator
+
+__all__ = ["SO", "spread"]
+
+
+class SO(MatrixMethod):
+    """See :mod:`ds_mofa.peers.so`.
+
+    Args:
+        params: param groups with ``lr`` and ``weight_decay``.
+        density: share of a matrix's entries in S and in M, 0 < density <= 1; at least one entry.
+        refresh_every: T, steps with one S.
+        betas: of Adam's moments.
+        eps: of Adam.
+        seed: of S.
+    """
+
+    def __init__(
+        self,
+        params,
+        *,
+        density: float = 5e-4,
+        refresh_every: int = 5,
+        betas: Sequence[float] = (0.4, 0.999),
+        eps: float = 1e-8,
+        seed: int = 0,
+    ):
+        Options._number("density", density, low=0, open_low=True)
+        if density > 1:
+            raise OptionError(f"density={density!r} must be > 0 and <= 1: it is a share of the entries")
+        Options._integer("refresh_every", refresh_every, low=1, high=2**31)
+        check_adam(betas, eps)
+        super().__init__(params, density=density, refresh_every=refresh_every, betas=tuple(betas), eps=eps, seed=seed)
+
+    def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
+        t, flat = state["step"], G.reshape(-1)
+        k = max(1, int(group["density"] * flat.numel()))
+        if (t - 1) % group["refresh_every"] == 0:
+            generator = keyed_generator(group["seed"], t, index, G.device)
+            drawn = torch.randperm(flat.numel(), generator=generator, device=G.device)[:k]
+            state["S"] = drawn.sort().values.int()
+        S, M = state["S"].long(), state["M"].long() if t > 1 else state["S"].long()[:0]
+        m, v = (state["m"], state["v"]) if t > 1 else (flat[:0], flat[:0])
+        union = torch.cat([M, S]).unique()
+        g, m, v = spread(flat[S], S, union), spread(m, M, union), spread(v, M, union)
+        m, v = adam_moments(m, v, g, group["betas"])
+        kept = m.abs().topk(k).indices
+        state["M"], state["m"], state["v"] = union[kept].int(), m[kept], v[kept]
+        return spread(adam_direction(m, v, t, group["betas"], group["eps"]), union, flat.numel()).view_as(G)
+
+
+def spread(values: Tensor, places: Tensor, among: Tensor | int) -> Tensor:
+    """``values`` at ``places`` and zero elsewhere: among sorted places, which hold all of ``places``, or among the first
+    so many."""
+    if isinstance(among, int):
+        return values.new_zeros(among).index_copy_(0, places, values)
+    return values.new_zeros(among.shape).index_copy_(0, torch.searchsorted(among, places), values)
