@@ -115,9 +115,7 @@ def _rates(summary: Summary, metric: str, scale: float) -> Chart:
         for outcome in sorted(tried, key=lambda o: sign * o.dev.mean):
             by_rate[outcome.setting.options["lr"]] = outcome
         rates = sorted(by_rate)
-        values = [
-            [scale * row["evaluations"][-1][summary.plan.task.metric] for row in by_rate[r].rows] for r in rates
-        ]
+        values = [[scale * row["evaluations"][-1][summary.plan.task.metric] for row in by_rate[r].rows] for r in rates]
         if len(rates) > 1:
             series.append(_band(summary, label, rates, values))
     return Chart("learning_rates", f"{metric} by learning rate", "learning rate", metric, series, log_x=True)

@@ -22,7 +22,8 @@ h3{font-size:1rem;margin:1.4rem 0 .3rem}p{margin:.3rem 0}.soft{color:var(--soft)
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:.4rem 1.6rem}
 .figure{min-width:0}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;margin:.4rem 0}
-th,td{padding:.2rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+th,td{padding:.2rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:bottom}
+td{white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
 details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
 @media print{:root{--ink:#000;--soft:#444;--line:#bbb;--paper:#fff;--card:#f4f4f4}

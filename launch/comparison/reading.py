@@ -41,7 +41,9 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Shipped ones are in configs/comparisons.") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}). Shipped ones are in configs/comparisons."
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({error}). Correct it.") from None
 
@@ -58,9 +60,7 @@ def checked(cls: type[T], options: Any, where: str) -> T:
     for name in options:
         if name not in fields:
             raise UserError(unknown(name, fields, f"{where}: no option"))
-    missing = [
-        name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in options
-    ]
+    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in options]
     if missing:
         raise UserError(f"{where}: {', '.join(missing)} must be given.")
     hints = get_type_hints(cls)
@@ -82,7 +82,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in get_args(hint))
     if isinstance(hint, type):
         # A whole number is a number, but True is neither.
-        return isinstance(value, int | float if hint is float else hint) and (hint is bool or not isinstance(value, bool))
+        return isinstance(value, int | float if hint is float else hint) and (
+            hint is bool or not isinstance(value, bool)
+        )
     return value in get_args(hint)  # a Literal
 
 

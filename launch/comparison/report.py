@@ -34,7 +34,9 @@ def write_report(plan: Plan, rows: Mapping[str, dict[str, Any]], folder: Path) -
     seeds = f"{len(summary.seeds)} seed" + ("s" if len(summary.seeds) > 1 else "")
     device = summary.outcomes[0].rows[0]["environment"]["device"]
     subtitle = f"{device}; {plan.training.steps} steps of {plan.training.batch_size} examples; {seeds}"
-    subtitle += "; mean ± sample standard deviation over the seeds; settings chosen on dev" if len(summary.seeds) > 1 else ""
+    subtitle += (
+        "; mean ± sample standard deviation over the seeds; settings chosen on dev" if len(summary.seeds) > 1 else ""
+    )
     best, every, fixed, said = best_table(summary), all_table(summary), fixed_table(summary), notes(summary)
     drawn = charts(summary)
     figures = write_figures(drawn, folder)

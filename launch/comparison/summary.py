@@ -70,9 +70,7 @@ def summarise(plan: Plan, rows: Mapping[str, dict[str, Any]]) -> Summary:
 
     Only seeds that are done for every setting count: a mean over other seeds would be of other runs.
     """
-    seeds = tuple(
-        seed for seed in plan.seeds if all(run.key in rows for run in plan.runs if run.seed == seed)
-    )
+    seeds = tuple(seed for seed in plan.seeds if all(run.key in rows for run in plan.runs if run.seed == seed))
     if not seeds:
         return Summary(plan, (), (), {})
     outcomes = tuple(

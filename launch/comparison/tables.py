@@ -29,7 +29,7 @@ def best_table(summary: Summary) -> Table:
         f"{task.unit}/s": lambda o: f"{o.median('units_per_second'):,.0f}",
         _memory(summary)[1]: lambda o: f"{o.median(_memory(summary)[0]) / 1e9:.2f}",
         "optimizer state, MB": lambda o: f"{o.median('state_bytes') / 1e6:,.1f}",
-        "trained parameters": lambda o: f"{o.median('trained_parameters') / 1e6:.2f} M",
+        "trained": lambda o: f"{o.median('trained_parameters') / 1e6:.2f} M",
     }
     rows = [[label, *(cell(outcome) for cell in columns.values())] for label, outcome in summary.best.items()]
     return Table(["optimizer", *columns], rows)

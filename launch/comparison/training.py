@@ -3,7 +3,7 @@
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ds_mofa.peers import state_bytes
 from launch.comparison.digests import Digest
 from launch.comparison.environment import describe
-from launch.comparison.optimizers import build, clip_gradients, state_bytes
+from launch.comparison.optimizers import build, clip_gradients
 from launch.comparison.plan import Run, Setting, Training
 from launch.comparison.tasks.base import Batch, Task, to_device
 
@@ -36,8 +37,8 @@ def train(run: Run, task: Task, device_name: str) -> dict[str, Any]:
     weights = Digest([dict(model.named_parameters())])
     model.to(device, getattr(torch, training.dtype))
     torch.manual_seed(run.seed)  # LoRA's adapters are drawn now
-    model, optimizers = build(run.setting.optimizer, model, run.setting.options, task.head_modules)
-    schedules = [LambdaLR(optimizer, lambda step: rate(training, step)) for optimizer in optimizers]
+    model, optimizer = build(run.setting.optimizer, model, run.setting.options, task.head_modules)
+    schedule = LambdaLR(optimizer, lambda step: rate(training, step))
     dev, test = task.held_out("dev"), task.held_out("test")
     trained_on, meter, losses, units = Digest(), _Meter(device), [], 0
     evaluations = [{"step": 0, "seconds": 0.0, "units": 0, **task.evaluate(model, dev, device)}]
@@ -49,9 +50,8 @@ def train(run: Run, task: Task, device_name: str) -> dict[str, Any]:
         # Anew each step: an optimizer that draws random numbers must not change the next step's dropout.
         torch.manual_seed((run.seed << 32) + step)
         with meter:
-            losses.append(_step(model, optimizers, batch, training))
-            for schedule in schedules:
-                schedule.step()
+            losses.append(_step(model, optimizer, batch, training.max_grad_norm))
+            schedule.step()
         if step % training.eval_every == 0 or step == training.steps:
             measured = task.evaluate(model, dev, device)
             evaluations.append({"step": step, "seconds": meter.seconds, "units": units, **measured})
@@ -65,7 +65,7 @@ def train(run: Run, task: Task, device_name: str) -> dict[str, Any]:
         "test": task.evaluate(model, test, device) if diverged_at is None else None,
         "diverged_at": diverged_at,
         "units_per_second": _throughput(evaluations),
-        "state_bytes": state_bytes(optimizers),
+        "state_bytes": state_bytes(optimizer),
         "peak_allocated": meter.peak,
         "peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts KiB
         "trained_parameters": sum(param.numel() for param in model.parameters() if param.requires_grad),
@@ -94,29 +94,26 @@ def rate(training: Training, step: int) -> float:
     return (1 + math.cos(math.pi * done)) / 2 if training.schedule == "cosine" else 1.0
 
 
-def _step(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], batch: Batch, training: Training
-) -> Tensor:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, max_grad_norm: float | None) -> Tensor:
     loss = model(**batch).loss
     loss.backward()
-    if training.max_grad_norm is not None:
-        clip_gradients(model, optimizers, training.max_grad_norm)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    if max_grad_norm is not None:
+        clip_gradients(model, optimizer, max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
     return loss.detach().float()
 
 
-def _finite(values: dict[str, float]) -> bool:
+def _finite(values: Mapping[str, float]) -> bool:
     return all(map(math.isfinite, values.values()))
 
 
-def _first_not_finite(losses: Sequence[float], evaluations: Sequence[dict[str, float]]) -> int | None:
+def _first_not_finite(losses: Sequence[float], evaluations: Sequence[Mapping[str, float]]) -> int | None:
     steps = [step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
     return min(steps + [entry["step"] for entry in evaluations if not _finite(entry)], default=None)
 
 
-def _throughput(evaluations: Sequence[dict[str, float]]) -> float:
+def _throughput(evaluations: Sequence[Mapping[str, float]]) -> float:
     """Units per second since the first evaluation after the start, or since the start where there are only two."""
     first, last = evaluations[1 if len(evaluations) > 2 else 0], evaluations[-1]
     return (last["units"] - first["units"]) / (last["seconds"] - first["seconds"])

@@ -67,5 +67,7 @@ def load_classifier(encoder: str, classes: int, seed: int) -> nn.Module:
     )
     untrained = [name for name in loading["missing_keys"] if not name.startswith("classifier.")]
     if untrained:
-        raise UserError(f"task.encoder: {folder} has no weights for {', '.join(sorted(untrained)[:3])}. Use a whole one.")
+        raise UserError(
+            f"task.encoder: {folder} has no weights for {', '.join(sorted(untrained)[:3])}. Use a whole one."
+        )
     return model

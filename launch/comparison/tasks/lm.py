@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from launch.arguments import read_json
 from launch.comparison.digests import digest_of_files
 from launch.comparison.tasks.base import Batch, Split, Task, shuffled
-from launch.arguments import read_json
 from launch.data import encoded_records
 from launch.errors import UserError
 from launch.make_corpus import make_corpus
@@ -119,7 +119,9 @@ class LanguageModelling(Task):
         files = Path(self.data_dir) / "train.txt", Path(self.data_dir) / "eval.txt"
         for file in files:
             if not file.is_file():
-                raise UserError(f"{file}: no such file. task lm needs train.txt and eval.txt in --data_dir, or no folder.")
+                raise UserError(
+                    f"{file}: no such file. task lm needs train.txt and eval.txt in --data_dir, or no folder."
+                )
         yield files
 
     def _blocks(self, split: Literal["train", "eval"]) -> Tensor:
@@ -129,5 +131,7 @@ class LanguageModelling(Task):
             records = encoded_records((str(file),), (), self._tokenizer, self.length, ())
             whole = [record["input_ids"] for record in records if len(record["input_ids"]) == self.length]
         if not whole:
-            raise UserError(f"{file}: not one example of {self.length} tokens. Set task.length lower, or give more text.")
+            raise UserError(
+                f"{file}: not one example of {self.length} tokens. Set task.length lower, or give more text."
+            )
         return torch.tensor(whole)
