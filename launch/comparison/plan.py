@@ -139,6 +139,7 @@ def load_plan(
         for seed in kept_seeds
         for setting in settings
     ]
+    _check_different(runs, f"{path}: optimizers")
     return Plan(path.stem, task, training, tuple(kept_seeds), tuple(settings), tuple(runs))
 
 
@@ -172,6 +173,13 @@ def _settings(section: Any, where: str) -> list[Setting]:
             grid = tuple(name for name, values in axes.items() if len(values) > 1)
             settings.append(Setting(str(label), optimizer, chosen, grid))
     return settings
+
+
+def _check_different(runs: Sequence[Run], where: str) -> None:
+    first: dict[str, Run] = {}
+    for run in runs:
+        if first.setdefault(run.key, run) is not run:
+            raise UserError(f"{where}: {first[run.key]} and {run} are the same run. Remove one of them.")
 
 
 def _seeds(section: Any, where: str) -> list[int]:
