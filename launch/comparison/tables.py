@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from launch.comparison.plan import Plan
 from launch.comparison.results import differing_environments
@@ -49,7 +50,7 @@ def fixed_table(summary: Summary) -> Table:
     """What was the same for all."""
     plan = summary.plan
     task = dataclasses.asdict(plan.task)
-    task.pop("data_dir", None)  # a path of one machine; its content is in the key of every run
+    task.pop("data_dir", None)  # its content is in the key of every run
     rows = [["task", plan.task.name], *([name, _value(value)] for name, value in task.items() if value is not None)]
     rows += [[name.replace("_", " "), _value(value)] for name, value in dataclasses.asdict(plan.training).items()]
     rows.append(["seeds", ", ".join(map(str, summary.seeds))])
@@ -106,4 +107,6 @@ def _grid(outcome: Outcome) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name  # the folders above it are of one machine
     return f"{value:g}" if isinstance(value, float) else str(value)
