@@ -33,9 +33,9 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     plan = load_plan(args.plan, args.data_dir, args.optimizers, args.seeds)
     folder = args.output_dir or Path("out/comparisons") / plan.name
-    results = Results(folder / "results.jsonl")
-    run_all(plan, results, folder, args.device)
-    table = write_report(plan, results.rows, folder)
+    with Results(folder / "results.jsonl") as results:
+        run_all(plan, results, folder, args.device)
+        table = write_report(plan, results.rows, folder)
     print(f"\n{table}\nreport: {folder / 'report.html'}, and summary.md beside it")
 
 

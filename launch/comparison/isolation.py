@@ -1,5 +1,6 @@
 """Each run in a process of its own: its peak memory is its own, and a killed one takes no other along."""
 
+import contextlib
 import multiprocessing
 import traceback
 from collections.abc import Callable
@@ -45,8 +46,10 @@ def in_own_process(function: Callable[..., Any], *args: Any, device: str) -> Any
 
 def _report(sender: Connection, function: Callable[..., Any], args: tuple) -> None:
     try:
-        sender.send(("returned", function(*args)))
+        outcome = "returned", function(*args)
     except UserError as error:
-        sender.send(("refused", str(error)))
+        outcome = "refused", str(error)
     except Exception:
-        sender.send(("raised", "in the process of a run:\n" + traceback.format_exc()))
+        outcome = "raised", "in the process of a run:\n" + traceback.format_exc()
+    with contextlib.suppress(BrokenPipeError):  # who has asked was killed
+        sender.send(outcome)

@@ -48,7 +48,10 @@ class Results:
         os.fsync(self._file.fileno())
         self.rows[row["key"]] = row
 
-    def close(self) -> None:
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def _parse(self, line: bytes, number: int) -> Row:

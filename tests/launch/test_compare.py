@@ -247,16 +247,14 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path):
 
 def test_a_half_written_line_is_not_a_run(tmp_path):
     plan, file = language_plan(tmp_path), tmp_path / "results.jsonl"
-    results = Results(file)
-    results.append(row(plan.runs[0], 1.0))
-    results.append(row(plan.runs[1], 2.0))
-    results.close()
+    with Results(file) as results:
+        results.append(row(plan.runs[0], 1.0))
+        results.append(row(plan.runs[1], 2.0))
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
-    results = Results(file)
-    assert set(results.rows) == {plan.runs[0].key}
-    results.append(row(plan.runs[1], 2.0))
-    results.close()
+    with Results(file) as results:
+        assert set(results.rows) == {plan.runs[0].key}
+        results.append(row(plan.runs[1], 2.0))
     assert file.read_bytes() == whole
 
 
@@ -268,11 +266,11 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
 
 
 def test_two_comparisons_do_not_write_to_one_file(tmp_path):
-    first = Results(tmp_path / "results.jsonl")
-    with pytest.raises(UserError, match="another comparison is writing"):
-        Results(tmp_path / "results.jsonl")
-    first.close()
-    Results(tmp_path / "results.jsonl").close()
+    with Results(tmp_path / "results.jsonl"):
+        with pytest.raises(UserError, match="another comparison is writing"):
+            Results(tmp_path / "results.jsonl")
+    with Results(tmp_path / "results.jsonl"):
+        pass
 
 
 def test_the_process_of_a_run_that_ends_early_is_an_error_that_says_so():
