@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_type_hints
 
-__all__ = ["Options", "OptionError"]
+__all__ = ["Options", "OptionError", "check_number", "check_integer"]
 
 AdjustLr = Literal["match_rms_adamw", "original", "none"]
 UpdateRule = Literal["spectral", "inverse_sigma"]
@@ -89,16 +89,16 @@ class Options:
     adamw_weight_decay: float | None = None
 
     def __post_init__(self):
-        self._number("lr", self.lr, low=0, open_low=True)
-        self._number("beta", self.beta, low=0, high=1)
-        self._number("weight_decay", self.weight_decay, low=0)
-        self._number("inverse_sigma_clamp", self.inverse_sigma_clamp, low=0, open_low=True)
-        self._number("adamw_eps", self.adamw_eps, low=0, open_low=True)
+        check_number("lr", self.lr, low=0, open_low=True)
+        check_number("beta", self.beta, low=0, high=1)
+        check_number("weight_decay", self.weight_decay, low=0)
+        check_number("inverse_sigma_clamp", self.inverse_sigma_clamp, low=0, open_low=True)
+        check_number("adamw_eps", self.adamw_eps, low=0, open_low=True)
         for name in ("adamw_lr", "adamw_weight_decay"):
             if getattr(self, name) is not None:
-                self._number(name, getattr(self, name), low=0)
+                check_number(name, getattr(self, name), low=0)
         for name in ("rank", "seed", "diagnostics_every"):
-            self._integer(name, getattr(self, name), low=1 if name == "rank" else 0, high=2**31)
+            check_integer(name, getattr(self, name), low=1 if name == "rank" else 0, high=2**31)
         if not isinstance(self.master_weights, bool):
             raise OptionError(f"master_weights={self.master_weights!r} must be true or false")
         for name, hint in get_type_hints(Options).items():
@@ -108,7 +108,7 @@ class Options:
         if not _is_list(self.adamw_betas) or len(self.adamw_betas) != 2:
             raise OptionError(f"adamw_betas={self.adamw_betas!r} must be two numbers, such as [0.9, 0.999]")
         for beta in self.adamw_betas:
-            self._number("adamw_betas", beta, low=0, high=1)
+            check_number("adamw_betas", beta, low=0, high=1)
         for name in ("include", "exclude"):
             self._patterns(name, getattr(self, name))
 
@@ -159,21 +159,6 @@ class Options:
         return 1.0
 
     @staticmethod
-    def _number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
-        bounds = f"{'>' if open_low else '>='} {low}" + (f" and < {high}" if high < math.inf else "")
-        if isinstance(value, bool) or not isinstance(value, float | int):
-            raise OptionError(f"{name}={value!r} must be a number {bounds}")
-        if isinstance(value, int) and abs(value) > _LARGEST:  # JSON has integers of any size, arithmetic has not
-            raise OptionError(f"{name} has {len(str(abs(value)))} digits and must be a number {bounds}")
-        if not (low < value if open_low else low <= value) or not value < high:
-            raise OptionError(f"{name}={value!r} must be {bounds}")
-
-    @staticmethod
-    def _integer(name: str, value: Any, *, low: int, high: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
-            raise OptionError(f"{name}={value!r} must be a whole number >= {low} and < {high}")
-
-    @staticmethod
     def _patterns(name: str, patterns: Any) -> None:
         if not _is_list(patterns) or not all(isinstance(pattern, str) for pattern in patterns):
             raise OptionError(f'{name}={patterns!r} must be a list of regular expressions, such as ["lm_head"]')
@@ -182,6 +167,23 @@ class Options:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:  # the last two: counts and nesting without end
                 raise OptionError(f"{name}: {pattern!r} is not a regular expression ({error})") from None
+
+
+def check_number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """Raise an OptionError unless low <= value < high, or low < value < high."""
+    bounds = f"{'>' if open_low else '>='} {low}" + (f" and < {high}" if high < math.inf else "")
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise OptionError(f"{name}={value!r} must be a number {bounds}")
+    if isinstance(value, int) and abs(value) > _LARGEST:  # JSON has integers of any size, arithmetic has not
+        raise OptionError(f"{name} has {len(str(abs(value)))} digits and must be a number {bounds}")
+    if not (low < value if open_low else low <= value) or not value < high:
+        raise OptionError(f"{name}={value!r} must be {bounds}")
+
+
+def check_integer(name: str, value: Any, *, low: int, high: int) -> None:
+    """Raise an OptionError unless value is an int, low <= value < high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
+        raise OptionError(f"{name}={value!r} must be a whole number >= {low} and < {high}")
 
 
 def _is_list(value: Any) -> bool:

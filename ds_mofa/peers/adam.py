@@ -1,4 +1,4 @@
-"""Adam's moments and direction (arXiv 1412.6980), on whatever a method hands them: matrices, sketches, lists of entries.
+"""Adam's moments and direction (arXiv 1412.6980), of whatever a method has: matrices, projections, lists of entries.
 
     m' = beta1 m + (1 - beta1) G        v' = beta2 v + (1 - beta2) G^2
     N  = m' / (1 - beta1^t)  /  (sqrt(v' / (1 - beta2^t)) + eps)
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ds_mofa.options import Options
+from ds_mofa.options import OptionError, check_number
 
 __all__ = ["adam_moments", "adam_direction", "check_adam"]
 
@@ -30,4 +30,8 @@ def adam_direction(m: Tensor, v: Tensor, t: int, betas: Sequence[float], eps: fl
 
 def check_adam(betas: Sequence[float], eps: float) -> None:
     """Raise an OptionError where they cannot be Adam's."""
-    Options(adamw_betas=betas, adamw_eps=eps)
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise OptionError(f"betas={betas!r} must be two numbers, such as (0.9, 0.999)")
+    for beta in betas:
+        check_number("betas", beta, low=0, high=1)
+    check_number("eps", eps, low=0, open_low=True)

@@ -1,4 +1,4 @@
-"""Fira (arXiv 2410.01623): GaLore, and the part of the gradient outside the subspace, scaled as Adam scaled that inside.
+"""Fira (arXiv 2410.01623): GaLore, and the gradient outside the subspace, scaled as Adam scaled that inside.
 
 With P, R = P^T G and N of :mod:`ds_mofa.peers.galore`, column by column (row by row for a tall matrix):
 
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.options import Options
+from ds_mofa.options import check_number
 from ds_mofa.peers.galore import GaLore
+from ds_mofa.peers.projected_gradient import Gradient
 
 __all__ = ["Fira", "scaled_residual", "growth_limited"]
 
@@ -50,16 +51,19 @@ class Fira(GaLore):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):
-        Options._number("gamma", gamma, low=1)
+        check_number("gamma", gamma, low=1)
         super().__init__(params, rank=rank, refresh_every=refresh_every, alpha=alpha, betas=betas, eps=eps)
         for group in self.param_groups:
             group["gamma"] = gamma
 
-    def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
+    def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
         R, N = self.projected(G, state, group)
-        S = scaled_residual(G, state["P"], R, N)
+        S = scaled_residual(G.value, state["P"], R, N)
         S, state["residual_norm"] = growth_limited(S, state.get("residual_norm"), group["gamma"])
         return group["alpha"] * (state["P"] @ N) + S
+
+    def projector(self, state: dict[str, Any], group: dict[str, Any], index: int) -> None:
+        return None  # the residual needs all of G
 
 
 def scaled_residual(G: Tensor, P: Tensor, R: Tensor, N: Tensor) -> Tensor:

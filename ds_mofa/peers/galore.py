@@ -18,9 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_mofa.options import Options
+from ds_mofa.options import check_integer, check_number
 from ds_mofa.peers.adam import adam_direction, adam_moments, check_adam
 from ds_mofa.peers.matrix_method import MatrixMethod
+from ds_mofa.peers.projected_gradient import Gradient
 from ds_mofa.peers.subspace import leading_subspace
 
 __all__ = ["GaLore"]
@@ -48,22 +49,25 @@ class GaLore(MatrixMethod):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):
-        Options._integer("refresh_every", refresh_every, low=1, high=2**31)
-        Options._number("alpha", alpha, low=0, open_low=True)
+        check_integer("refresh_every", refresh_every, low=1, high=2**31)
+        check_number("alpha", alpha, low=0, open_low=True)
         check_adam(betas, eps)
         super().__init__(params, rank=rank, refresh_every=refresh_every, alpha=alpha, betas=tuple(betas), eps=eps)
 
-    def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
+    def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
         _, N = self.projected(G, state, group)
         return group["alpha"] * (state["P"] @ N)
 
+    def projector(self, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor | None:
+        return None if state["step"] % group["refresh_every"] == 0 else state["P"]
+
     @staticmethod
-    def projected(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def projected(G: Gradient, state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """R and N, (r, l), after the refresh that is due; moves the moments."""
         t = state["step"]
         if (t - 1) % group["refresh_every"] == 0:
-            state["P"] = leading_subspace(G, group["rank"])
-        R = state["P"].mT @ G
+            state["P"] = leading_subspace(G.value, group["rank"])
+        R = G.through(state["P"])
         if t == 1:
             state["m"], state["v"] = R.new_zeros(R.shape), R.new_zeros(R.shape)
         state["m"], state["v"] = adam_moments(state["m"], state["v"], R, group["betas"])

@@ -16,13 +16,15 @@ and in every step of it
 NS is Muon's orthogonalisation (:mod:`ds_mofa.peers.newton_schulz`), f its factor by shape. Over the sampling, the
 increment of the momentum (P P^T G / (1 - q), or the residual / q) has the mean G: that is the unbiasedness.
 
-What is certain and what is not. The two updates, their weights and q = gamma / (number of layers) are the paper's; its
-gamma counts layers, ours is a probability for each matrix, drawn independently. That the momentum starts from zero
-in every period is our reading: the two branches' momenta have different shapes, and P changes. Given that, and since
-NS does not feel the scale of R, the weights 1 / q and 1 / (1 - q) change no update; they matter to the estimate alone.
-Nesterov is not in the equations and not here. f is not stated; torch's names for it apply.
+What is certain and what is not; no published code was found. The two updates, their weights and q = gamma / (number of
+layers) are the paper's, as reported by others; its gamma counts layers, ours is a probability for each matrix, drawn
+independently. That the momentum starts from zero in every period is our reading: the two branches' momenta have
+different shapes, and P changes. Given that, and since NS does not feel the scale of R, the weights 1 / q and
+1 / (1 - q) change no update; they matter to the estimate alone. The paper projects from the left; as in GaLore's code
+it is the smaller dimension here. Nesterov is not in the equations and not here. No f is stated; torch's names for it
+apply, with the same default as for the Muon beside it.
 
-q = 0 is a biased ablation, GaLore with Muon in the place of Adam. q = 1 would never train P's directions, and is refused.
+q = 0 is a biased ablation, GaLore with Muon for Adam. q = 1 would never train P's directions, and is refused.
 
 Kept per m x n matrix, s = min(m, n) and l = max(m, n): P and R, 4 (s r + r l) bytes, or where sampled 4 (s r + m n).
 """
@@ -31,9 +33,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_mofa.options import AdjustLr, Options
+from ds_mofa.options import AdjustLr, Options, check_integer, check_number
 from ds_mofa.peers.matrix_method import MatrixMethod
 from ds_mofa.peers.newton_schulz import orthogonalized
+from ds_mofa.peers.projected_gradient import Gradient
 from ds_mofa.peers.subspace import leading_subspace
 from ds_mofa.weights import Rounding, rounding_key
 
@@ -66,34 +69,46 @@ class GUM(MatrixMethod):
         adjust_lr_fn: AdjustLr = "match_rms_adamw",
         seed: int = 0,
     ):
-        Options._number("q", q, low=0, high=1)
-        Options._number("momentum", momentum, low=0, high=1)
-        Options._integer("period", period, low=1, high=2**31)
-        Options._integer("ns_steps", ns_steps, low=1, high=100)
+        check_number("q", q, low=0, high=1)
+        check_number("momentum", momentum, low=0, high=1)
+        check_integer("period", period, low=1, high=2**31)
+        check_integer("ns_steps", ns_steps, low=1, high=100)
         self._options = Options(adjust_lr_fn=adjust_lr_fn)
         super().__init__(params, rank=rank, q=q, period=period, momentum=momentum, ns_steps=ns_steps, seed=seed)
 
     def lr_factor(self, m: int, n: int) -> float:
         return self._options.shape_factor(m, n)
 
-    def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
+    def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
         done = state["step"] - 1
-        full = is_sampled(group["q"], group["seed"], done // group["period"], index)
-        starts = done % group["period"] == 0
+        starts, full = self._starts(done, group), self._is_full(done, group, index)
         if starts:
-            state["P"] = leading_subspace(G, group["rank"])
+            state["P"] = leading_subspace(G.value, group["rank"])
         estimate = gradient_estimate(G, state["P"], full, group["q"])
         state["R"] = estimate if starts else group["momentum"] * state["R"] + estimate
         D = orthogonalized(state["R"], group["ns_steps"])
         return D if full else state["P"] @ D
 
+    def projector(self, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor | None:
+        done = state["step"]
+        return None if self._starts(done, group) or self._is_full(done, group, index) else state["P"]
 
-def gradient_estimate(G: Tensor, P: Tensor, full: bool, q: float) -> Tensor:
+    @staticmethod
+    def _starts(done: int, group: dict[str, Any]) -> bool:
+        """Whether the step after ``done`` others is the first of a period."""
+        return done % group["period"] == 0
+
+    @staticmethod
+    def _is_full(done: int, group: dict[str, Any], index: int) -> bool:
+        return is_sampled(group["q"], group["seed"], done // group["period"], index)
+
+
+def gradient_estimate(G: Gradient, P: Tensor, full: bool, q: float) -> Tensor:
     """What a sampled matrix, (s, l), or another, (r, l) in the basis P, adds to its momentum."""
-    projected = P.mT @ G
-    return (G - P @ projected) / q if full else projected / (1 - q)
+    R = G.through(P)
+    return (G.value - P @ R) / q if full else R / (1 - q)
 
 
 def is_sampled(q: float, seed: int, period: int, index: int) -> bool:
-    """Whether matrix ``index`` takes full-rank steps in this period: true with probability q, alike on every machine."""
+    """Whether matrix ``index`` takes full-rank steps in this period: with probability q, alike on every machine."""
     return rounding_key(Rounding(False, seed, period), index) < q * 2**32

@@ -12,8 +12,8 @@ RSVD (Halko, Martinsson, Tropp 2011) of A: Q = qr(A Omega) with Omega Gaussian, 
 cut to r. Each power iteration takes Q to qr(A qr(A^T Q)). The paper has p = 0; that its published code makes one power
 iteration (through ``torch.pca_lowrank``) is the default here. Omega is keyed by seed, step and matrix.
 
-How the negative entries are mended is taken from the published code; the wording of the paper leaves open whether the
-mean is added to the other entries too.
+How the negative entries are mended is taken from the published code; the paper's formula as reported, ReLU(v~) plus the
+magnitude of a mean, could also be read as adding that mean to the other entries.
 
 Kept per m x n matrix: two sets of factors, 8 r (m + n + 1) bytes. During the step m, v and N are whole matrices.
 """
@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.options import Options
+from ds_mofa.options import check_integer
 from ds_mofa.peers.adam import adam_direction, adam_moments, check_adam
 from ds_mofa.peers.matrix_method import MatrixMethod
+from ds_mofa.peers.projected_gradient import Gradient
 from ds_mofa.peers.randomness import keyed_generator
 
 __all__ = ["MLorc", "randomized_svd", "mended"]
@@ -56,8 +57,8 @@ class MLorc(MatrixMethod):
         eps: float = 1e-8,
         seed: int = 0,
     ):
-        Options._integer("oversampling", oversampling, low=0, high=2**31)
-        Options._integer("power_iterations", power_iterations, low=0, high=100)
+        check_integer("oversampling", oversampling, low=0, high=2**31)
+        check_integer("power_iterations", power_iterations, low=0, high=100)
         check_adam(betas, eps)
         super().__init__(
             params,
@@ -69,14 +70,14 @@ class MLorc(MatrixMethod):
             seed=seed,
         )
 
-    def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
+    def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
         t = state["step"]
         if t == 1:
-            m = v = torch.zeros_like(G)
+            m = v = torch.zeros_like(G.value)
         else:
             m, v = (_product(*(state[moment + part] for part in _PARTS)) for moment in "mv")
-        m, v = adam_moments(m, mended(v), G, group["betas"])
-        generator = keyed_generator(group["seed"], t, index, G.device)
+        m, v = adam_moments(m, mended(v), G.value, group["betas"])
+        generator = keyed_generator(group["seed"], t, index, G.value.device)
         for moment, value in (("m", m), ("v", v)):
             factors = randomized_svd(
                 value, group["rank"], group["oversampling"], group["power_iterations"], generator=generator
@@ -95,7 +96,7 @@ def _product(U: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
 def randomized_svd(
     A: Tensor, rank: int, oversampling: int, power_iterations: int, *, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (s, r), sigma (r), V (l, r), about the leading singular triplets of A (s, l); exactly, where A has rank <= r."""
+    """U (s, r), sigma (r), V (l, r), about the leading singular triplets of A (s, l); exact where A has rank <= r."""
     columns = min(rank + oversampling, *A.shape)
     omega = torch.randn(A.shape[1], columns, generator=generator, device=A.device, dtype=A.dtype)
     Q = torch.linalg.qr(A @ omega).Q

@@ -23,8 +23,22 @@ class Peer(torch.optim.Optimizer):
 
     def __init__(self, matrices: torch.optim.Optimizer, rest: torch.optim.Optimizer | None, *, reset_every: int = 0):
         self.parts = [matrices] if rest is None else [matrices, rest]
-        self.reset_every, self.steps = reset_every, 0
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.reset_every, self.steps, self._built = reset_every, 0, False
+        super().__init__(self._groups_of_parts(), {})
+        self._built = True
+
+    @property
+    def matrices(self) -> torch.optim.Optimizer:
+        """The method's own part."""
+        return self.parts[0]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._built:
+            raise ValueError("a peer takes all its parameters when it is built: build it from the whole model")
+        super().add_param_group(param_group)
+
+    def _groups_of_parts(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
 
     @property
     def state(self) -> dict[torch.nn.Parameter, dict[str, Any]]:
@@ -42,13 +56,18 @@ class Peer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.reset_every and self.steps and self.steps % self.reset_every == 0:
-            for part in self.parts:
-                forget_state(part)
         for part in self.parts:
             part.step()
         self.steps += 1
+        if self.reset_every and self.steps % self.reset_every == 0:
+            for part in self.parts:
+                forget_state(part)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients since the last step, captured ones included."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only."""
@@ -68,5 +87,4 @@ class Peer(torch.optim.Optimizer):
         for part, saved in zip(self.parts, state_dict["parts"]):
             part.load_state_dict(saved)
         self.steps = state_dict["steps"]
-        # Loading has put new dicts in the place of the old.
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.param_groups = self._groups_of_parts()  # loading has put new dicts in the place of the old

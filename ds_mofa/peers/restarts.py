@@ -1,9 +1,9 @@
 """Momentum reset and weight refactorization (arXiv 2505.22922, "Scalable Parameter and Memory Efficient Pretraining").
 
-*Momentum reset*: every so many steps (200 in the paper) an optimizer forgets its state and begins anew, bias correction
-included, as if it had just been built. With GaLore and Fira the next step therefore also refreshes the subspace; with
-``reset_every`` equal to ``refresh_every`` both happen together, at each refresh. The paper's code lowers the learning
-rate at a restart and raises it again within a few steps; that is left to the schedule.
+*Momentum reset*: every so many steps (200 in the paper, as reported) an optimizer forgets its state and begins anew,
+bias correction included, as if it had just been built. With GaLore and Fira the next step therefore also refreshes the
+subspace; with ``reset_every`` equal to ``refresh_every`` both happen together, at each refresh. The paper's code lowers
+the learning rate at a restart and raises it again within a few steps; that is left to the schedule.
 
 *Weight refactorization*: the factors of a low-rank B A (m x r and r x n) are replaced by others with the same product,
 

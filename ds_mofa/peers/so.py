@@ -15,7 +15,7 @@ of one gradient under a bias correction near 1, so its first step is up to (1 - 
 that is the rule, not an accident here. The published code couples weight decay to the gradient (L2); here it is
 decoupled and dense, as for all peers.
 
-Kept per m x n matrix: the indices of M and S (int32), m and v, 16 k bytes. During the step the update is a whole matrix.
+Kept per m x n matrix: the indices of M and S (int32), m and v, 16 k bytes. During the step N is a whole matrix.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.options import OptionError, Options
+from ds_mofa.options import OptionError, check_integer, check_number
 from ds_mofa.peers.adam import adam_direction, adam_moments, check_adam
 from ds_mofa.peers.matrix_method import MatrixMethod
+from ds_mofa.peers.projected_gradient import Gradient
 from ds_mofa.peers.randomness import keyed_generator
 
 __all__ = ["SO", "spread"]
@@ -54,19 +55,19 @@ class SO(MatrixMethod):
         eps: float = 1e-8,
         seed: int = 0,
     ):
-        Options._number("density", density, low=0, open_low=True)
+        check_number("density", density, low=0, open_low=True)
         if density > 1:
             raise OptionError(f"density={density!r} must be > 0 and <= 1: it is a share of the entries")
-        Options._integer("refresh_every", refresh_every, low=1, high=2**31)
+        check_integer("refresh_every", refresh_every, low=1, high=2**31)
         check_adam(betas, eps)
         super().__init__(params, density=density, refresh_every=refresh_every, betas=tuple(betas), eps=eps, seed=seed)
 
-    def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
-        t, flat = state["step"], G.reshape(-1)
+    def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
+        t, flat = state["step"], G.value.reshape(-1)
         k = max(1, int(group["density"] * flat.numel()))
         if (t - 1) % group["refresh_every"] == 0:
-            generator = keyed_generator(group["seed"], t, index, G.device)
-            drawn = torch.randperm(flat.numel(), generator=generator, device=G.device)[:k]
+            generator = keyed_generator(group["seed"], t, index, flat.device)
+            drawn = torch.randperm(flat.numel(), generator=generator, device=flat.device)[:k]
             state["S"] = drawn.sort().values.int()
         S, M = state["S"].long(), state["M"].long() if t > 1 else state["S"].long()[:0]
         m, v = (state["m"], state["v"]) if t > 1 else (flat[:0], flat[:0])
@@ -75,12 +76,17 @@ class SO(MatrixMethod):
         m, v = adam_moments(m, v, g, group["betas"])
         kept = m.abs().topk(k).indices
         state["M"], state["m"], state["v"] = union[kept].int(), m[kept], v[kept]
-        return spread(adam_direction(m, v, t, group["betas"], group["eps"]), union, flat.numel()).view_as(G)
+        return spread(adam_direction(m, v, t, group["betas"], group["eps"]), union, flat.numel()).view_as(G.value)
 
 
 def spread(values: Tensor, places: Tensor, among: Tensor | int) -> Tensor:
-    """``values`` at ``places`` and zero elsewhere: among sorted places, which hold all of ``places``, or among the first
-    so many."""
+    """``values`` at ``places`` and zero elsewhere.
+
+    Args:
+        values: (k,).
+        places: (k,), where they go.
+        among: the places of the result, sorted and with all of ``places`` in it, or how many, from 0.
+    """
     if isinstance(among, int):
         return values.new_zeros(among).index_copy_(0, places, values)
     return values.new_zeros(among.shape).index_copy_(0, torch.searchsorted(among, places), values)

@@ -1,0 +1,29 @@
+"""How much an optimizer keeps."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ds_mofa.optimizer import MoFaSGD
+
+__all__ = ["state_bytes"]
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors that the optimizer keeps from step to step, besides weights and gradients.
+
+    Of MoFaSGD these are factors, working copies, masters and AdamW's moments; its sketches stand in the place of
+    gradients.
+    """
+    return sum(tensor.numel() * tensor.element_size() for tensor in _kept(optimizer))
+
+
+def _kept(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    if isinstance(optimizer, MoFaSGD):
+        yield from (optimizer.matrices.factors, optimizer.matrices.working)
+        yield from optimizer.matrices.master_state().values()
+        optimizer = optimizer.adamw
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
