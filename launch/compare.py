@@ -45,7 +45,7 @@ def run_all(plan: Plan, results: Results, folder: Path, device: str) -> None:
     print(f"{plan.name}: {len(plan.runs)} runs, {len(plan.runs) - len(waiting)} of them done, on {device}", flush=True)
     if waiting:
         settings = [setting for setting in plan.settings if any(run.setting is setting for run in waiting)]
-        in_own_process(check_settings, settings, plan.task, device=device)
+        in_own_process(check_settings, settings, plan.training, plan.task, device=device)
     started = time.monotonic()
     for number, run in enumerate(waiting, start=1):
         row = in_own_process(train, run, plan.task, device=device)

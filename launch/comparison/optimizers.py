@@ -20,7 +20,7 @@ def names() -> list[str]:
 
 
 def build(
-    name: str, model: nn.Module, options: Mapping[str, Any], head_modules: Sequence[str]
+    name: str, model: nn.Module, options: Mapping[str, Any], head_modules: Sequence[str] = (), *, clips: bool = False
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Make an optimizer.
 
@@ -28,15 +28,21 @@ def build(
         name: one of :func:`names`.
         options: its arguments, as the YAML gives them.
         head_modules: names of modules without pre-trained weights; see :class:`launch.comparison.tasks.Task`.
+        clips: whether :func:`clip_gradients` will be called.
 
     Returns:
         The model to train, which LoRA wraps, and its optimizer.
 
     Raises:
-        UserError: no such optimizer, or an option that it does not take.
+        UserError: no such optimizer, an option that it does not take, or gradients that cannot be clipped.
     """
     if name not in names():
         raise UserError(unknown(name, names(), "optimizers: there is no optimizer"))
+    if clips and options.get("sketched"):
+        raise UserError(
+            f"optimizers: {name} with sketched=True leaves no gradients to clip. Set training.max_grad_norm to null, or "
+            "sketched to false."
+        )
     try:
         if name == "LoRA":
             return _lora(model, head_modules, **options)

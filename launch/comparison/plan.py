@@ -183,9 +183,11 @@ def _check_different(runs: Sequence[Run], where: str) -> None:
 
 
 def _seeds(section: Any, where: str) -> list[int]:
-    valid = isinstance(section, list) and section and all(type(seed) is int and seed >= 0 for seed in section)
+    valid = isinstance(section, list) and section and all(type(seed) is int and 0 <= seed < 2**31 for seed in section)
     if not valid or len(set(section)) < len(section):
-        raise UserError(f"{where}: {section!r} must be a list of different whole numbers >= 0, such as [0, 1, 2].")
+        raise UserError(
+            f"{where}: {section!r} must be a list of different whole numbers >= 0 and < 2^31, such as [0, 1]."
+        )
     return section
 
 

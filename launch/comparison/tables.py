@@ -27,7 +27,7 @@ def best_table(summary: Summary) -> Table:
         f"dev {task.metric}": lambda o: shown_metric(summary.plan, o.dev),
         f"test {task.metric}": lambda o: shown_metric(summary.plan, o.test),
         **({"test loss": lambda o: _shown(o.test_loss)} if task.metric != "loss" else {}),
-        f"{task.unit}/s": lambda o: f"{o.median('units_per_second'):,.0f}",
+        f"{task.unit}/s": lambda o: _number(o.median("units_per_second"), "{:,.0f}"),
         _memory(summary)[1]: lambda o: f"{o.median(_memory(summary)[0]) / 1e9:.2f}",
         "optimizer state, MB": lambda o: f"{o.median('state_bytes') / 1e6:,.1f}",
         "trained": lambda o: f"{o.median('trained_parameters') / 1e6:.2f} M",
@@ -94,6 +94,10 @@ def _shown(stat: Stat | None, scale: float = 1, digits: int = 4, percent: bool =
     if stat.spread is not None:
         text += f" ± {scale * stat.spread:.{digits}f}"
     return text + (" %" if percent else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def _memory(summary: Summary) -> tuple[str, str]:

@@ -27,8 +27,8 @@ def train(run: Run, task: Task, device_name: str) -> dict[str, Any]:
     Returns:
         A JSON object: ``train_loss`` of every step; ``evaluations`` on "dev", each with its ``step``, the ``seconds``
         of training and the ``units`` trained on until then; ``test``, an evaluation; ``diverged_at``, the step of the
-        first loss or evaluation that was not finite, or None (then there is no ``test``); ``units_per_second``, without
-        the steps before the first evaluation, which also warm up; in bytes ``state_bytes``, ``peak_allocated`` (of
+        first loss or evaluation that was not finite, or None (else there is no ``test`` and no speed);
+        ``units_per_second``, without the steps before the first evaluation, which also warm up; in bytes ``state_bytes``, ``peak_allocated`` (of
         PyTorch's CUDA allocator during training; None on a CPU) and ``peak_resident`` (of this whole process);
         ``trained_parameters``; ``control``, hashes of what all runs of a seed must share; ``environment``.
     """
@@ -37,7 +37,7 @@ def train(run: Run, task: Task, device_name: str) -> dict[str, Any]:
     weights = Digest([dict(model.named_parameters())])
     model.to(device, getattr(torch, training.dtype))
     torch.manual_seed(run.seed)  # LoRA's adapters are drawn now
-    model, optimizer = build(run.setting.optimizer, model, run.setting.options, task.head_modules)
+    model, optimizer = _built(run.setting, training, model, task)
     schedule = LambdaLR(optimizer, lambda step: rate(training, step))
     dev, test = task.held_out("dev"), task.held_out("test")
     trained_on, meter, losses, units = Digest(), _Meter(device), [], 0
@@ -49,9 +49,13 @@ def train(run: Run, task: Task, device_name: str) -> dict[str, Any]:
         batch = to_device(batch, device)
         # Anew each step: an optimizer that draws random numbers must not change the next step's dropout.
         torch.manual_seed((run.seed << 32) + step)
-        with meter:
-            losses.append(_step(model, optimizer, batch, training.max_grad_norm))
-            schedule.step()
+        try:
+            with meter:
+                losses.append(_step(model, optimizer, batch, training.max_grad_norm))
+                schedule.step()
+        except torch.linalg.LinAlgError:  # what an SVD makes of a gradient that is not finite
+            losses.append(torch.tensor(math.nan, device=device))
+            break
         if step % training.eval_every == 0 or step == training.steps:
             measured = task.evaluate(model, dev, device)
             evaluations.append({"step": step, "seconds": meter.seconds, "units": units, **measured})
@@ -64,7 +68,7 @@ def train(run: Run, task: Task, device_name: str) -> dict[str, Any]:
         "evaluations": [entry for entry in evaluations if _finite(entry)],
         "test": task.evaluate(model, test, device) if diverged_at is None else None,
         "diverged_at": diverged_at,
-        "units_per_second": _throughput(evaluations),
+        "units_per_second": _throughput(evaluations) if diverged_at is None else None,
         "state_bytes": state_bytes(optimizer),
         "peak_allocated": meter.peak,
         "peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts KiB
@@ -74,14 +78,14 @@ def train(run: Run, task: Task, device_name: str) -> dict[str, Any]:
     }
 
 
-def check_settings(settings: Sequence[Setting], task: Task, device_name: str) -> None:
+def check_settings(settings: Sequence[Setting], training: Training, task: Task, device_name: str) -> None:
     """Build every optimizer once: what cannot be built is to be known before hours of training, not after.
 
     Raises:
         UserError: see :func:`launch.comparison.optimizers.build`.
     """
     for setting in settings:
-        build(setting.optimizer, task.model(seed=0).to(device_name), setting.options, task.head_modules)
+        _built(setting, training, task.model(seed=0).to(device_name), task)
 
 
 def rate(training: Training, step: int) -> float:
@@ -92,6 +96,13 @@ def rate(training: Training, step: int) -> float:
     if training.schedule == "linear":
         return 1 - done
     return (1 + math.cos(math.pi * done)) / 2 if training.schedule == "cosine" else 1.0
+
+
+def _built(
+    setting: Setting, training: Training, model: nn.Module, task: Task
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    clips = training.max_grad_norm is not None
+    return build(setting.optimizer, model, setting.options, task.head_modules, clips=clips)
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, max_grad_norm: float | None) -> Tensor:

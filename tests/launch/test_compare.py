@@ -139,12 +139,13 @@ def test_a_key_given_twice_is_an_error(tmp_path):
         ({"optimizer": "MoFaSGD", "rnak": 4}, "did you mean 'rank'"),
         ({"optimizer": "GaLore", "rank": 0}, "rank=0 must be"),
         ({"optimizer": "LoRA"}, "rank"),
+        ({"optimizer": "GaLore", "rank": 4, "sketched": True}, "no gradients to clip. Set training.max_grad_norm"),
     ],
 )
 def test_an_optimizer_that_cannot_be_built_is_found_before_training(tmp_path, options, message):
     plan = language_plan(tmp_path, optimizers={"mine": {"lr": 1e-3, **options}})
     with pytest.raises(UserError, match=message):
-        check_settings(plan.settings, plan.task, "cpu")
+        check_settings(plan.settings, plan.training, plan.task, "cpu")
 
 
 SHIPPED = sorted(Path("configs/comparisons").glob("*.yaml"))
@@ -158,7 +159,7 @@ def test_a_shipped_comparison_builds(tmp_path, monkeypatch, path):
         monkeypatch.setattr(f"launch.comparison.tasks.{module}.encoder_files", lambda name: files)
     plan = load_plan(path, sentences(tmp_path) if "sst2" in path.stem else None)
     firsts = [next(s for s in plan.settings if s.label == label) for label in plan.labels]
-    check_settings(firsts, plan.task, "cpu")
+    check_settings(firsts, plan.training, plan.task, "cpu")
     assert len(plan.labels) > 1 and {setting.optimizer for setting in plan.settings} >= {"AdamW", "MoFaSGD"}
 
 
@@ -201,7 +202,9 @@ class Gambler(torch.optim.SGD):
 
 def test_an_optimizer_that_draws_random_numbers_does_not_change_dropout(tmp_path, monkeypatch):
     plan = language_plan(tmp_path)
-    monkeypatch.setattr(training, "build", lambda name, model, *rest: (model, Gambler(model.parameters(), lr=0.0)))
+    monkeypatch.setattr(
+        training, "build", lambda name, model, *rest, **more: (model, Gambler(model.parameters(), lr=0.0))
+    )
     monkeypatch.setattr(training, "state_bytes", lambda optimizer: 0)
     quiet = train(plan.runs[0], plan.task, "cpu")["train_loss"]
     monkeypatch.setattr(Gambler, "draws", 5)
@@ -233,9 +236,11 @@ def test_the_rate_warms_up_and_ends_by_the_schedule():
     assert rate(constant, 11) == 1
 
 
-def test_a_run_that_diverges_stops_and_says_where(tmp_path):
+@pytest.mark.parametrize("name", ["AdamW", "GaLore"])  # a NaN in the loss, and an SVD that raises on one
+def test_a_run_that_diverges_stops_and_says_where(tmp_path, name):
     steps = TRAINING | {"steps": 40, "max_grad_norm": None, "warmup_steps": 0}
-    plan = language_plan(tmp_path, training=steps, optimizers={"AdamW": {"lr": 1e30}})
+    options = {"lr": 1e30, **({"rank": 4, "refresh_every": 1} if name == "GaLore" else {})}
+    plan = language_plan(tmp_path, training=steps, optimizers={name: options})
     result = train(plan.runs[0], plan.task, "cpu")
     assert 0 < result["diverged_at"] < 40 and result["test"] is None
     assert len(result["train_loss"]) < 40
@@ -357,9 +362,9 @@ def test_a_setting_that_diverged_for_one_seed_is_not_the_best(tmp_path):
     summary = summarise(plan, outcomes(plan, values))
     assert summary.best["MoFaSGD"].setting.options["lr"] == 1e-2
     assert [outcome.diverged for outcome in summary.outcomes] == [0, 1, 0]
-    values[0, 0] = {"dev": 0.1, "diverged_at": 1}
+    values[0, 0] = values[0, 1] = {"dev": 0.1, "diverged_at": 1, "units_per_second": None}
     summary = summarise(plan, outcomes(plan, values))
-    assert best_table(summary).rows[0][1:4] == ["-", "diverged", "diverged"]
+    assert best_table(summary).rows[0][1:5] == ["-", "diverged", "diverged", "-"]
     assert any("AdamW: every setting has diverged" in note for note in notes(summary))
 
 
