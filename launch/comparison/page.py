@@ -13,7 +13,7 @@ _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2128;--soft:#5b6470;--line:#d9dee4;--paper:#fff;--card:#f6f8fa}
 @media (prefers-color-scheme:dark){:root{--ink:#e6eaef;--soft:#9aa4b0;--line:#363d47;--paper:#14181d;--card:#1d232a}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:1.2rem clamp(.8rem,3vw,2rem) 3rem;max-width:66rem;background:var(--paper);color:var(--ink);
+body{margin:0 auto;padding:1.2rem clamp(.8rem,3vw,2rem) 3rem;max-width:70rem;background:var(--paper);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 h1{font-size:1.5rem;line-height:1.25;margin:.4rem 0}h2{font-size:1.15rem;margin:2.2rem 0 .4rem}
 h3{font-size:1rem;margin:1.4rem 0 .3rem}p{margin:.3rem 0}.soft{color:var(--soft)}
@@ -24,7 +24,7 @@ h3{font-size:1rem;margin:1.4rem 0 .3rem}p{margin:.3rem 0}.soft{color:var(--soft)
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;margin:.4rem 0}
 th,td{padding:.2rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:bottom}
 td{white-space:nowrap}
-th:first-child,td:first-child{text-align:left}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
 @media print{:root{--ink:#000;--soft:#444;--line:#bbb;--paper:#fff;--card:#f4f4f4}
 body{font-size:11px;max-width:none;padding:0}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}

@@ -23,14 +23,14 @@ def best_table(summary: Summary) -> Table:
     """A row for each optimizer, at the setting chosen on "dev"."""
     task = summary.plan.task
     columns: dict[str, Callable[[Outcome], str]] = {
-        "best of its grid": lambda o: _grid(o) + (" *" if o.at_edge else ""),
         f"dev {task.metric}": lambda o: shown_metric(summary.plan, o.dev),
         f"test {task.metric}": lambda o: shown_metric(summary.plan, o.test),
         **({"test loss": lambda o: _shown(o.test_loss)} if task.metric != "loss" else {}),
         f"{task.unit}/s": lambda o: _number(o.median("units_per_second"), "{:,.0f}"),
         _memory(summary)[1]: lambda o: f"{o.median(_memory(summary)[0]) / 1e9:.2f}",
-        "optimizer state, MB": lambda o: f"{o.median('state_bytes') / 1e6:,.1f}",
+        "state, MB": lambda o: f"{o.median('state_bytes') / 1e6:,.1f}",
         "trained": lambda o: f"{o.median('trained_parameters') / 1e6:.2f} M",
+        "best of its grid": lambda o: _grid(o) + (" *" if o.at_edge else ""),
     }
     rows = [[label, *(cell(outcome) for cell in columns.values())] for label, outcome in summary.best.items()]
     return Table(["optimizer", *columns], rows)
@@ -102,7 +102,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _memory(summary: Summary) -> tuple[str, str]:
     on_gpu = summary.outcomes[0].rows[0]["peak_allocated"] is not None
-    return ("peak_allocated", "peak allocated, GB") if on_gpu else ("peak_resident", "peak of the process, GB")
+    return ("peak_allocated", "peak allocated, GB") if on_gpu else ("peak_resident", "peak resident, GB")
 
 
 def _grid(outcome: Outcome) -> str:

@@ -7,7 +7,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +82,12 @@ class LanguageModelling(Task):
         return model
 
     def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
-        blocks = self._blocks("train")
+        blocks, _ = self._blocks
         for chosen in shuffled(len(blocks), batch_size, seed):
             yield {"input_ids": blocks[chosen], "labels": blocks[chosen]}
 
     def held_out(self, split: Split) -> Sequence[Batch]:
-        blocks = self._blocks("eval")
+        _, blocks = self._blocks
         if len(blocks) < self.eval_examples:
             raise UserError(
                 f"task.eval_examples: there are only {len(blocks)} examples of {self.length} tokens to evaluate on, and "
@@ -124,12 +124,15 @@ class LanguageModelling(Task):
                 )
         yield files
 
-    def _blocks(self, split: Literal["train", "eval"]) -> Tensor:
-        """All whole examples of a file, (examples, length)."""
+    @functools.cached_property
+    def _blocks(self) -> tuple[Tensor, Tensor]:
+        """All whole examples of train.txt and of eval.txt, (examples, length) each."""
         with self._files() as (train, held_out):
-            file = train if split == "train" else held_out
-            records = encoded_records((str(file),), (), self._tokenizer, self.length, ())
-            whole = [record["input_ids"] for record in records if len(record["input_ids"]) == self.length]
+            return self._examples(train), self._examples(held_out)
+
+    def _examples(self, file: Path) -> Tensor:
+        records = encoded_records((str(file),), (), self._tokenizer, self.length, ())
+        whole = [record["input_ids"] for record in records if len(record["input_ids"]) == self.length]
         if not whole:
             raise UserError(
                 f"{file}: not one example of {self.length} tokens. Set task.length lower, or give more text."
