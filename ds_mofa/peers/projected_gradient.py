@@ -55,9 +55,9 @@ class ProjectedGradient:
 
     @torch.no_grad()
     def add_gradient(self, grad: Tensor) -> None:
-        """Add a gradient that exists. grad: (m, n)."""
+        """Add a gradient that exists, and is given up to this. grad: (m, n)."""
         P, G = self._current(), wide(grad)
-        self._add(G.clone() if P is None else P.to(G.dtype).mT @ G)
+        self._add(G if P is None else P.to(G.dtype).mT @ G)
 
     def _current(self) -> Tensor | None:
         if self.value is None:

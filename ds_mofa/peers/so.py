@@ -69,11 +69,12 @@ class SO(MatrixMethod):
             generator = keyed_generator(group["seed"], t, index, flat.device)
             drawn = torch.randperm(flat.numel(), generator=generator, device=flat.device)[:k]
             state["S"] = drawn.sort().values.int()
-        S, M = state["S"].long(), state["M"].long() if t > 1 else state["S"].long()[:0]
-        m, v = (state["m"], state["v"]) if t > 1 else (flat[:0], flat[:0])
+        if t == 1:
+            state["M"], state["m"], state["v"] = state["S"][:0], flat[:0], flat[:0]
+        S, M = state["S"].long(), state["M"].long()
         union = torch.cat([M, S]).unique()
-        g, m, v = spread(flat[S], S, union), spread(m, M, union), spread(v, M, union)
-        m, v = adam_moments(m, v, g, group["betas"])
+        m, v = spread(state["m"], M, union), spread(state["v"], M, union)
+        m, v = adam_moments(m, v, spread(flat[S], S, union), group["betas"])
         kept = m.abs().topk(k).indices
         state["M"], state["m"], state["v"] = union[kept].int(), m[kept], v[kept]
         return spread(adam_direction(m, v, t, group["betas"], group["eps"]), union, flat.numel()).view_as(G.value)

@@ -712,6 +712,15 @@ def test_mofasgd_is_the_products_own():
     assert type(build("SO", build_model())) is Peer
 
 
+@pytest.mark.parametrize("settings, rank", [({}, 8), ({"rank": 3}, 3)])
+def test_the_rank_is_mofasgd_s_unless_given(settings, rank):
+    model = nn.Sequential(nn.Linear(9, 20))
+    optimizer = peers.build("GaLore", model, lr=0.1, **settings)
+    model(torch.ones(2, 9)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["P"].shape == (9, rank)
+
+
 def test_a_model_of_matrices_alone_needs_no_adamw():
     model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))
     optimizer = peers.build("GaLore", model, lr=0.1, rank=2)
@@ -788,7 +797,7 @@ def test_a_sketched_run_equals_the_one_that_forms_gradients(name):
 
 @pytest.mark.parametrize("through_linear", [True, False], ids=["linear", "hook"])
 def test_between_refreshes_only_the_projected_gradient_lives(through_linear):
-    model = build_model()
+    model = build_model(torch.bfloat16)
     optimizer = build("GaLore", model, sketched=True)
     for step in range(7):
         train_backward(model, optimizer, step, through_linear)
@@ -797,6 +806,7 @@ def test_between_refreshes_only_the_projected_gradient_lives(through_linear):
             captured = optimizer.matrices._captured[param]
             rows = min(m, n) if step % 3 == 0 else 2
             assert param.grad is None and captured.value.shape == (rows, max(m, n))
+            assert captured.value.dtype == (torch.float32 if rows == 2 else torch.bfloat16)
         optimizer.step()
         assert all(captured.value is None for captured in optimizer.matrices._captured.values())
 
@@ -833,6 +843,9 @@ def test_a_model_is_given_back_with_its_gradients():
     train(model, build("MLorc", model), range(2))
     train(other, build("MLorc", other), range(2))
     assert_same_weights(model, other)
+    before = model.tall.weight.clone()
+    train(model, optimizer, [2])  # by .grad now
+    assert not torch.equal(model.tall.weight, before)
 
 
 def test_forgotten_captured_gradients_move_nothing():
