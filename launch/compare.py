@@ -31,6 +31,8 @@ def main(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     # As an exception it ends the process of the run as well.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU. Leave the option out to train on the CPU.")
     plan = load_plan(args.plan, args.data_dir, args.optimizers, args.seeds)
     folder = args.output_dir or Path("out/comparisons") / plan.name
     with Results(folder / "results.jsonl") as results:
@@ -71,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="default: out/comparisons/NAME, by the YAML's file name")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these of the YAML's")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these of the YAML's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 

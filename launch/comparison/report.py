@@ -30,13 +30,7 @@ def write_report(plan: Plan, rows: Mapping[str, dict[str, Any]], folder: Path) -
     summary = summarise(plan, rows)
     if not summary.seeds:
         return None
-    title = f"Comparison {plan.name}"
-    seeds = f"{len(summary.seeds)} seed" + ("s" if len(summary.seeds) > 1 else "")
-    device = summary.outcomes[0].rows[0]["environment"]["device"]
-    subtitle = f"{device}; {plan.training.steps} steps of {plan.training.batch_size} examples; {seeds}"
-    subtitle += (
-        "; mean ± sample standard deviation over the seeds; settings chosen on dev" if len(summary.seeds) > 1 else ""
-    )
+    title, subtitle = f"Comparison {plan.name}", _subtitle(summary)
     best, every, fixed, said = best_table(summary), all_table(summary), fixed_table(summary), notes(summary)
     drawn = charts(summary)
     figures = write_figures(drawn, folder)
@@ -44,7 +38,7 @@ def write_report(plan: Plan, rows: Mapping[str, dict[str, Any]], folder: Path) -
     pictures = "\n".join(f"![{chart.title}]({file.name})" for chart, file in zip(drawn, figures))
     document = [f"# {title}", subtitle + ".", text, pictures, "## All settings", markdown(every), markdown(fixed)]
     (folder / "summary.md").write_text("\n\n".join(document) + "\n", encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps(as_json(summary, said), indent=1) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(_as_json(summary, said), indent=1) + "\n", encoding="utf-8")
     rendered = page.render(title, subtitle, best, every, fixed, said, drawn)
     (folder / "report.html").write_text(rendered, encoding="utf-8")
     return text
@@ -56,7 +50,17 @@ def markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(summary: Summary, said: list[str]) -> dict[str, Any]:
+def _subtitle(summary: Summary) -> str:
+    training, seeds = summary.plan.training, len(summary.seeds)
+    device = summary.outcomes[0].rows[0]["environment"]["device"]
+    spread = "mean ± sample standard deviation over the seeds; " if seeds > 1 else ""
+    return (
+        f"{device}; {training.steps} steps of {training.batch_size} examples; {seeds} seed{'s' * (seeds > 1)}; "
+        f"{spread}settings chosen on dev"
+    )
+
+
+def _as_json(summary: Summary, said: list[str]) -> dict[str, Any]:
     """Every setting with its statistics and the keys of its rows in results.jsonl, and which was chosen."""
     return {
         "comparison": summary.plan.name,

@@ -31,7 +31,9 @@ class Results:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{path}: another comparison is writing to it. Wait for it, or give another --output_dir.")
+            raise UserError(
+                f"{path}: another comparison is writing to it. Wait for it, or give another --output_dir."
+            ) from None
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1

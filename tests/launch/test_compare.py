@@ -86,6 +86,17 @@ def test_two_runs_of_a_seed_are_bitwise_equal(tmp_path, setting):
     assert first["train_loss"] != train(plan.run(plan.settings[setting], 1), plan.task, "cpu")["train_loss"]
 
 
+def test_weights_in_bf16_start_from_the_same_ones(tmp_path):
+    for_dtype = {
+        dtype: language_plan(tmp_path, training=TRAINING | {"dtype": dtype}, seeds=[0])
+        for dtype in ("float32", "bfloat16")
+    }
+    full, half = (train(plan.runs[1], plan.task, "cpu") for plan in for_dtype.values())
+    assert full["control"] == half["control"]
+    assert half["train_loss"][0] == pytest.approx(full["train_loss"][0], rel=0.01)
+    assert half["train_loss"] != full["train_loss"]
+
+
 def test_the_rate_warms_up_and_ends_by_the_schedule():
     options = {"steps": 12, "batch_size": 1, "eval_every": 1, "warmup_steps": 2}
     linear, cosine, constant = (Training(**options, schedule=name) for name in ("linear", "cosine", "constant"))

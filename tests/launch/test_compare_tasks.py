@@ -1,4 +1,6 @@
-"""The task sst2: a pre-trained encoder, found or missed with a reason, and what of it LoRA trains."""
+"""The tasks: where their models and examples come from, what they measure, and what is said of what is missing."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -7,7 +9,8 @@ from launch.comparison.optimizers import build
 from launch.comparison.tasks.encoder import PACKAGE, encoder_files
 from launch.comparison.tasks.sst2 import Sst2
 from launch.errors import UserError
-from tests.launch.comparisons import sentences, tiny_encoder
+from launch.tokenizer import byte_tokenizer
+from tests.launch.comparisons import language_plan, sentences, tiny_encoder
 
 
 def test_sst2_trains_a_pretrained_encoder_and_counts_its_hits(tmp_path):
@@ -74,3 +77,38 @@ def test_an_encoder_without_some_weights_is_refused(tmp_path):
     task = Sst2(data_dir=str(sentences(tmp_path)), encoder=str(tmp_path))
     with pytest.raises(UserError, match="no weights for .*pooler"):
         task.model(0)
+
+
+def test_lm_goes_on_from_pretrained_weights(tmp_path):
+    plan = language_plan(tmp_path)
+    saved = plan.task.model(seed=3)
+    saved.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    task = dataclasses.replace(plan.task, model_config=None, pretrained=str(tmp_path / "model"))
+    first, second = task.model(seed=0), task.model(seed=1)
+    for name, weight in saved.named_parameters():
+        assert torch.equal(first.get_parameter(name), weight) and torch.equal(second.get_parameter(name), weight)
+    assert not torch.equal(plan.task.model(seed=0).lm_head.weight, saved.lm_head.weight), "without, the seed decides"
+
+
+def test_lm_measures_the_mean_loss_of_two_halves_of_the_held_out_text(tmp_path):
+    task = dataclasses.replace(language_plan(tmp_path).task, eval_examples=6, eval_batch_size=2)
+    dev, test = task.held_out("dev"), task.held_out("test")
+    assert [len(part["labels"]) for part in (*dev, *test)] == [2, 1, 2, 1]
+    text = bytes(torch.cat([part["input_ids"] for part in (*dev, *test)]).flatten().tolist())
+    assert (tmp_path / "eval.txt").read_bytes().startswith(text), "dev first, and then test"
+    model = task.model(0).eval()
+    with torch.no_grad():
+        each = [model(input_ids=ids[None], labels=ids[None]).loss for part in dev for ids in part["input_ids"]]
+    measured = task.evaluate(model, dev, torch.device("cpu"))
+    assert measured == {"loss": pytest.approx(torch.stack(each).mean().item())}
+
+
+def test_lm_says_what_it_lacks(tmp_path):
+    task = language_plan(tmp_path).task
+    with pytest.raises(UserError, match="only .* examples of 16 tokens to evaluate on, and 1000 are asked for"):
+        dataclasses.replace(task, eval_examples=1000).held_out("dev")
+    with pytest.raises(UserError, match="train.txt: not one example of 9000 tokens"):
+        next(dataclasses.replace(task, length=9000).batches(0, 1))
+    with pytest.raises(UserError, match="train.txt: no such file. task lm needs"):
+        dataclasses.replace(task, data_dir=str(tmp_path / "nowhere")).identity()
