@@ -144,7 +144,7 @@ def load_plan(
 
 
 def _task(section: Any, data_dir: Path | None, where: str) -> Task:
-    if not isinstance(section, Mapping) or "name" not in section:
+    if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
         raise UserError(f"{where}: must be a mapping with a name, one of {', '.join(TASKS)}.")
     options = {name: value for name, value in section.items() if name != "name"}
     if section["name"] not in TASKS:
@@ -163,6 +163,10 @@ def _settings(section: Any, where: str) -> list[Setting]:
         here = f"{where}.{label}"
         if not isinstance(options, Mapping) or "lr" not in options:
             raise UserError(f"{here}: must be a mapping with an lr, for no default is fair to every task.")
+        if not isinstance(options.get("optimizer", ""), str):
+            raise UserError(
+                f"{here}.optimizer: {options['optimizer']!r} must be one name. Give each an entry of its own."
+            )
         axes = {name: value for name, value in options.items() if isinstance(value, list)}
         for name, values in axes.items():
             if not values or any(values.count(value) > 1 for value in values):

@@ -71,6 +71,8 @@ MISTAKES = {
     "no section 'optimisers'; did you mean 'optimizers'": {"optimisers": {}},
     "no task 'sst'; did you mean 'sst2'": {"task": {"name": "sst"}},
     "no option 'lenght'; did you mean 'length'": {"task": {"name": "lm", "model_config": "x", "lenght": 8}},
+    "task: must be a mapping with a name, one of sst2, lm": {"task": {"name": ["lm"]}},
+    "must be one name. Give each an entry": {"optimizers": {"both": {"optimizer": ["AdamW", "Muon"], "lr": 1e-3}}},
     "either model_config": {"task": {"name": "lm"}},
     "no data. Give --data_dir": {"task": {"name": "sst2"}},
     "no option 'step'; did you mean 'steps'": {"training": TRAINING | {"step": 3}},
