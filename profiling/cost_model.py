@@ -213,8 +213,8 @@ def main() -> None:
             machine, network = (H200, "NVLink" if gpus > 1 else "none") if gpus <= 2 else (ETHERNET_400, "400 Gb/s")
             parts = optimizer_step(model, rank, gpus, None if gpus == 1 else args.zero, machine)
             reductions = micro_batches if args.zero >= 2 else 1
-            # ZeRO-2 reduces the gradients of what AdamW trains in every micro-batch.
-            gradients = BF16 * model.adamw * (gpus - 1) / gpus * reductions
+            # Of what AdamW trains beside the matrices, ZeRO-3 alone sends the gradients with every micro-batch.
+            gradients = BF16 * model.adamw * (gpus - 1) / gpus * (micro_batches if args.zero == 3 else 1)
             sent = sum(part.sent for part in parts) + gradients
             adamw = adamw_sends(model, gpus, reductions)
             kernels = total(micro_batch(model, rank, tokens, machine))

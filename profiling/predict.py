@@ -46,9 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=8, help="of MoFaSGD, LoRA and GaLore")
     parser.add_argument("--states", default="fp32", choices=["fp32", "bf16"], help="DeepSpeed's masters and moments")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
+    parser.add_argument("--liger", action="store_true", help="liger-kernel's fused norms, rotary, SwiGLU and loss")
     parser.add_argument("--bucket", type=int, default=100_000_000, help="DeepSpeed's reduce_bucket_size, elements")
     parser.add_argument(
         "--no_contiguous", dest="contiguous", action="store_false", help="DeepSpeed's contiguous_gradients off"
+    )
+    parser.add_argument(
+        "--adamw_reduce", default="step", choices=["step", "micro_batch"], help="MoFaSGD's option, in ZeRO-2"
     )
     parser.add_argument("--output", help="JSON file to write")
     return parser

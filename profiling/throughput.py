@@ -8,8 +8,12 @@ A run is BACKEND:OPTIMIZER[:OPTION=VALUE...]. Backends: ``torch`` (one GPU, no D
 states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``contiguous`` and ``overlap`` (0 or 1: its contiguous_gradients
 and overlap_comm), ``leaf`` (1: stage 3 gathers a decoder layer at a time rather than a linear), ``prefetch`` (its
 stage3_prefetch_bucket_size), ``checkpointing`` (1), ``liger`` (1: liger-kernel's fused norms, SwiGLU, rotary embedding
-and loss, as HF's ``use_liger_kernel``). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random,
-bf16; attention is sdpa; the batch is the same in every step.
+and loss, as HF's ``use_liger_kernel``), ``offload`` (optimizer or param: DeepSpeed's offload_optimizer to the host, or
+that and offload_param), ``head`` (matrix: the output head is one of MoFaSGD's), ``embed`` (frozen: the embedding stays
+as it is), ``card`` (GiB: run out of memory where a GPU of that size would). A shape is TOKENSxMICRO_BATCHES, batch 1.
+Weights are random, bf16; attention is sdpa; the batch is the same in every step.
+
+A run's process builds its model once and takes the shapes in their order, after --warmup steps of each.
 
 Prints a table and writes results.csv and results.jsonl, with hardware, versions and date.
 """
@@ -34,7 +38,7 @@ COLUMNS = {
     "tokens_per_second": "tokens/s per GPU",
     "peak_allocated_gb": "peak allocated [GB]",
     "nvml_gb": "NVML used [GB]",
-    "last_loss": "last loss",
+    "losses": "mean loss of each step",
 }
 
 
@@ -53,28 +57,28 @@ def main() -> None:
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     results = []
-    for shape in args.shapes:
-        for run in args.runs:
-            result = measure(run, shape, args, out)
+    for run in args.runs:
+        for result in measure(run, args, out):
             results.append(result)
             print(json.dumps(result), flush=True)
             with open(out / "results.jsonl", "a") as file:
                 file.write(json.dumps(result) + "\n")
+    results.sort(key=lambda result: args.shapes.index(result["shape"]))
     write_csv(results, out / "results.csv")
     print(table(results))
     if any("error" in result for result in results):
         sys.exit(f"some runs failed; their logs are in {out}")
 
 
-def measure(run: str, shape: str, args: argparse.Namespace, out: Path) -> dict:
-    """One run in its own process (or processes): what the worker measured, or the end of what it printed."""
-    name = f"{run}-{shape}".replace(":", "_").replace("=", "")
+def measure(run: str, args: argparse.Namespace, out: Path) -> list[dict]:
+    """One run in its own process (or processes): what the worker measured of each shape, or the end of what it printed."""
+    name = run.replace(":", "_").replace("=", "")
     result_file, log = out / f"{name}.json", out / f"{name}.log"
     result_file.unlink(missing_ok=True)
     launcher = [sys.executable]
     if args.gpus > 1 or not run.startswith("torch:"):
         launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(args.gpus)]
-    command = [*launcher, str(WORKER), "--run", run, "--shape", shape, "--model_config", args.model_config]
+    command = [*launcher, str(WORKER), "--run", run, "--shapes", *args.shapes, "--model_config", args.model_config]
     command += ["--warmup", str(args.warmup), "--steps", str(args.steps), "--result", str(result_file.resolve())]
     environment = {
         **os.environ,
@@ -85,11 +89,14 @@ def measure(run: str, shape: str, args: argparse.Namespace, out: Path) -> dict:
             subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=args.timeout)
         except subprocess.TimeoutExpired:
             file.write(f"\nstopped after {args.timeout} s\n")
-    row = {"run": run, "shape": shape, "gpus": args.gpus, "date": datetime.date.today().isoformat()}
-    if result_file.exists():
-        return {**row, **json.loads(result_file.read_text())}
+    measured = json.loads(result_file.read_text()) if result_file.exists() else {}
     errors = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
-    return {**row, "error": (errors or [f"no result, see {log}"])[-1][-300:]}
+    failed = {"error": (errors or [f"no result, see {log}"])[-1][-300:]}
+    date = datetime.date.today().isoformat()
+    return [
+        {"run": run, "shape": shape, "gpus": args.gpus, "date": date, **measured.get(shape, failed)}
+        for shape in args.shapes
+    ]
 
 
 def write_csv(results: list[dict], path: Path) -> None:

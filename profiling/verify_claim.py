@@ -3,9 +3,10 @@
     python profiling/verify_claim.py --output_dir out/claim
 
 Trains in the paper's setting (arXiv 2507.08091: LLaMA-3.1-8B, bf16, batch 1, 1024 tokens, 8 micro-batches, no gradient
-checkpointing; random weights), each run in processes of its own: AdamW, MoFaSGD and, where peft is installed, LoRA on
-one GPU, and where there are several, AdamW and MoFaSGD under ZeRO-2 and ZeRO-3 on all of them. A run is written as in
-profiling/throughput.py: BACKEND:OPTIMIZER[:OPTION=VALUE...].
+checkpointing; random weights), each run in processes of its own: on one GPU AdamW, MoFaSGD with HF's layers and loss,
+MoFaSGD with liger-kernel's where that is installed, and LoRA where peft is; and where there are several GPUs, AdamW and
+MoFaSGD under ZeRO-2 and ZeRO-3 on all of them. A run is written as in profiling/throughput.py:
+BACKEND:OPTIMIZER[:OPTION=VALUE...].
 
 Writes report.md, report.html, report.json and PNGs with a verdict on every claim; a folder with the report and the log
 of every run; ``--reuse`` takes over the runs that a folder holds already, so that they need not come in one go. Without
@@ -34,8 +35,10 @@ from ds_mofa.profiler.claims import judge
 from ds_mofa.profiler.predict import PredictionError, Setting, predict
 from ds_mofa.profiler.report import SCHEMA_VERSION, environment, write_pages
 
-ONE_GPU = ["torch:AdamW", "torch:MoFaSGD:r=8", "torch:LoRA:r=8"]
+ONE_GPU = ["torch:AdamW", "torch:MoFaSGD:r=8", "torch:MoFaSGD:r=8:liger=1", "torch:LoRA:r=8"]
 SEVERAL = ["zero2:AdamW", "zero2:MoFaSGD:r=32", "zero3:AdamW", "zero3:MoFaSGD:r=32"]
+# What is in a run's name: the module that such runs need, and the package it is in.
+NEEDED = {":LoRA": ("peft", "peft"), ":liger=1": ("liger_kernel", "liger-kernel")}
 
 
 def main() -> None:
@@ -43,13 +46,9 @@ def main() -> None:
     out = Path(args.output_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
     gpus = args.gpus if args.gpus is not None else max(1, torch.cuda.device_count())
-    notes = []
     for run in args.runs or ():
         check_run(run)
-    chosen = args.runs or [*ONE_GPU, *(SEVERAL if gpus > 1 else [])]
-    if any(":LoRA" in run for run in chosen) and importlib.util.find_spec("peft") is None:
-        notes.append("LoRA was not run: peft is not installed (pip install peft).")
-        chosen = [run for run in chosen if ":LoRA" not in run]
+    chosen, notes = can_run(args.runs or [*ONE_GPU, *(SEVERAL if gpus > 1 else [])])
     if not args.runs and gpus == 1:
         notes.append("ZeRO-2 and ZeRO-3 on several GPUs were not run: this machine has one device.")
 
@@ -86,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", default="1024x8", metavar="TOKENSxMICRO_BATCHES")
     parser.add_argument("--runs", nargs="+", metavar="BACKEND:OPTIMIZER[:OPTION=VALUE...]")
     parser.add_argument("--gpus", type=int, help="ranks of the ZeRO runs; default: all devices")
-    parser.add_argument("--steps", type=int, default=4, help="steps timed with the profiler, and as many without")
+    parser.add_argument("--steps", type=int, default=6, help="steps timed with the profiler, and as many without")
     parser.add_argument("--sample_hz", type=float, default=50.0)
     parser.add_argument("--timeout", type=int, default=400, help="seconds for one run")
     parser.add_argument("--memory_snapshot", action="store_true", help="keep each run's history for memory_viz")
@@ -106,6 +105,21 @@ def check_run(run: str) -> None:
         )
     if any("=" not in option for option in options):
         sys.exit(f"verify_claim.py: error: {run!r}: an option is written NAME=VALUE, such as r=8")
+
+
+def can_run(runs: list[str]) -> tuple[list[str], list[str]]:
+    """Those that this machine has the packages for, and a note on each that it has not."""
+    chosen, notes = [], []
+    for run in runs:
+        needed = [names for part, names in NEEDED.items() if part in run]
+        missing = [package for module, package in needed if importlib.util.find_spec(module) is None]
+        if missing:
+            notes.append(f"{run} was not run: {missing[0]} is not installed (pip install {missing[0]}).")
+        elif ":liger=1" in run and not torch.cuda.is_available():
+            notes.append(f"{run} was not run: liger-kernel's kernels need a GPU.")
+        else:
+            chosen.append(run)
+    return chosen, notes
 
 
 def one_run(run: str, ranks: int, args: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -146,8 +160,6 @@ def prediction(run: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]
     backend, optimizer, *options = run.split(":")
     options = dict(option.split("=") for option in options)
     tokens, micro_batches = map(int, args.shape.split("x"))
-    if options.get("liger") == "1":
-        return {"error": "the prediction knows HF's own layers and loss, not liger-kernel's"}
     try:
         return predict(
             Setting(
@@ -160,6 +172,7 @@ def prediction(run: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]
                 rank=int(options.get("r", 8)),
                 states=options.get("states", "fp32"),
                 checkpointing=options.get("checkpointing") == "1",
+                liger=options.get("liger") == "1",
                 bucket=int(options.get("bucket", 100_000_000)),
                 contiguous=options.get("contiguous", "1") == "1",
             )

@@ -1,11 +1,13 @@
 """One measured run of profiling/verify_claim.py, under the memory profiler from before the first allocation."""
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -14,7 +16,6 @@ sys.path[0] = str(HERE.parent)
 import torch
 
 from ds_mofa.profiler import MemoryProfiler
-from launch.distributed import unlink_shared_buffer
 
 WARM_UP = 2  # steps before the one that is recorded allocation by allocation
 
@@ -52,8 +53,11 @@ def main() -> None:
         if cuda:
             torch.cuda.set_device(device)
         torch.manual_seed(0)
-        trainer = make_trainer(args.run, args.model_config, micro_batches, device)
+        worker, trainers = load_worker()
+        trainer = make_trainer(trainers, args.run, args.model_config, micro_batches, device)
         if not cuda and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from launch.distributed import unlink_shared_buffer  # brings in what only the training command needs
+
             unlink_shared_buffer()
         profiler.watch(getattr(trainer, "engine", None) or trainer.model, getattr(trainer, "optimizer", None))
         generator = torch.Generator().manual_seed(args.local_rank)
@@ -61,17 +65,23 @@ def main() -> None:
 
         for _ in range(WARM_UP + 1):
             one_step(trainer, batches, profiler, device)
+        worker.freeze_garbage()  # the recorded step's history, too
         with_profiler, without = [], []
-        for _ in range(args.steps):  # in turns, so that a drift of the machine falls on both
-            with profiler.paused():
-                without.append(one_step(trainer, batches, profiler, device))
-            with_profiler.append(one_step(trainer, batches, profiler, device))
+        for watched in turns(args.steps):
+            with contextlib.nullcontext() if watched else profiler.paused():
+                (with_profiler if watched else without).append(one_step(trainer, batches, profiler, device))
         profiler.setting["seconds_per_step"] = statistics.median(with_profiler)
         profiler.setting["seconds_per_step_without_profiler"] = statistics.median(without)
         profiler.setting["all_seconds"] = {"with": with_profiler, "without": without}
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def turns(pairs: int) -> Iterator[bool]:
+    """Whether the profiler is on, step by step: off, on, on, off, off, on ..., so that a drift falls on both alike."""
+    for pair in range(pairs):
+        yield from (bool(pair % 2), not pair % 2)
 
 
 def one_step(trainer, batches: torch.Tensor, profiler: MemoryProfiler, device: torch.device) -> float:
@@ -90,26 +100,30 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def make_trainer(run: str, model_config: str, micro_batches: int, device: torch.device):
-    """The trainer of profiling/throughput.py for BACKEND:OPTIMIZER[:OPTION=VALUE...], or LoRA's."""
+def load_worker():
+    """profiling/throughput.py's worker and trainers; late, since their libraries belong to the run that is measured."""
     sys.path.append(str(HERE))
-    import throughput_worker as worker
+    import throughput_worker
+    import trainers
 
-    backend, optimizer, options = worker.parse_run(run)
+    return throughput_worker, trainers
+
+
+def make_trainer(trainers, run: str, model_config: str, micro_batches: int, device: torch.device):
+    """The trainer of profiling/throughput.py for BACKEND:OPTIMIZER[:OPTION=VALUE...], or LoRA's."""
+    _, optimizer, options = trainers.parse_run(run)
     if optimizer.lower() == "lora":
-        return LoRATrainer(worker, model_config, options, micro_batches, device)
-    if backend == "torch":
-        return worker.TorchTrainer(model_config, optimizer, options, micro_batches, device)
-    return worker.DeepSpeedTrainer(model_config, backend, optimizer, options, micro_batches, device)
+        return LoRATrainer(trainers, model_config, options, micro_batches, device)
+    return trainers.make_trainer(run, model_config, micro_batches, device)
 
 
 class LoRATrainer:
     """A plain loop on one GPU: peft's LoRA on every linear of the layers, adapters and AdamW's states in bf16."""
 
-    def __init__(self, worker, path: str, options: dict, micro_batches: int, device: torch.device):
+    def __init__(self, trainers, path: str, options: dict, micro_batches: int, device: torch.device):
         from peft import LoraConfig, get_peft_model
 
-        base, self.micro_batches = worker.build_model(path, options, device), micro_batches
+        base, self.micro_batches = trainers.build_model(path, options, device), micro_batches
         self.config = base.config
         config = LoraConfig(r=int(options.get("r", 8)), target_modules="all-linear", lora_dropout=0.0)
         # peft's default makes the adapters fp32, and with them a second, fp32 copy of every input.

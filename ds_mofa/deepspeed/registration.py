@@ -43,7 +43,7 @@ def register() -> None:
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(MoFaSGD)
 
     _wrap("_configure_basic_optimizer", _configure_basic_optimizer)
-    _wrap("_configure_zero_optimizer", functools.partial(_configure_wrapper, wrap_zero))
+    _wrap("_configure_zero_optimizer", _configure_zero_optimizer)
     _wrap("_configure_bf16_optimizer", functools.partial(_configure_wrapper, wrap_zero))
     _wrap("_configure_fp16_optimizer", functools.partial(_configure_wrapper, wrap_replicated))
     _wrap("_scheduler_from_config", _scheduler_from_config)
@@ -97,6 +97,11 @@ def _configure_wrapper(wrap, original, engine, optimizer, *args, **kwargs):
     if not isinstance(optimizer, MoFaSGD):
         return original(optimizer, *args, **kwargs)
     return wrap(original(optimizer.adamw, *args, **kwargs), optimizer)
+
+
+def _configure_zero_optimizer(original, engine, optimizer, *args, **kwargs):
+    wrap = functools.partial(wrap_zero, managed_accumulation=engine.managed_gradient_accumulation())
+    return _configure_wrapper(wrap, original, engine, optimizer, *args, **kwargs)
 
 
 def _scheduler_from_config(original, engine, optimizer):

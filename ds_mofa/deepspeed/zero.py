@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
+from ds_mofa.deepspeed.gradients import GradientMixin
 from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, forget
 from ds_mofa.optimizer import MoFaSGD, clip_factor
 from ds_mofa.phases import phase
@@ -37,15 +38,22 @@ class GatheredWeight:
             self._weight.partition()
 
 
-def wrap_zero(optimizer, mofa: MoFaSGD):
-    """Weave ``mofa``'s matrices into the ZeRO optimizer that DeepSpeed has built around its AdamW."""
+def wrap_zero(optimizer, mofa: MoFaSGD, managed_accumulation: bool = True):
+    """Weave ``mofa``'s matrices into the ZeRO optimizer that DeepSpeed has built around its AdamW.
+
+    Args:
+        managed_accumulation: DeepSpeed counts the micro-batches of a step, and so knows its last one.
+    """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         mixin = Stage3Mixin
     elif isinstance(optimizer, BF16_Optimizer):
         mixin = Bf16Mixin
     else:
         mixin = Stage12Mixin
-    return swap_class(optimizer, mixin, mofa)
+    optimizer = swap_class(optimizer, mixin, mofa)
+    if mixin is Stage12Mixin:
+        optimizer.plan_reductions(mofa.options.adamw_reduce == "step", managed_accumulation)
+    return optimizer
 
 
 def swap_class(optimizer, mixin: type, mofa: MoFaSGD):
@@ -166,7 +174,7 @@ class ZeroMixin(MatrixMixin):
             self.mofa.matrices.refresh_masters()
 
 
-class Stage12Mixin(ZeroMixin):
+class Stage12Mixin(GradientMixin, ZeroMixin):
     """DeepSpeedZeroOptimizer: stages 1 and 2."""
 
     def bind_accessors(self) -> None:
@@ -196,7 +204,11 @@ class Stage12Mixin(ZeroMixin):
             self.check_grad_overflow = checks
 
     def has_overflow(self, partition_gradients=True):
-        return super().has_overflow(partition_gradients) or not self.mofa.matrices.finite
+        if not self.mofa.matrices.finite:
+            return True
+        if self.compute_grad_norm and not self.cpu_offload:
+            return False  # the norm, which is next, shows it; a search of every tensor would cost as much as the update
+        return super().has_overflow(partition_gradients)
 
     def scaled_global_norm(self, norm_type=2):
         return self.with_matrix_norm([super().scaled_global_norm(norm_type)])

@@ -41,7 +41,7 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
     R = max(16, triton.next_power_of_2(rank))
     products = torch.empty(jobs, most, R, dtype=dtype, device=device)
     shape = {"RANK": rank, "R": R, "DTYPE": _DTYPES[dtype], "EVEN": even}
-    block_t, block_w = 32, _WIDTH
+    block_t, block_w = 64, _WIDTH
     stages = stages_that_fit(device, 2 * block_w * (block_t + R))
     _project_kernel[(jobs, triton.cdiv(most, block_t))](
         rows, products, most, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, num_warps=4, **shape

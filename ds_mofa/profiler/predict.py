@@ -28,6 +28,10 @@ OPTIMIZERS = ("AdamW", "MoFaSGD", "LoRA", "Muon", "GaLore")
 CUDA_CONTEXT = 1_500_000_000  # the driver's own reserve on the device included
 NCCL = 1_100_000_000  # of a rank
 
+# In the allocator, from the first product on: what PyTorch gives cuBLAS to work in on Hopper, 32 MiB for each thread
+# that multiplies, forward's and autograd's.
+CUBLAS = 2 * (32 << 20)
+
 _LARGE = 1 << 26  # elements; ds_mofa.deepspeed.build gives such parameters groups of their own
 
 
@@ -46,8 +50,10 @@ class Setting:
         rank: of MoFaSGD, LoRA and GaLore.
         states: "fp32" or "bf16": DeepSpeed's master weights and moments. A plain loop keeps all in bf16.
         checkpointing: recompute layers in backward.
+        liger: liger-kernel's fused norms, rotary embedding, SwiGLU and loss.
         bucket: DeepSpeed's reduce_bucket_size, elements.
         contiguous: DeepSpeed's contiguous_gradients.
+        adamw_reduce: ds_mofa's option of that name: "step", or "micro_batch".
     """
 
     model_config: str
@@ -60,8 +66,10 @@ class Setting:
     rank: int = 8
     states: str = "fp32"
     checkpointing: bool = False
+    liger: bool = False
     bucket: int = 100_000_000
     contiguous: bool = True
+    adamw_reduce: str = "step"
 
     def __post_init__(self):
         names = {name.lower(): name for name in OPTIMIZERS}
@@ -75,6 +83,8 @@ class Setting:
             raise PredictionError(f"zero is {self.zero}: give none, 0, 1, 2 or 3")
         if self.states not in ("fp32", "bf16"):
             raise PredictionError(f"states is {self.states!r}: give fp32 or bf16")
+        if self.adamw_reduce not in ("step", "micro_batch"):
+            raise PredictionError(f"adamw_reduce is {self.adamw_reduce!r}: give step or micro_batch")
         if self.zero is None and self.gpus > 1:
             raise PredictionError("several GPUs without ZeRO: ds_mofa has no such backend. Give --zero 0, 1, 2 or 3")
         if self.zero == 0 and self.states == "bf16":
@@ -83,8 +93,11 @@ class Setting:
             raise PredictionError("GaLore does not run under ZeRO: predict it with --zero none")
 
 
-def predict(setting: Setting) -> dict[str, Any]:
-    """The peak of the fullest rank, in bytes.
+def predict(setting: Setting, process: int | None = None) -> dict[str, Any]:
+    """The peak of one rank, in bytes.
+
+    Args:
+        process: which; by default the fullest. In stages 1 and 2 they differ, see :mod:`ds_mofa.profiler.zero`.
 
     Returns:
         ``allocated``, by PyTorch's allocator; ``total``, as NVML would see it; ``categories``, which add up to
@@ -100,14 +113,17 @@ def predict(setting: Setting) -> dict[str, Any]:
         setting.micro_batch,
         setting.rank,
         setting.checkpointing,
+        setting.liger,
     )
     always = _always(setting, batch)
-    peak = max(_candidates(setting, batch), key=lambda candidate: sum(candidate.extra.values()))
-    categories = dict(always)
+    several = range(setting.gpus) if setting.zero in (1, 2) else (0,)
+    moments = [(c, p) for p in (several if process is None else (process,)) for c in _candidates(setting, batch, p)]
+    peak, process = max(moments, key=lambda moment: sum(moment[0].extra.values()))
+    categories = {**always, "workspace": CUBLAS}
     for name, size in peak.extra.items():
         categories[name] = categories.get(name, 0) + size
     allocated = sum(categories.values())
-    categories["allocator slack"] = _slack(setting, batch, always, allocated)
+    categories["allocator slack"] = _slack(setting, batch, always, allocated - CUBLAS, process)
     categories["CUDA context"] = CUDA_CONTEXT
     if setting.gpus > 1:
         categories["communication buffers"] = categories.get("communication buffers", 0) + NCCL
@@ -122,14 +138,16 @@ def predict(setting: Setting) -> dict[str, Any]:
 
 
 def on_host(predicted: dict[str, Any]) -> dict[str, Any]:
-    """A prediction without what only a device has: its context, NCCL, the allocator's slack."""
+    """A prediction without what only a device has: its context, NCCL, cuBLAS's workspace, the allocator's slack."""
     categories = dict(predicted["categories"])
+    categories["workspace"] -= CUBLAS
     for name in ("CUDA context", "allocator slack"):
         categories.pop(name, None)
     if predicted["setting"]["gpus"] > 1:
         categories["communication buffers"] -= NCCL
     categories = {name: size for name, size in categories.items() if size}
-    return {**predicted, "categories": categories, "total": sum(categories.values())}
+    allocated = predicted["allocated"] - CUBLAS
+    return {**predicted, "allocated": allocated, "categories": categories, "total": sum(categories.values())}
 
 
 def _content(path: str) -> str:
@@ -140,9 +158,17 @@ def _content(path: str) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _simulated(content: str, optimizer: str, seq: int, micro_batch: int, rank: int, checkpointing: bool) -> MicroBatch:
+def _simulated(
+    content: str, optimizer: str, seq: int, micro_batch: int, rank: int, checkpointing: bool, liger: bool
+) -> MicroBatch:
     return simulate(
-        json.loads(content), optimizer, tokens=seq, micro_batch=micro_batch, rank=rank, checkpointing=checkpointing
+        json.loads(content),
+        optimizer,
+        tokens=seq,
+        micro_batch=micro_batch,
+        rank=rank,
+        checkpointing=checkpointing,
+        liger=liger,
     )
 
 
@@ -200,10 +226,10 @@ def _moments(setting: Setting, trained: list[Parameter], sharded: int, state: in
     return {"AdamW states": adamw, "other optimizer states": state * projected}
 
 
-def _candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
+def _candidates(setting: Setting, batch: MicroBatch, process: int) -> list[Candidate]:
     groups = _groups(setting, batch)
     if setting.zero in (1, 2):
-        found = stage12_candidates(_zero(setting), groups, batch, setting.micro_batches)
+        found = stage12_candidates(_zero(setting), groups, batch, setting.micro_batches, process)
     else:
         found = _other_candidates(setting, batch)
     step = _step_workspace(setting, batch)
@@ -216,9 +242,11 @@ def _candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
 
 
 def _zero(setting: Setting) -> ZeroSettings:
+    held_back = setting.zero == 2 and setting.optimizer == "MoFaSGD" and setting.adamw_reduce == "step"
     return ZeroSettings(
         stage=setting.zero,
         world_size=setting.gpus,
+        reduces_once=(setting.zero == 1 or held_back) and setting.micro_batches > 1,
         state_bytes=4 if setting.states == "fp32" else 2,
         reduce_bucket_size=setting.bucket,
         contiguous_gradients=setting.contiguous,
@@ -269,7 +297,7 @@ def _step_workspace(setting: Setting, batch: MicroBatch) -> int:
     return 0
 
 
-def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocated: int) -> int:
+def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocated: int, process: int) -> int:
     """Reserved and unused at the peak, where the allocator's rules can be played through; 0 in stage 0."""
     trained = _trained(setting, batch)
     buffers = [always[name] for name in ("sketches", "factors", "other optimizer states") if name in always]
@@ -283,8 +311,8 @@ def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocate
             batch,
             groups,
             buffers,
-            stage=zero.stage,
-            touched=touched,
+            reduces_once=zero.reduces_once,
+            mine=touched[process],
             sizes=sizes,
             state_bytes=zero.state_bytes,
             own_masters="master weights" in always,

@@ -18,7 +18,7 @@ from ds_mofa.profiler.categories import CATEGORIES
 __all__ = ["SCHEMA_VERSION", "assemble", "check", "load_report", "write_pages", "write_report"]
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton", "ds_mofa", "nvidia-ml-py")
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "liger-kernel", "triton", "ds_mofa", "nvidia-ml-py")
 
 
 def assemble(

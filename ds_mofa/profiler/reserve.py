@@ -7,7 +7,7 @@ joined. So a large free block serves small requests, but not the other way round
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ds_mofa.profiler.simulate import MicroBatch, Parameter
 
@@ -141,8 +141,8 @@ def reserved_by_stage12(
     groups: Sequence[Sequence[Parameter]],
     buffers: Sequence[int],
     *,
-    stage: int,
-    touched: int,
+    reduces_once: bool,
+    mine: Mapping[str, int],
     sizes: Sequence[int],
     state_bytes: int,
     own_masters: bool,
@@ -153,7 +153,8 @@ def reserved_by_stage12(
     """Bytes reserved after two steps under ZeRO stage 1 or 2; see :mod:`ds_mofa.profiler.zero` for what is when.
 
     Args:
-        touched, sizes: of :func:`ds_mofa.profiler.zero.partitioned`.
+        reduces_once: of :class:`ds_mofa.profiler.zero.ZeroSettings`.
+        mine, sizes: what the rank's partitions touch and have, of :func:`ds_mofa.profiler.zero.partitioned`.
         state_bytes: of one number of the masters and moments.
         own_masters: whether the masters are a copy.
         bucket: bytes of all reduce buckets.
@@ -177,6 +178,7 @@ def reserved_by_stage12(
         for _ in range(2):
             allocator.alloc(state_bytes * size)
         allocator.free(gradient)
+    kept_whole = 2 * sum(mine.values())
     numels = {param.name: param.numel for group in groups for param in group}
     for _ in range(2):
         kept: list[tuple] = []
@@ -184,7 +186,7 @@ def reserved_by_stage12(
         count = min(micro_batches, 3)
         for number in range(count):
             last = number == count - 1
-            state = {"elements": 0, "buckets": None, "filled": None}
+            state = {"elements": 0, "buckets": None, "filled": None, "mine": False}
             waiting: list[tuple] = []
 
             def complete(name: str, state=state, waiting=waiting, whole=whole, last=last) -> None:
@@ -193,30 +195,31 @@ def reserved_by_stage12(
                 numel = numels[name]
                 if contiguous and state["buckets"] is None:
                     state["buckets"] = [allocator.alloc(bucket // 2) for _ in range(2)]
-                if stage == 2:
+                if not reduces_once:
                     fresh = allocator.alloc(2 * numel)
                 elif name not in whole:
                     whole[name] = allocator.alloc(2 * numel)
-                reduces = stage == 2 or last
+                reduces = last or not reduces_once
                 if reduces and state["elements"] and state["elements"] + numel > bucket // 4:
-                    if contiguous and state["filled"] is None:
-                        state["filled"] = allocator.alloc(2 * touched)
+                    if contiguous and state["mine"] and state["filled"] is None:
+                        state["filled"] = allocator.alloc(kept_whole)
                     while waiting:
                         allocator.free(waiting.pop())
                     state["elements"] = 0
                 state["elements"] += numel
-                if stage == 2 and numel > bucket // 4:
+                state["mine"] |= name in mine
+                if not reduces_once and numel > bucket // 4:
                     waiting.append(fresh)
-                elif stage == 2:
+                elif not reduces_once:
                     allocator.free(fresh)
 
             _play(allocator, batch, complete)
-            if contiguous and state["filled"] is None and (stage == 2 or last):
-                state["filled"] = allocator.alloc(2 * touched)
+            if contiguous and state["filled"] is None and (last or not reduces_once):
+                state["filled"] = allocator.alloc(kept_whole)
             for handle in [*waiting, *(state["buckets"] or [])]:
                 allocator.free(handle)
             if state["filled"] is not None:
-                if stage == 2 and kept:
+                if kept:
                     allocator.free(state["filled"])  # added to the first one's
                 else:
                     kept.append(state["filled"])

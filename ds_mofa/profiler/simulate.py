@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import split_parameters
+from ds_mofa.profiler.liger import MODELS, fused
 from ds_mofa.profiler.trace import StorageTracker
 
 __all__ = ["MicroBatch", "Moment", "Parameter", "simulate"]
@@ -86,6 +87,7 @@ def simulate(
     micro_batch: int = 1,
     rank: int = 8,
     checkpointing: bool = False,
+    liger: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> MicroBatch:
     """Run one micro-batch.
@@ -98,16 +100,18 @@ def simulate(
         micro_batch: sequences.
         rank: of MoFaSGD and LoRA.
         checkpointing: recompute each layer in backward.
+        liger: with liger-kernel's fused operators (:mod:`ds_mofa.profiler.liger`).
         dtype: of weights and activations.
 
     Raises:
-        PredictionError: the model cannot be built from its config, or transformers is missing.
+        PredictionError: the model cannot be built from its config, transformers is missing, or it is not known which of
+            the model's operators liger-kernel would replace.
     """
     with FakeTensorMode(), _one_sequence_a_row():
         model = _build(model_config, dtype)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        kinds = _prepare(model, optimizer, rank)
+        kinds, states = _prepare(model, optimizer, rank)
         for param in model.parameters():  # as in every micro-batch but the first
             if param.requires_grad and kinds[param] != "sketched":
                 param.grad = torch.empty_like(param)
@@ -117,7 +121,8 @@ def simulate(
             for p, name in names.items()
         ]
         ids = torch.zeros(micro_batch, tokens, dtype=torch.long)
-        order, peaks, at_completion, events = _run(model, ids, kinds, names)
+        with _operators(model, liger):
+            order, peaks, at_completion, events = _run(model, ids, kinds, names, states)
     return MicroBatch(parameters, order, peaks, at_completion, events)
 
 
@@ -143,8 +148,13 @@ def _build(model_config: str | Path | dict[str, Any], dtype: torch.dtype) -> nn.
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
 
 
-def _prepare(model: nn.Module, optimizer: str, rank: int) -> dict[Tensor, str]:
-    """Attach what the optimizer attaches; returns the kind of each parameter, "sketched" for MoFaSGD's matrices."""
+def _prepare(model: nn.Module, optimizer: str, rank: int) -> tuple[dict[Tensor, str], list[Tensor]]:
+    """Attach what the optimizer attaches.
+
+    Returns:
+        The kind of each parameter, "sketched" for MoFaSGD's matrices; and the tensors of the optimizer that backward
+        writes into, which no micro-batch allocates.
+    """
     split = split_parameters(model, model.parameters(), Options(lr=1.0, rank=1))
     matrices = {matrix.param for matrix in split.matrices}
     if optimizer == "MoFaSGD":
@@ -155,9 +165,10 @@ def _prepare(model: nn.Module, optimizer: str, rank: int) -> dict[Tensor, str]:
         except OptionError as error:
             raise PredictionError(str(error)) from error
         matrices = {matrix.param for matrix in trained.split.matrices}
-        return {p: "sketched" if p in matrices else "other" for p in model.parameters()}
+        own = [trained.matrices.sketches, trained.matrices.working, trained.matrices.factors]
+        return {p: "sketched" if p in matrices else "other" for p in model.parameters()}, own
     if optimizer != "LoRA":
-        return {p: "matrix" if p in matrices else "other" for p in model.parameters()}
+        return {p: "matrix" if p in matrices else "other" for p in model.parameters()}, []
     frozen = set(model.parameters())
     for p in frozen:
         p.requires_grad_(False)
@@ -165,7 +176,7 @@ def _prepare(model: nn.Module, optimizer: str, rank: int) -> dict[Tensor, str]:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and child.weight in matrices:
                 setattr(parent, name, _LoRALinear(child, rank))
-    return {p: "frozen" if p in frozen else "adapter" for p in model.parameters()}
+    return {p: "frozen" if p in frozen else "adapter" for p in model.parameters()}, []
 
 
 class _LoRALinear(nn.Module):
@@ -177,6 +188,18 @@ class _LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.B(self.A(x)) * 2.0
+
+
+def _operators(model: nn.Module, liger: bool) -> contextlib.AbstractContextManager:
+    """Within: the model computes with liger-kernel's operators, or with its own."""
+    if not liger:
+        return contextlib.nullcontext()
+    if model.config.model_type not in MODELS:
+        raise PredictionError(
+            f'liger-kernel with a model of type "{model.config.model_type}" cannot be predicted: which of its operators '
+            f"are replaced is known of {', '.join(MODELS)}. Predict it without liger"
+        )
+    return fused(model)
 
 
 @contextlib.contextmanager
@@ -195,9 +218,10 @@ def _one_sequence_a_row() -> Iterator[None]:
         raise PredictionError(f"this version of transformers looks for packed sequences elsewhere ({error})") from error
 
 
-def _run(model, ids, kinds, names) -> tuple[list[str], list[Moment], list[Moment], list[tuple[str, Any, int]]]:
+def _run(model, ids, kinds, names, states) -> tuple[list[str], list[Moment], list[Moment], list[tuple[str, Any, int]]]:
     counter = itertools.count(1)
-    there = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), ids]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    there = [*model.parameters(), *model.buffers(), *gradients, *states, ids]
     tracker = StorageTracker(there, clock=lambda: next(counter))
     order: list[str] = []
     ticks: list[int] = []

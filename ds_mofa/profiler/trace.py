@@ -193,7 +193,7 @@ class StorageTracker(TorchDispatchMode):
         self.peak = 0
         for tensor in ignored:
             self._add(tensor, None)
-        self.allocations, self.live = [], 0
+        self.allocations, self.live, self.peak = [], 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -232,7 +232,8 @@ def label(
 ) -> None:
     """Say what each allocation is.
 
-    What an inventory has seen is what the inventory says. Of the rest, what was born in forward is an activation, and
+    What an inventory has seen is what the inventory says; but an output gradient that waits for its sketch is named by
+    its birth, for liger-kernel writes some over activations, which they are at the peak. Of the rest, what was born in forward is an activation, and
     what was born in any other phase a temporary; what was there before and belongs to nobody stays unexplained.
 
     Args:
@@ -251,7 +252,9 @@ def label(
                 continue
             for one in by_address.get(storage.address, ()):
                 if one.born <= moment < one.died:
-                    one.category, one.owner = one.category or storage.category, True
+                    one.owner = True
+                    if storage.category != "workspace":
+                        one.category = one.category or storage.category
     starts = [span.start for span in spans]
     for one in allocations:
         if one.category:

@@ -6,17 +6,22 @@ Read off its sources; each function says which of its buffers it counts. Sizes i
 import dataclasses
 from collections.abc import Sequence
 
-from ds_mofa.profiler.simulate import MicroBatch, Parameter
+from ds_mofa.profiler.simulate import MicroBatch, Moment, Parameter
 
 __all__ = ["Candidate", "ZeroSettings", "partitioned", "stage12_candidates", "stage3_gathered", "stage3_step"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ZeroSettings:
-    """Of ``zero_optimization`` in DeepSpeed's JSON, under their names there; sizes in elements."""
+    """Of ``zero_optimization`` in DeepSpeed's JSON, under their names there; sizes in elements.
+
+    ``reduces_once`` is not DeepSpeed's: gradients add up whole, where autograd puts them, until the last micro-batch of
+    a step of several. So they do in stage 1, and in stage 2 those that ds_mofa holds back (its option ``adamw_reduce``).
+    """
 
     stage: int
     world_size: int
+    reduces_once: bool = False
     state_bytes: int = 4  # of one number of the master weights and of each moment: 4, or 2 for bf16 states
     reduce_bucket_size: int = 100_000_000
     stage3_max_live_parameters: int = 1_000_000_000
@@ -33,78 +38,76 @@ class Candidate:
     extra: dict[str, int]
 
 
-def partitioned(groups: Sequence[Sequence[Parameter]], world_size: int) -> tuple[int, list[int]]:
-    """(elements of the parameters that the fullest rank's partitions touch, elements of its partition of each group).
+def partitioned(groups: Sequence[Sequence[Parameter]], world_size: int) -> tuple[list[dict[str, int]], list[int]]:
+    """(of each rank, the parameters that its partitions touch, with their elements; elements of a partition by group).
 
     Stages 1 and 2 cut each group's flat buffer into equal ranges, and keep whole the gradient of a parameter that a cut
     goes through, on both sides of it.
     """
-    fullest, sizes = 0, []
-    touched = [0] * world_size
+    touched: list[dict[str, int]] = [{} for _ in range(world_size)]
+    sizes = []
     for group in groups:
-        total = sum(p.numel for p in group)
-        size = -(-total // world_size)
+        size = -(-sum(p.numel for p in group) // world_size)
         sizes.append(size)
         start = 0
         for param in group:
             for rank in range(start // size, min(world_size - 1, (start + param.numel - 1) // size) + 1):
-                touched[rank] += param.numel
+                touched[rank][param.name] = param.numel
             start += param.numel
-    fullest = max(touched)
-    return fullest, sizes
+    return touched, sizes
 
 
 def stage12_candidates(
-    zero: ZeroSettings, groups: Sequence[Sequence[Parameter]], batch: MicroBatch, micro_batches: int
+    zero: ZeroSettings, groups: Sequence[Sequence[Parameter]], batch: MicroBatch, micro_batches: int, rank: int
 ) -> list[Candidate]:
-    """Moments of backward and step in stages 1 and 2, gradients in 16 bits.
+    """Moments of a rank's backward and step in stages 1 and 2, gradients in 16 bits.
 
     Backward. Stage 2 keeps, from one micro-batch to the next, one flat buffer of the gradients that this rank's
-    partition touches (``grads_in_partition``), and fills another in each micro-batch, allocated when the first bucket
-    is reduced. Stage 1 keeps whole gradients, and with ``contiguous_gradients`` copies them into such a buffer in the
-    last micro-batch. A gradient larger than the bucket waits, whole, until the next one comes.
+    partition touches (``grads_in_partition``), and fills another in each micro-batch, allocated when the first of them
+    is reduced: at the beginning of backward on the rank that has the last layers, at its middle on one that has not. Where gradients are reduced once a step they stay whole, and with ``contiguous_gradients`` move, in the last
+    micro-batch, through the buckets into such a buffer. A gradient larger than the bucket waits, whole, until the next
+    one comes.
 
     Step, group by group: a flat copy of the partition's gradients, then its conversion to the masters' dtype, beside
     what the accumulated gradients still hold.
     """
     trained = {p.name: p for group in groups for p in group}
     touched, sizes = partitioned(groups, zero.world_size)
+    mine = touched[rank]
     whole = 2 * sum(p.numel for p in trained.values())
-    kept = 2 * touched
-    stage2 = zero.stage == 2
-    before = (kept if stage2 else whole) if micro_batches > 1 else 0
+    kept = 2 * sum(mine.values())
+    before = (whole if zero.reduces_once else kept) if micro_batches > 1 else 0
     buffers = (2 if zero.overlap_comm else 1) * 2 * zero.reduce_bucket_size if zero.contiguous_gradients else 0
-    candidates = [
-        Candidate(
-            "loss" if not moment.completed else "backward",
-            {
-                "activations": moment.activations,
-                "workspace": moment.workspace,
-                "gradients": before,
-                "communication buffers": buffers if moment.completed else 0,
-            },
-        )
-        for moment in batch.peaks
-    ]
-    waiting = elements = filled = 0
-    for name, moment in zip(batch.order, batch.at_completion):
+    candidates = []
+
+    def candidate(when: str, moment: Moment, gradients: int) -> None:
+        extra = {"gradients": gradients, "communication buffers": buffers if moment.completed else 0}
+        extra |= {"activations": moment.activations, "workspace": moment.workspace}
+        candidates.append(Candidate(when, extra))
+
+    waiting = leaving = elements = filled = 0
+    reduces_mine = False
+    for peak, name, moment in zip(batch.peaks, [*batch.order, None], [*batch.at_completion, None]):
+        candidate("backward" if peak.completed else "loss", peak, before + filled + waiting)
         param = trained.get(name)
         if param is None:
             continue
         size = 2 * param.numel
-        own = size if stage2 else 0  # stage 1 adds it to one that is there
+        own = 0 if zero.reduces_once else size  # or it is added to one that is there
+        moved = size - own if zero.contiguous_gradients else 0
         if elements and elements + param.numel > zero.reduce_bucket_size:
-            filled = kept if zero.contiguous_gradients else 0
-            extra = {"gradients": before + filled + waiting + own, "communication buffers": buffers}
-            extra |= {"activations": moment.activations, "workspace": moment.workspace}
-            candidates.append(Candidate(f"backward, first reduction ({name})", extra))
-            waiting = elements = 0
+            filled = kept if zero.contiguous_gradients and (filled or reduces_mine) else 0
+            candidate(f"backward, first reduction ({name})", moment, before + filled + waiting + own)
+            before -= leaving
+            waiting = leaving = elements = 0
+            reduces_mine = False
         elements += param.numel
+        reduces_mine |= name in mine
         if param.numel > zero.reduce_bucket_size:
-            waiting = own
-        extra = {"gradients": before + filled + waiting, "communication buffers": buffers}
-        extra |= {"activations": moment.activations, "workspace": moment.workspace}
-        candidates.append(Candidate(f"backward ({name})", extra))
+            waiting, leaving = own, moved if name in mine or zero.stage == 2 else 0
+        else:
+            before -= moved
+        candidate(f"backward ({name})", moment, before + filled + waiting)
     remaining = kept
     for size in sizes:
         flat = 2 * size

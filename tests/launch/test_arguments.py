@@ -42,6 +42,21 @@ def test_a_bad_command_line_says_what_to_do(words, message):
         parse(*words)
 
 
+def test_liger_kernel_is_passed_on_or_said_to_be_missing(monkeypatch):
+    words = [*MODEL, *DATA, *CONFIG]
+    assert parse(*words)[2].use_liger_kernel is False
+    monkeypatch.setattr("launch.arguments.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"liger-kernel is not installed. `pip install 'ds_mofa\[liger\]'`"):
+        parse(*words, "--use_liger_kernel")
+    monkeypatch.setattr("launch.arguments.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("launch.arguments.torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="its kernels need a GPU, and there is none"):
+        parse(*words, "--use_liger_kernel")
+    monkeypatch.setattr("launch.arguments.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("launch.arguments.hardware_defaults", lambda: {"use_cpu": True, "bf16": False})
+    assert parse(*words, "--use_liger_kernel")[2].use_liger_kernel is True
+
+
 def test_a_broken_json_is_named_with_its_line(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{\n  "a": 1,\n  "b" 2\n}')

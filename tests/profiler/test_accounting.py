@@ -160,6 +160,15 @@ def test_labels_follow_the_inventory_then_the_phase():
     assert max(map(sum, zip(*thin["categories"].values()))) == 10 + 20 + 30 + 40 + 50 + 60
 
 
+def test_a_gradient_written_over_an_activation_is_one_until_then():
+    activation, gradient = trace.Allocation(1, 10, 15), trace.Allocation(2, 20, 25)  # born in forward, in backward
+    spans = [trace.Span("forward", 10, 20), trace.Span("backward", 21, 40)]
+    waiting = [Known(1, 10, "workspace", "cpu"), Known(2, 20, "workspace", "cpu")]
+    trace.label([activation, gradient], [(30, waiting)], spans, "cpu")
+    assert (activation.category, gradient.category) == ("activations", "workspace")
+    assert trace.new_gradients([activation, gradient], 21, 30) == []  # both are known: no weight gradients
+
+
 def test_the_tracker_sees_births_and_deaths():
     weight = torch.ones(64, 64)
     with trace.StorageTracker([weight]) as tracker:

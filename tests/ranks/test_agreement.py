@@ -13,6 +13,10 @@ def fp32(stage: int, micro: int, capture: str) -> dict:
     return train(config(stage, micro=micro, options={"capture": capture}), STEPS)
 
 
+def reduced_often(micro: int) -> dict:
+    return train(config(2, micro=micro, options={"adamw_reduce": "micro_batch"}), STEPS)
+
+
 def built_in_shards() -> dict:
     settings = config(3)
     torch.manual_seed(0)
@@ -46,6 +50,11 @@ def bf16(stage: int) -> dict:
 
 @on_ranks(fp32, world=[1, 2, 3], stage=[0, 1, 2, 3], micro=[1, 3], capture=["linear", "hook"])
 def test_agrees_with_the_dense_reference(ran):
+    assert_same(ran, dense())
+
+
+@on_ranks(reduced_often, world=[2, 3], micro=[3])
+def test_agrees_where_adamws_gradients_are_sent_with_every_micro_batch(ran):
     assert_same(ran, dense())
 
 

@@ -52,8 +52,9 @@ def watched() -> Iterator[list[tuple[str, str, int]]]:
         yield calls
 
 
-def one_step(stage: int, micro: int, clip: float) -> dict:
-    with engine_for(config(stage, micro=micro, gradient_clipping=clip)) as engine:
+def one_step(stage: int, micro: int, clip: float, reduce: str = "step") -> dict:
+    settings = config(stage, micro=micro, gradient_clipping=clip, options={"adamw_reduce": reduce})
+    with engine_for(settings) as engine:
         first, second = batches(2)
         train_step(engine, first)
         with watched() as calls:
@@ -61,6 +62,11 @@ def one_step(stage: int, micro: int, clip: float) -> dict:
         params = engine.module.named_parameters()
         adamw = [getattr(p, "ds_numel", p.numel()) for n, p in params if n not in Toy.MATRICES and p.requires_grad]
         return {"calls": calls, "buffer": engine.basic_optimizer.matrices.layout.numel, "adamw": sum(adamw)}
+
+
+def reduced_by_deepspeed(result: dict) -> int:
+    """Elements of gradients that DeepSpeed has sent."""
+    return sum(size for package, name, size in result["calls"] if package == "deepspeed" and name in REDUCTIONS)
 
 
 @on_ranks(one_step, {"micro": 1, "clip": 0.0}, {"micro": 3, "clip": 1.0}, stage=[0, 1, 2, 3])
@@ -74,8 +80,13 @@ def test_one_reduce_scatter_and_one_all_gather_a_step(ran):
         }
 
 
-@on_ranks(one_step, {"micro": 1, "clip": 0.0}, stage=[0, 1, 2, 3])
-def test_deepspeed_reduces_adamws_gradients_only(ran):
+@on_ranks(one_step, *({"stage": s, "micro": m, "clip": 0.0} for s in range(4) for m in (1, 3) if s < 3 or m == 1))
+def test_deepspeed_reduces_adamws_gradients_only_and_once_a_step(ran):
     for result in ran.ranks:
-        sizes = [size for package, name, size in result["calls"] if package == "deepspeed" and name in REDUCTIONS]
-        assert result["adamw"] <= sum(sizes) < result["adamw"] + 64
+        assert result["adamw"] <= reduced_by_deepspeed(result) < result["adamw"] + 64
+
+
+@on_ranks(one_step, {"stage": 2, "reduce": "micro_batch"}, {"stage": 3}, micro=[3], clip=[0.0])
+def test_or_after_each_micro_batch(ran):
+    for result in ran.ranks:
+        assert 3 * result["adamw"] <= reduced_by_deepspeed(result) < 3 * (result["adamw"] + 64)

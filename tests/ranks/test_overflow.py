@@ -30,8 +30,12 @@ def one_bad_step(stage: int, dtype: str, where: str, rank: int, clip: float = 0.
 def bad_step(engine, batch, where: str, mine: bool) -> None:
     (part,) = micro_batches(batch, dist.get_rank(), dist.get_world_size(), 1)
     loss = engine(*part)
+    if mine and where == "one of AdamW's gradients":
+        spoilt = engine.module.norm.weight.register_hook(lambda grad: grad * float("inf"))
     engine.backward(loss * float("inf") if mine and where == "loss" else loss)
-    if mine and where != "loss":
+    if mine and where == "one of AdamW's gradients":
+        spoilt.remove()
+    elif mine and where != "loss":
         engine.basic_optimizer.matrices.sketches[7] = float("inf" if where == "inf in the sketches" else "nan")
     engine.step()
 
@@ -73,6 +77,11 @@ def test_an_fp16_overflow_on_one_rank_is_left_out_by_all(ran):
     for result in ran.ranks:
         assert result["before"]["scale"] == 1024
         assert result["after"]["scale"] == result["end"]["scale"] == 512
+
+
+@on_ranks(one_bad_step, stage=[1, 2], dtype=["fp16", "bf16"], where=["one of AdamW's gradients"], rank=[0, 1])
+def test_an_inf_that_adamw_alone_has_is_left_out_by_all(ran):
+    assert_left_out(ran)
 
 
 @on_ranks(

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Toy", "Checkpointed", "Sliver", "Sometimes", "batches", "micro_batches", "SEQUENCES"]
+__all__ = ["Toy", "Padded", "Checkpointed", "Sliver", "Sometimes", "batches", "micro_batches", "SEQUENCES"]
 
 VOCABULARY, WIDTH, HIDDEN = 37, 35, 53  # odd and not divisible by 3: shards of 2 and of 3 ranks end inside a row
 SEQUENCES = 18  # in a global batch: divides by 1, 2, 3 ranks times 1, 3 micro-batches
@@ -56,6 +56,15 @@ class Toy(nn.Module):
 
     def repeat(self, x: Tensor) -> Tensor:
         return self.echo(torch.tanh(self.twin(x))) + self.frozen(x)
+
+
+class Padded(Toy):
+    """Embedding and head of a size that 2 and 3 ranks share out evenly."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(48, WIDTH)
+        self.head = nn.Linear(WIDTH, 48, bias=False)
 
 
 class Checkpointed(Toy):

@@ -63,6 +63,7 @@ BAD = [
     ("adamw_betas", [0.9, "0.99"], "number"),
     ("adamw_eps", 0, "> 0"),
     ("adamw_weight_decay", -1, ">= 0"),
+    ("adamw_reduce", "never", "one of"),
 ]
 
 

@@ -1,0 +1,104 @@
+"""How the gradients of AdamW's part travel in ZeRO stages 1 and 2: once a step, and the large ones without detours.
+
+What is left without the matrices is few but large, an embedding and an output head. Each has a param group of its own
+(:mod:`ds_mofa.deepspeed.build`), so every rank's partition has a piece of it.
+"""
+
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+from torch import Tensor
+
+__all__ = ["GradientMixin"]
+
+
+class GradientMixin:
+    """Over DeepSpeedZeroOptimizer.
+
+    *Once a step.* Stage 2 sends every micro-batch's gradients, so that no rank need hold all of them; one that every
+    rank has a piece of it keeps whole all the same. ``reduces_once`` lets them add up where autograd puts them until
+    the step's last micro-batch, as stage 1 does, which spares the others their all-reduce and the host its waits.
+
+    *Without detours.* DeepSpeed copies a gradient into a flat buffer, all-reduces it and copies this rank's piece back
+    into the gradient, from there into a second buffer and flat again for the step. Where a group is one parameter whose
+    partitions cover it exactly (``scattered``), a single reduce-scatter gives each rank its partition: half as much is
+    sent, nothing is copied, and the gradient itself is gone.
+
+    Attributes:
+        reduces_once: see above; stage 1 needs no help with it.
+        scattered: indices of the groups whose gradient is reduce-scattered.
+    """
+
+    reduces_once: bool
+    scattered: frozenset[int]
+
+    def plan_reductions(self, once: bool, managed_accumulation: bool) -> None:
+        """Decide both, from ``adamw_reduce`` and what DeepSpeed has been configured to do.
+
+        Args:
+            once: the option says once a step.
+            managed_accumulation: DeepSpeed counts the micro-batches of a step, and so knows its last one.
+        """
+        usual = managed_accumulation and not self.cpu_offload and not self.use_separate_grad_accum
+        self.reduces_once = usual and once and self.partition_gradients
+        last_only = usual and (self.reduces_once or not self.partition_gradients)
+        groups = range(len(self.bit16_groups)) if last_only and self.reduce_scatter else ()
+        self.scattered = frozenset(i for i in groups if self._covered_by_partitions(i))
+
+    def _covered_by_partitions(self, i: int) -> bool:
+        if len(self.bit16_groups[i]) != 1 or self.real_dp_process_group[i] is not self.dp_process_group:
+            return False
+        (param,) = self.bit16_groups[i]
+        world_size = dist.get_world_size(group=self.dp_process_group)
+        exact = int(self.partition_size[i]) * world_size == param.numel()
+        return world_size > 1 and exact and self.get_param_comm_dtype(param) == param.dtype
+
+    # ------------------------------------------------------------------ DeepSpeed's methods
+
+    def process_gradients(self, param, i):
+        if not self._holds_back():
+            super().process_gradients(param, i)
+
+    def overlapping_partition_gradients_reduce_epilogue(self):
+        if not self._holds_back():
+            super().overlapping_partition_gradients_reduce_epilogue()
+
+    def reduce_ready_partitions_and_remove_grads(self, param, i):
+        if i not in self.scattered:
+            super().reduce_ready_partitions_and_remove_grads(param, i)
+        elif self.is_gradient_accumulation_boundary() and param.grad is not None:
+            grad, param.grad = param.grad, None
+            self._scatter(grad, i)
+
+    def _use_compact_grad_partition_buffer(self, group_idx):
+        # DeepSpeed's word for a group whose averaged gradient is a flat partition already, or zeros if none came.
+        return group_idx in self.scattered or super()._use_compact_grad_partition_buffer(group_idx)
+
+    # ------------------------------------------------------------------ parts
+
+    def _holds_back(self) -> bool:
+        return self.reduces_once and not self.is_gradient_accumulation_boundary()
+
+    def _scatter(self, grad: Tensor, i: int) -> None:
+        """Reduce-scatter the gradient of group ``i``; the epilogue waits for the stream of the reductions."""
+        part = grad.new_empty(int(self.partition_size[i]))
+        accelerator = get_accelerator()
+        here = accelerator.current_stream()
+        stream = self.reduction_stream if self.overlap_comm else here
+        apart = self.overlap_comm and not accelerator.resolves_data_dependency()
+        if apart:
+            stream.wait_stream(here)
+        with accelerator.stream(stream):
+            flat = grad.reshape(-1)
+            if self.gradient_average:  # before they are added, or fp16 might not hold the sum
+                flat.div_(dist.get_world_size(group=self.dp_process_group) / float(self.sequence_parallel_size))
+            dist.reduce_scatter_tensor(part, flat, group=self.dp_process_group)
+            if apart:
+                flat.record_stream(stream)
+        earlier = self.averaged_gradients.get(i)
+        if earlier is not None:  # reentrant checkpointing may come by twice in one backward
+            if apart:
+                here.wait_stream(stream)
+            earlier.flat_partition.add_(part)
+        else:
+            self.averaged_gradients[i] = GradPartitionBufferGroup([part], part)
