@@ -82,7 +82,6 @@ def _lora(
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules="all-linear",
-        exclude_modules=list(head_modules) or None,
         modules_to_save=list(head_modules) or None,
     )
     adapted = get_peft_model(model, config)

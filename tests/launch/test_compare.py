@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from itertools import islice
 
 import pytest
@@ -15,6 +16,7 @@ from launch import compare
 from launch.comparison import training
 from launch.comparison.digests import Digest
 from launch.comparison.isolation import in_own_process
+from launch.comparison.optimizers import clip_gradients
 from launch.comparison.plan import Training, load_plan
 from launch.comparison.results import Results
 from launch.comparison.tasks.base import shuffled
@@ -84,6 +86,16 @@ def test_two_runs_of_a_seed_are_bitwise_equal(tmp_path, setting):
         k: v for k, v in second.items() if k not in MEASURED
     }
     assert first["train_loss"] != train(plan.run(plan.settings[setting], 1), plan.task, "cpu")["train_loss"]
+
+
+def test_gradients_are_clipped_by_the_optimizers_own_method_if_it_has_one():
+    model = torch.nn.Linear(2, 2, bias=False)
+    model.weight.grad = torch.full((2, 2), 3.0)
+    asked = []
+    clip_gradients(model, types.SimpleNamespace(clip_grad_norm_=asked.append), 0.5)
+    assert asked == [0.5] and model.weight.grad.norm() == 6
+    clip_gradients(model, torch.optim.SGD(model.parameters()), 0.5)
+    assert model.weight.grad.norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_weights_in_bf16_start_from_the_same_ones(tmp_path):

@@ -1,5 +1,6 @@
 """A YAML becomes runs, and a mistake in it is named before anything is trained."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from launch.comparison.plan import load_plan
 from launch.comparison.training import check_settings
 from launch.errors import UserError
-from tests.launch.comparisons import TRAINING, language_comparison, language_plan, sentences, tiny_encoder
+from tests.launch.comparisons import SHAPE, TRAINING, language_comparison, language_plan, sentences, tiny_encoder
 
 
 def test_a_plan_is_every_point_of_every_grid_for_every_seed(tmp_path):
@@ -60,11 +61,11 @@ def test_the_key_of_a_run_is_all_that_decides_its_outcome(tmp_path):
         first_key("a", seeds=[1]),
     ]
     path = language_comparison(tmp_path / "a")
-    for file in ("eval.txt", "shape.json"):
-        content = (tmp_path / "a" / file).read_text()
-        (tmp_path / "a" / file).write_text(content.replace("1 of", "7 of").replace("[0.1", "[0.2") + " ")
-        changed.append(load_plan(path).runs[0].key)
-    assert len({key, *changed[:-1]}) == 1 + len(changed[:-1])
+    (tmp_path / "a" / "shape.json").write_text(json.dumps(SHAPE | {"hidden_size": 32}))
+    changed.append(load_plan(path).runs[0].key)
+    (tmp_path / "a" / "eval.txt").write_text("another text to evaluate on")
+    changed.append(load_plan(path).runs[0].key)
+    assert len({key, *changed}) == 1 + len(changed)
 
 
 MISTAKES = {

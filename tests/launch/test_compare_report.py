@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from launch.comparison.curves import charts
 from launch.comparison.report import write_report
 from launch.comparison.results import check_control
 from launch.comparison.summary import stat, summarise
@@ -51,9 +52,13 @@ def test_of_an_accuracy_the_highest_is_best_and_shown_in_percent(tmp_path):
     task = {"name": "sst2", "encoder": str(tiny_encoder(tmp_path)), "data_dir": str(sentences(tmp_path))}
     plan = language_plan(tmp_path, task=task, seeds=[0])
     values = {(0, 0): {"dev": 0.8}, (1, 0): {"dev": 0.7}, (2, 0): {"dev": 0.9, "test": 0.856}}
-    best = summarise(plan, outcomes(plan, values)).best["MoFaSGD"]
+    summary = summarise(plan, outcomes(plan, values))
+    best = summary.best["MoFaSGD"]
     assert best.setting.options["lr"] == 1e-2
     assert shown_metric(plan, best.test) == "85.60 %"
+    drawn = {chart.name: [list(series.mean) for series in chart.series] for chart in charts(summary)}
+    assert drawn["dev_accuracy_by_step"] == [[80.0, 80.0], [90.0, 90.0]] and drawn["learning_rates"] == [[70.0, 90.0]]
+    assert drawn["dev_loss_by_step"] == [[0.8, 0.8], [0.9, 0.9]], "a loss is no share"
 
 
 def test_a_setting_that_diverged_for_one_seed_is_not_the_best(tmp_path):
