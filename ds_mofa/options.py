@@ -46,13 +46,16 @@ class Options:
         rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
             small the update) or ``"nearest"``. Without effect on fp32 weights.
         master_weights: keep an fp32 master of each 16-bit matrix, 4 more bytes a weight (a shard of it under
-            ZeRO stage 3, a whole one on every rank else).
+            ZeRO stage 3, a whole one on every rank else; in host memory with ``offload_optimizer``).
         capture: how the sketches are taken: ``"linear"`` (``nn.Linear`` never computes its weight gradient;
             anything else falls under ``"hook"``) or ``"hook"`` (the gradient of one parameter at a time is
             sketched as soon as it is there, and dropped).
         include: regular expressions, searched in parameter names: 2-D parameters to make matrices although
             they are embeddings or output heads.
         exclude: likewise: parameters to leave to AdamW. Wins over ``include``.
+        update_bytes: most bytes of temporaries of the factor update, on each rank, > 0: it works on so many matrices at
+            a time, one at least. With the default all 224 matrices of LLaMA-8B at rank 32 are one batch on one GPU.
+            Half of it takes half the memory and twice the kernel launches, and may round otherwise.
         seed: of the start's test matrices and of the stochastic rounding, 0 <= seed < 2^31.
         diagnostics_every: optimizer steps between two reports on every matrix (:mod:`ds_mofa.diagnostics`), to
             DeepSpeed's monitor and ``optimizer.matrices.report``; 0 for none.
@@ -88,6 +91,7 @@ class Options:
     capture: CaptureMode = "linear"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    update_bytes: float = 2e9
     seed: int = 0
     diagnostics_every: int = 0
     adamw_lr: float | None = None
@@ -100,6 +104,7 @@ class Options:
         check_number("lr", self.lr, low=0, open_low=True)
         check_number("beta", self.beta, low=0, high=1)
         check_number("weight_decay", self.weight_decay, low=0)
+        check_number("update_bytes", self.update_bytes, low=0, open_low=True)
         check_number("inverse_sigma_clamp", self.inverse_sigma_clamp, low=0, open_low=True)
         check_number("adamw_eps", self.adamw_eps, low=0, open_low=True)
         for name in ("adamw_lr", "adamw_weight_decay"):

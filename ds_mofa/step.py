@@ -5,6 +5,7 @@ and the weights through a function that gives this rank's shard of a matrix; it 
 """
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,26 +18,29 @@ from torch import Tensor
 from ds_mofa import sketch as sketching
 from ds_mofa.diagnostics import MEASURES, Report, measure
 from ds_mofa.factors import (
+    Batch,
     Factors,
     Grams,
     gram_matrices,
     live_directions,
     projected_norm,
-    resized,
     start_factors,
     update_many,
 )
+from ds_mofa.host_weights import write_wherever
 from ds_mofa.kernels import triton_serves
 from ds_mofa.options import Options
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition import Exchange, Layout
 from ds_mofa.phases import phase
-from ds_mofa.weights import Rounding, Shard, rounding_key, write_updates
+from ds_mofa.staging import HostMemory, Staging
+from ds_mofa.state import packed, unpack
+from ds_mofa.subbatches import Part, split
+from ds_mofa.weights import Rounding, Shard, rounding_key
 
-__all__ = ["MatrixStep", "whole_matrix", "STATE_FORMAT"]
+__all__ = ["MatrixStep", "whole_matrix"]
 
-STATE_FORMAT = 1
-
+_SLICE = 1 << 24  # elements of a rank's factors that are gathered at a time
 _LARGEST_NORM = 1e18  # the square of more overflows in fp32, in which DeepSpeed adds the norms up
 _NO_NUMBER = (
     f"the gradient holds a NaN or Inf, or its norm is above {_LARGEST_NORM:g}. In fp16 a few such steps are how the "
@@ -59,8 +63,12 @@ class MatrixStep:
     """Factors, sketches and working copies of all matrices, and the step that moves them.
 
     Memory on each of N ranks, with F = sum of r (m + n + 1) over the matrices: sketches 4 F bytes, working copies
-    2 F (4 F for fp32 weights), fp32 factors 4 F / N. During a step another 4 F / N for the reduced sketches, 4 F / N
-    each for the new directions and the new factors, and in float64 up to five times the factors of the largest block.
+    2 F (4 F for fp32 weights), fp32 factors 4 F / N. During a step another 4 F / N for the reduced sketches, over which
+    the new factors are written, and at most ``options.update_bytes`` of temporaries.
+
+    With ``host`` the fp32 factors and masters lie there. The factors of one sub-batch after the other are read through
+    two buffers, less than a quarter of ``update_bytes`` each; masters, and weights that the backend keeps on the host,
+    are written through two of ``host_weights.CHUNK_BYTES``.
 
     Args:
         matrices: what to train.
@@ -69,6 +77,7 @@ class MatrixStep:
         device: of the buffers.
         shard_of: this rank's part of a matrix; asked anew in every step.
         gathered: see :func:`ds_mofa.sketch.attach`.
+        host: where to keep the fp32 factors and masters; None for ``device``.
     """
 
     def __init__(
@@ -80,18 +89,21 @@ class MatrixStep:
         device: torch.device,
         shard_of: Callable[[Matrix], Shard] = whole_matrix,
         gathered=None,
+        host: HostMemory | None = None,
     ):
         self.matrices, self.options, self.exchange, self._shard_of = list(matrices), options, exchange, shard_of
+        self._device, self._host, self._staging = device, host, Staging(device)
         places = [(matrix.shape, matrix.group) for matrix in matrices]
         self.layout = Layout(places, options.rank, exchange.world_size)
         self._mine = self.layout.owned_by(exchange.rank)
+        self._sub_batches = split(self._mine, options.update_bytes)
         self._segment_start = exchange.rank * self.layout.segment
 
         compute = _compute_dtype(matrices)
         exact = torch.float64 if compute == torch.float64 else torch.float32
         self.sketches = torch.zeros(self.layout.numel, dtype=exact, device=device)
         self.working = torch.zeros(self.layout.numel, dtype=compute, device=device)
-        self.factors = torch.zeros(self.layout.segment, dtype=exact, device=device)
+        self.factors = self._state_zeros(self.layout.segment, exact, device)
         self._pending: Tensor | None = None
         self._grams: list[Grams] | None = None
         self._norm: Tensor | None = None
@@ -132,7 +144,7 @@ class MatrixStep:
         pending.mul_(self.exchange.mean_scale / loss_scale)
         self.sketches.zero_()
         if self.started:
-            self._grams = [gram_matrices(*batch) for batch in self._batches(pending)]
+            self._grams = [gram_matrices(*batch) for batch in self._batches(pending)]  # one after the other
             nothing = pending.new_zeros((), dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
             square = sum((projected_norm(*grams).sum() for grams in self._grams), nothing)
         else:  # E |G Omega|^2 = |G|^2, and the same of the other sketch
@@ -141,12 +153,24 @@ class MatrixStep:
         self._norm, self._finite = torch.where(norm < _LARGEST_NORM, norm, math.inf), None
         self._pending = pending
 
-    def _batches(self, pending: Tensor) -> Iterator[tuple[Factors, Tensor, Tensor]]:
-        """Factors, Y and Z of each block of matrices that this rank owns."""
-        for block in self._mine:
-            U, V, sigma = block.views(self.factors, self._segment_start)
-            Y, Z, _ = block.views(pending, self._segment_start)
-            yield Factors(U, sigma, V), Y, Z
+    def _batches(self, pending: Tensor) -> Iterator[Batch]:
+        """Factors, Y and Z of each part of the sub-batches; of those before the last, offloaded factors are gone."""
+        for batches in self._batches_together(pending):
+            yield from batches
+
+    def _batches_together(self, pending: Tensor) -> Iterator[list[Batch]]:
+        for parts, factors in zip(self._sub_batches, self._factors_here(), strict=True):
+            sketches = [part.views(pending, self._segment_start) for part in parts]
+            yield [(Factors(U, sigma, V), Y, Z) for (U, V, sigma), (Y, Z, _) in zip(factors, sketches)]
+
+    def _factors_here(self) -> Iterator[list[tuple[Tensor, ...]]]:
+        """U, V and sigma of each part of each sub-batch, on the device."""
+        views = [[part.views(self.factors, self._segment_start) for part in parts] for parts in self._sub_batches]
+        if self._host is None:
+            yield from views
+            return
+        for staged in self._staging.passes([[view for triple in triples for view in triple] for triples in views]):
+            yield [tuple(staged[i : i + 3]) for i in range(0, len(staged), 3)]
 
     @property
     def norm(self) -> Tensor:
@@ -181,10 +205,10 @@ class MatrixStep:
             groups: the matrix param groups, for ``lr`` and ``weight_decay``.
             clip: factor on the gradient, <= 1, from clipping by the global norm.
         """
-        grams = self._grams
+        new, grams = self._pending, self._grams
         with phase("factor update"), _full_fp32():
-            updated = self._updated_factors(clip)
-            self._publish(updated)
+            self._publish(new if self._update_factors(clip) else None)
+        self.drop_pending()
         with phase("gather"):
             self.exchange.all_gather(self.working, self.layout.segment)
             if self._an_owner_failed():
@@ -192,11 +216,12 @@ class MatrixStep:
                 self.discard(_NO_FACTORS)
                 return
             if grams is not None and self._reports_now():
-                self._report(grams, updated, clip)
-            self._keep(updated)
+                self._report(grams, new, clip)
+            self._keep(new)
         self.steps += 1
         with phase("apply"):
             self._apply(groups)
+            self._staging.finish()  # a checkpoint, ZeRO's gathering: whoever reads the host's memory next may do so
 
     def discard(self, reason: str = _NO_NUMBER) -> None:
         """Skip this step: factors and weights stay as they are."""
@@ -226,12 +251,7 @@ class MatrixStep:
         flat = self._gather_factors()
         if flat is None:
             return {}
-        matrices = {}
-        for matrix in self.matrices:
-            U, V, sigma = self.layout.views(flat, matrix.index)
-            matrices[matrix.name] = {"U": U.clone(), "sigma": sigma.clone(), "V": V.clone()}
-        counters = {"format": STATE_FORMAT, "steps": self.steps, "skipped": self.skipped}
-        return {**{key: torch.tensor(value) for key, value in counters.items()}, "matrices": matrices}
+        return packed(flat, self.layout, self.matrices, steps=self.steps, skipped=self.skipped)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -243,12 +263,12 @@ class MatrixStep:
         Raises:
             ValueError: another format, or matrices of other names or shapes than this model's. Nothing has changed.
         """
-        device, exact = self.factors.device, self.factors.dtype
+        device, exact = self._device, self.factors.dtype
         flat = torch.zeros(self.layout.numel, dtype=exact, device=device)
         counters = torch.zeros(2, dtype=torch.int64, device=device)
         problem = None
         if self.exchange.rank == 0:
-            problem = self._fill_from(state or {}, flat, counters)
+            problem = unpack(state or {}, self.layout, self.matrices, self.options.rank, flat, counters)
         self._agree(problem)
         self.exchange.broadcast(flat, 0)
         self.exchange.broadcast(counters, 0)
@@ -286,7 +306,9 @@ class MatrixStep:
             if matrix.name in saved:
                 master.copy_(saved[matrix.name])
             if self._is_whole(matrix):
-                self.exchange.broadcast(master, 0)
+                whole = master.to(self._device)  # where the collectives are
+                self.exchange.broadcast(whole, 0)
+                master.copy_(whole)
 
     def refresh_masters(self) -> None:
         """Read the fp32 masters anew from the weights, after something else has written those."""
@@ -294,41 +316,72 @@ class MatrixStep:
             self._make_masters()
 
     def _make_masters(self) -> None:
-        self._masters = [self._shard_of(matrix).flat.to(torch.float32) for matrix in self.matrices]
+        weights = [self._shard_of(matrix).flat for matrix in self.matrices]
+        if self._masters is None:
+            self._masters = [self._state_zeros(flat.numel(), torch.float32, flat.device) for flat in weights]
+        for master, flat in zip(self._masters, weights):
+            master.copy_(flat)
+
+    def _state_zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what offloading moves to the host, or on ``device``."""
+        return torch.zeros(numel, dtype=dtype, device=device) if self._host is None else self._host.zeros(numel, dtype)
 
     def _is_whole(self, matrix: Matrix) -> bool:
         return self._shard_of(matrix).flat.numel() == math.prod(matrix.shape)
 
     # ------------------------------------------------------------------ parts
 
-    def _updated_factors(self, clip: float | Tensor) -> list[Factors] | None:
-        """The new factors of this rank's blocks; None where a decomposition of the library's has failed."""
+    def _update_factors(self, clip: float | Tensor) -> bool:
+        """Write the new factors over the pending sketches that they come from. False where a decomposition of the
+        library's has failed; then what is there is neither.
+        """
         gamma = self.options.gamma * clip  # a clipped gradient is a lighter one
-        batches, grams = list(self._batches(self._pending)), self._grams
         try:
-            if self.started:
-                updated = update_many(batches, beta=self.options.beta, gamma=gamma, grams=grams) if batches else []
-            else:
-                tests = (block.views(self.working)[0] for block in self._mine)
-                updated = [start_factors(Y, Z, psi.to(Y.dtype), gamma=gamma) for (_, Y, Z), psi in zip(batches, tests)]
+            for parts, updated in zip(self._sub_batches, self._updated(gamma), strict=True):
+                for part, new in zip(parts, updated):
+                    self._put(new, part.views(self._pending, self._segment_start))
         except torch.linalg.LinAlgError as error:
             logger.warning("ds_mofa: rank %d: %s", self.exchange.rank, error)
-            updated = None
-        self.drop_pending()
-        return updated
+            return False
+        return True
 
-    def _publish(self, updated: list[Factors] | None) -> None:
+    def _updated(self, gamma: float | Tensor) -> Iterator[list[Factors]]:
+        """The new factors of each sub-batch."""
+        if self.started:
+            grams = iter(self._grams)
+            for batches in self._batches_together(self._pending):
+                own = list(itertools.islice(grams, len(batches)))
+                yield update_many(batches, beta=self.options.beta, gamma=gamma, grams=own)
+            return
+        for parts in self._sub_batches:
+            yield [self._start(part, gamma) for part in parts]
+
+    def _start(self, part: Part, gamma: float | Tensor) -> Factors:
+        Y, Z, _ = part.views(self._pending, self._segment_start)
+        psi, _, _ = part.views(self.working)
+        return start_factors(Y, Z, psi.to(Y.dtype), gamma=gamma)
+
+    @staticmethod
+    def _put(factors: Factors, views: tuple[Tensor, Tensor, Tensor]) -> None:
+        for view, value in zip(views, (factors.U, factors.V, factors.sigma), strict=True):
+            view.copy_(value)
+
+    def _publish(self, flat: Tensor | None) -> None:
         """Write this rank's part of the working copies. NaN in the place of coefficients says that it has none: so the
         other owners learn of it by the all-gather that they are about to make.
+
+        Args:
+            flat: the factors of this rank's segment, on any device.
         """
-        for i, block in enumerate(self._mine):
+        for block in self._mine:
             left, right, coefficients = block.views(self.working)
-            if updated is None:
+            if flat is None:
                 coefficients.fill_(math.nan)
                 continue
-            left.copy_(updated[i].U)
-            right.copy_(updated[i].V)
-            coefficients.copy_(self._coefficients(updated[i].sigma))
+            U, V, sigma = block.views(flat, self._segment_start)
+            left.copy_(U)
+            right.copy_(V)
+            coefficients.copy_(self._coefficients(sigma.to(self._device)))
 
     def _an_owner_failed(self) -> bool:
         if self.started and triton_serves(self.working):
@@ -342,31 +395,30 @@ class MatrixStep:
             self.working.zero_()
             self._draw_test_matrices()
             return
-        old = []
-        for block in self._mine:
-            U, V, sigma = block.views(self.factors, self._segment_start)
-            old.append(Factors(U, sigma, V))
-        self._publish(old)
+        self._publish(self.factors)
         self.exchange.all_gather(self.working, self.layout.segment)
 
-    def _keep(self, updated: list[Factors]) -> None:
-        for block, new in zip(self._mine, updated):
-            U, V, sigma = block.views(self.factors, self._segment_start)
-            for kept, value in zip((U, V, sigma), (new.U, new.V, new.sigma)):
-                kept.copy_(value)
+    def _keep(self, new: Tensor) -> None:
+        if self._host is None:
+            self.factors.copy_(new)
+        else:
+            self._staging.send(new, self.factors)
 
     def _reports_now(self) -> bool:
         every = self.options.diagnostics_every
         return every > 0 and (self.steps + 1) % every == 0
 
-    def _report(self, grams: Sequence[Grams], updated: Sequence[Factors], clip: float | Tensor) -> None:
+    def _report(self, grams: Sequence[Grams], new: Tensor, clip: float | Tensor) -> None:
         """Measure this rank's matrices, and give every rank the measures of all. Collective, before ``_keep``."""
         gamma = self.options.gamma * clip
-        values = torch.zeros(len(self.matrices), len(MEASURES), dtype=torch.float64, device=self.factors.device)
-        for block, (left, right), new in zip(self._mine, grams, updated):
-            _, _, old_sigma = block.views(self.factors, self._segment_start)
-            members = torch.tensor(block.members, device=values.device)
-            values[members] = measure(old_sigma, left, right, new.sigma, beta=self.options.beta, gamma=gamma)
+        values = torch.zeros(len(self.matrices), len(MEASURES), dtype=torch.float64, device=self._device)
+        parts = itertools.chain.from_iterable(self._sub_batches)
+        for part, (left, right) in zip(parts, grams, strict=True):
+            old_sigma, new_sigma = (part.views(flat, self._segment_start)[2] for flat in (self.factors, new))
+            members = torch.tensor(part.members, device=self._device)
+            values[members] = measure(
+                old_sigma.to(self._device), left, right, new_sigma, beta=self.options.beta, gamma=gamma
+            )
         names = [matrix.name for matrix in self.matrices]
         self.report = Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))
         if self.on_report is not None:
@@ -385,7 +437,8 @@ class MatrixStep:
         for block in self.layout.blocks:
             U, V, coefficients = block.views(self.working)
             group = groups[block.group]
-            write_updates(
+            write_wherever(
+                self._staging,
                 [self._shard_of(self.matrices[index]) for index in block.members],
                 U,
                 V,
@@ -406,67 +459,24 @@ class MatrixStep:
                 view.copy_(draw)
 
     def _gather_factors(self) -> Tensor | None:
+        """A whole flat buffer on the CPU of the group's rank 0, gathered by slices; None elsewhere."""
         if self.exchange.world_size == 1:
             return self.factors.cpu()
-        root = self.exchange.rank == 0
-        parts = [torch.empty_like(self.factors) for _ in range(self.exchange.world_size)] if root else None
-        group = self.exchange.group
-        dist.gather(self.factors, parts, dst=dist.get_global_rank(group, 0), group=group)
-        return torch.cat([part.cpu() for part in parts]) if root else None
-
-    def _fill_from(self, state: Mapping[str, Any], flat: Tensor, counters: Tensor) -> str | None:
-        """Rank 0's part of loading; the reason when it cannot."""
-        if int(state.get("format", -1)) != STATE_FORMAT:
-            return (
-                f"the checkpoint holds MoFaSGD state of format {state.get('format', 'none')}, this version reads "
-                f"{STATE_FORMAT}. Load it with the version that wrote it, or start the optimizer anew "
-                "(load_optimizer_states=False)"
-            )
-        saved = state["matrices"]
-        names = {matrix.name for matrix in self.matrices}
-        if saved.keys() != names:
-            odd = sorted(saved.keys() ^ names)
-            return (
-                f"the checkpoint's matrices are not this model's: {len(odd)} are on one side only, such as {odd[0]!r}. "
-                "Use the include and exclude that it was saved with, and a rank that fits the same matrices"
-            )
-        sizes, kept = set(), torch.zeros(2, dtype=torch.float64)  # squares of sigma: after and before
-        for matrix in self.matrices:
-            one = Factors(*(saved[matrix.name][key] for key in Factors._fields))
-            (m, n), r = matrix.shape, one.sigma.shape[-1]
-            for key, value, shape in zip(one._fields, one, ((m, r), (r,), (n, r))):
-                if value.shape != shape:
-                    return (
-                        f"the checkpoint's {key} of {matrix.name!r} is {tuple(value.shape)}, this model's would be "
-                        f"{shape}. Use the model that it was saved with"
-                    )
-            sizes.add(r)
-            if state["steps"] > 0:  # before, there are no factors yet
-                new = resized(one, self.options.rank)
-                for view, value in zip(self.layout.views(flat, matrix.index), (new.U, new.V, new.sigma)):
-                    view.copy_(value)
-                kept += torch.stack([new.sigma.double().square().sum(), one.sigma.double().square().sum()])
-        if state["steps"] > 0 and sizes != {self.options.rank}:
-            print(_resize_line(sizes, self.options.rank, kept), flush=True)
-        counters.copy_(torch.stack([state["steps"], state["skipped"]]))
-        return None
+        root, group = self.exchange.rank == 0, self.exchange.group
+        whole = self.factors.new_empty(self.exchange.world_size, self.layout.segment, device="cpu") if root else None
+        for first in range(0, self.layout.segment, _SLICE):
+            mine = self.factors[first : first + _SLICE].to(self._device)
+            parts = [torch.empty_like(mine) for _ in range(self.exchange.world_size)] if root else None
+            dist.gather(mine, parts, dst=dist.get_global_rank(group, 0), group=group)
+            if root:
+                whole[:, first : first + _SLICE] = torch.stack([part.cpu() for part in parts])
+        return whole.view(-1) if root else None
 
     def _agree(self, problem: str | None) -> None:
         """Raise on every rank if rank 0 has a problem."""
-        failed = self.exchange.sum(torch.tensor([float(problem is not None)], device=self.factors.device))
+        failed = self.exchange.sum(torch.tensor([float(problem is not None)], device=self._device))
         if failed:
             raise ValueError(problem or "rank 0 could not load the MoFaSGD state; its message says why")
-
-
-def _resize_line(sizes: set[int], rank: int, kept: Tensor) -> str:
-    """What changing the rank of loaded factors does to the momentum; ``kept``: its squared norm after and before."""
-    saved = ", ".join(map(str, sorted(sizes)))
-    if max(sizes) < rank:
-        effect = "grown by directions without momentum, which the next gradients fill"
-    else:
-        effect = f"truncated to the leading ones, which hold {float(kept[0] / kept[1].clamp_min(1e-300)):.4%} of the "
-        effect += "momentum's squared norm"
-    return f"ds_mofa: the checkpoint's factors have rank {saved}, this run's {rank}: {effect}"
 
 
 @contextlib.contextmanager

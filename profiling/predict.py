@@ -51,6 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no_contiguous", dest="contiguous", action="store_false", help="DeepSpeed's contiguous_gradients off"
     )
+    parser.add_argument("--prefetch", type=int, default=100_000_000, help="its stage3_prefetch_bucket_size, elements")
+    parser.add_argument("--leaf", action="store_true", help="its leaf_module: stage 3 gathers a decoder layer as one")
     parser.add_argument(
         "--adamw_reduce", default="step", choices=["step", "micro_batch"], help="MoFaSGD's option, in ZeRO-2"
     )

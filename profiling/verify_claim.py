@@ -175,6 +175,8 @@ def prediction(run: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]
                 liger=options.get("liger") == "1",
                 bucket=int(options.get("bucket", 100_000_000)),
                 contiguous=options.get("contiguous", "1") == "1",
+                prefetch=int(options.get("prefetch", 100_000_000)),
+                leaf=options.get("leaf") == "1",
             )
         )
     except PredictionError as error:

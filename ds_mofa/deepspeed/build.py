@@ -17,6 +17,7 @@ from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import full_shape, split_parameters
 from ds_mofa.partition import Exchange
+from ds_mofa.staging import HostMemory
 from ds_mofa.step import MatrixStep
 
 __all__ = ["build_optimizer", "read_options"]
@@ -59,6 +60,7 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         device=engine.device,
         shard_of=shard_of,
         gathered=GatheredWeight if engine.zero_optimization_partition_weights() else None,
+        host=HostMemory(engine.zero_offload_optimizer().pin_memory) if engine.zero_cpu_offload() else None,
     )
     matrices.on_report = functools.partial(_write_to_monitor, engine)
     mark_matrices(split.matrices)
@@ -131,18 +133,31 @@ def _refuse_unsupported(engine) -> None:
             raise OptionError(f"MoFaSGD does not work with {problem}")
 
 
-def _on_nvme(config: Any) -> bool:
-    return config is not None and str(getattr(config.device, "value", config.device)) == "nvme"
+def _offloads_to(device: str, config: Any) -> bool:
+    return config is not None and str(getattr(config.device, "value", config.device)) == device
 
 
 _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "pipeline modules: use ZeRO, which shares the memory out as well": lambda engine: isinstance(
         engine.module, PipelineModule
     ),
-    'offload_param to NVMe: use "device": "cpu"': lambda engine: _on_nvme(engine._config.zero_config.offload_param),
-    'offload_optimizer to NVMe: use "device": "cpu", the optimizer state is small': lambda engine: _on_nvme(
-        engine._config.zero_config.offload_optimizer
+    'offload_param to NVMe: use "device": "cpu"': lambda engine: _offloads_to(
+        "nvme", engine._config.zero_config.offload_param
     ),
+    'offload_optimizer to NVMe: use "device": "cpu", the optimizer state is small': lambda engine: _offloads_to(
+        "nvme", engine._config.zero_config.offload_optimizer
+    ),
+    'offload_optimizer at ZeRO stage 0, which shares no optimizer state out: set "stage": 1, on one rank it is the same '
+    "training, or remove offload_optimizer": lambda engine: (
+        engine.zero_cpu_offload() and not engine.zero_optimization()
+    ),
+    'offload_param at ZeRO stages 0 to 2, where DeepSpeed leaves the weights on the GPU: set "stage": 3, or remove '
+    "offload_param": lambda engine: (
+        _offloads_to("cpu", engine._config.zero_config.offload_param)
+        and not engine.zero_optimization_partition_weights()
+    ),
+    'a "ratio" below 1 in offload_optimizer, where DeepSpeed steps one part of AdamW on the GPU with a learning rate '
+    'that nothing sets: remove "ratio"': lambda engine: engine.zero_cpu_offload() and engine.zero_partial_offload() < 1,
     "fp16 at ZeRO stage 0, where DeepSpeed divides the gradients by a loss scale that it never multiplied the loss "
     'by: use "zero_optimization": {"stage": 1}, or bf16': lambda engine: (
         engine.fp16_enabled() and not engine.zero_optimization()

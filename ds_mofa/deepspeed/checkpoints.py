@@ -20,7 +20,7 @@ import torch
 from deepspeed import comm as dist
 
 from ds_mofa.optimizer import MoFaSGD
-from ds_mofa.step import STATE_FORMAT
+from ds_mofa.state import STATE_FORMAT
 
 __all__ = [
     "MANIFEST",

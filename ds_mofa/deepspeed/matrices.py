@@ -14,10 +14,20 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
 from ds_mofa.parameters import Matrix
+from ds_mofa.staging import HostMemory
 from ds_mofa.step import whole_matrix
 from ds_mofa.weights import Shard
 
-__all__ = ["Stage3Accessors", "answer_for_whole", "forget", "is_matrix", "local_shard", "mark_matrices", "shard_of"]
+__all__ = [
+    "Stage3Accessors",
+    "answer_for_whole",
+    "forget",
+    "is_matrix",
+    "local_shard",
+    "mark_matrices",
+    "move_shards",
+    "shard_of",
+]
 
 _MARK = "ds_mofa_matrix"
 _ANSWERS = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
@@ -50,6 +60,16 @@ def local_shard(param: nn.Parameter) -> Shard:
     start = dist.get_rank(param.ds_process_group) * param.ds_tensor.ds_numel
     length = max(0, min(param.ds_tensor.ds_numel, param.ds_numel - start))  # the rest is padding
     return Shard(param.ds_tensor.data.narrow(0, 0, length), min(start, param.ds_numel))
+
+
+def move_shards(matrices: Iterable[Matrix], host: HostMemory) -> None:
+    """Move to the host the shards of ``offload_param`` that lie on the GPU: a ``zero.Init`` that was not given the
+    config has left them there, and DeepSpeed moves those of its own groups alone. What persists stays, as theirs does.
+    """
+    for matrix in matrices:
+        shard = matrix.param.ds_tensor
+        if shard.device.type != "cpu" and not matrix.param.ds_persist:
+            shard.data = host.zeros(shard.numel(), shard.dtype).copy_(shard)
 
 
 def answer_for_whole(param: nn.Parameter, written: Callable[[], None]) -> None:

@@ -14,9 +14,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from ds_mofa.deepspeed.gradients import GradientMixin
-from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, forget
+from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, forget, move_shards
 from ds_mofa.optimizer import MoFaSGD, clip_factor
 from ds_mofa.phases import phase
+from ds_mofa.staging import HostMemory
 
 __all__ = ["wrap_zero", "MatrixMixin", "GatheredWeight", "swap_class"]
 
@@ -238,6 +239,8 @@ class Stage3Mixin(Stage3Accessors, ZeroMixin):
     def bind_accessors(self) -> None:
         for matrix in self.mofa.split.matrices:
             matrix.param._z3_optimizer = self
+        if self.offload_param:
+            move_shards(self.mofa.split.matrices, HostMemory(self.offload_param_pin_memory))
 
 
 class Bf16Mixin(ZeroMixin):

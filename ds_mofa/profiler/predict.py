@@ -13,11 +13,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ds_mofa.options import Options
 from ds_mofa.partition import Layout
 from ds_mofa.profiler.categories import CATEGORIES
-from ds_mofa.profiler.reserve import reserved_by_plain_loop, reserved_by_stage12
+from ds_mofa.profiler.gathering import gathered
+from ds_mofa.profiler.reserve import reserved_by_plain_loop
+from ds_mofa.profiler.reserve_zero import reserved_by_stage3, reserved_by_stage12
 from ds_mofa.profiler.simulate import MicroBatch, Parameter, PredictionError, simulate
-from ds_mofa.profiler.zero import Candidate, ZeroSettings, partitioned, stage3_gathered, stage3_step, stage12_candidates
+from ds_mofa.profiler.zero import (
+    Candidate,
+    ZeroSettings,
+    norm_bytes,
+    partitioned,
+    stage3_step,
+    stage12_candidates,
+)
+from ds_mofa.subbatches import split, temporaries
 
 __all__ = ["OPTIMIZERS", "PredictionError", "Setting", "on_host", "predict"]
 
@@ -53,6 +64,8 @@ class Setting:
         liger: liger-kernel's fused norms, rotary embedding, SwiGLU and loss.
         bucket: DeepSpeed's reduce_bucket_size, elements.
         contiguous: DeepSpeed's contiguous_gradients.
+        prefetch: DeepSpeed's stage3_prefetch_bucket_size, elements.
+        leaf: whether stage 3 gathers a decoder layer as one, DeepSpeed's leaf_module.
         adamw_reduce: ds_mofa's option of that name: "step", or "micro_batch".
     """
 
@@ -69,6 +82,8 @@ class Setting:
     liger: bool = False
     bucket: int = 100_000_000
     contiguous: bool = True
+    prefetch: int = 100_000_000
+    leaf: bool = False
     adamw_reduce: str = "step"
 
     def __post_init__(self):
@@ -250,6 +265,8 @@ def _zero(setting: Setting) -> ZeroSettings:
         state_bytes=4 if setting.states == "fp32" else 2,
         reduce_bucket_size=setting.bucket,
         contiguous_gradients=setting.contiguous,
+        stage3_prefetch_bucket_size=setting.prefetch,
+        leaf_module=setting.leaf,
     )
 
 
@@ -260,7 +277,7 @@ def _other_candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
     fixed = {}
     if setting.zero == 3:
         zero = _zero(setting)
-        fixed["communication buffers"] = 2 * zero.reduce_bucket_size + stage3_gathered(zero, batch.parameters)
+        fixed["communication buffers"] = 2 * zero.reduce_bucket_size + gathered(zero, batch.parameters).at_loss
     found, complete = [], 0
     for i, moment in enumerate(batch.peaks):
         if i:
@@ -280,6 +297,10 @@ def _other_candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
         step["gradients"] += 2 * whole  # DeepSpeed converts all of them to fp32 before it steps
     if setting.zero == 3:
         step["gradients"] = stage3_step(_zero(setting), whole // 2 // setting.gpus)
+    if setting.zero == 3:
+        largest = max((size // 2 for size in sizes.values()), default=0) // setting.gpus
+        norm = {"gradients": whole // setting.gpus, "workspace": norm_bytes(largest)}
+        found.append(Candidate("step, gradient norm", norm))
     return [*found, Candidate("step", step)]
 
 
@@ -288,8 +309,10 @@ def _step_workspace(setting: Setting, batch: MicroBatch) -> int:
     matrices = [p for p in batch.parameters if p.kind == "matrix"]
     if setting.optimizer == "MoFaSGD":
         layout = Layout([((p.shape[0], p.shape[1]), 0) for p in matrices], setting.rank, setting.gpus)
-        # The reduced sketches, and in float64 at most the basis, the sketch, its complement and the new directions.
-        return 4 * layout.segment + 4 * 8 * layout.segment
+        batches = [
+            batch for rank in range(setting.gpus) for batch in split(layout.owned_by(rank), Options().update_bytes)
+        ]
+        return 4 * layout.segment + max(map(temporaries, batches))  # the reduced sketches, and the update's
     if setting.optimizer == "Muon":  # Newton-Schulz in bf16: the update, its Gram matrix twice, one product
         return max(2 * (2 * p.numel + 2 * min(p.shape) ** 2) for p in matrices)
     if setting.optimizer == "GaLore":  # the update projected back, and an SVD's fp32 copy of one gradient
@@ -321,9 +344,9 @@ def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocate
             micro_batches=setting.micro_batches,
         )
     elif setting.zero == 3:
-        # The step's flat gradients, in blocks larger than any of backward's; not what gathering leaves unused.
-        largest = max(map(_numbers, _groups(setting, batch))) // setting.gpus
-        return stage3_step(_zero(setting), largest) - 2 * largest
+        zero = _zero(setting)
+        reserved = reserved_by_stage3(zero, batch, _groups(setting, batch), buffers, setting.micro_batches)
+        reserved += gathered(zero, batch.parameters).reserved
     else:
         return 0
     return max(0, reserved - allocated)

@@ -7,11 +7,11 @@ joined. So a large free block serves small requests, but not the other way round
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from ds_mofa.profiler.simulate import MicroBatch, Parameter
 
-__all__ = ["CachingAllocator", "reserved_by_plain_loop", "reserved_by_stage12"]
+__all__ = ["CachingAllocator", "play", "reserved_by_plain_loop"]
 
 _MIB = 1 << 20
 
@@ -29,7 +29,7 @@ class CachingAllocator:
     """One stream's pools.
 
     Attributes:
-        reserved: bytes taken from the driver; they are never given back.
+        reserved: bytes taken from the driver; only :meth:`empty_cache` gives some back.
         allocated: bytes in use.
         peak: the largest of those.
     """
@@ -81,8 +81,16 @@ class CachingAllocator:
             block = first
         bisect.insort(pool, (block.size, block.start, block))
 
+    def empty_cache(self) -> None:
+        """Give back the segments in which nothing is in use."""
+        for pool in self._free.values():
+            whole = [entry for entry in pool if entry[2].previous is None and entry[2].next is None]
+            for entry in whole:
+                pool.remove(entry)
+                self.reserved -= entry[0]
 
-def _play(allocator: CachingAllocator, batch: MicroBatch, complete) -> None:
+
+def play(allocator: CachingAllocator, batch: MicroBatch, complete: Callable[[str], None]) -> None:
     """The allocations of one micro-batch; ``complete(name)`` at each gradient."""
     live = {}
     for kind, key, size in batch.events:
@@ -126,114 +134,11 @@ def reserved_by_plain_loop(
                 grads[name] = allocator.alloc(sizes[name])
 
         for _ in range(min(micro_batches, 3)):
-            _play(allocator, batch, complete)
+            play(allocator, batch, complete)
         if step == 0:
             for param in trained:
                 for _ in range(2):
                     allocator.alloc(moments // 2 * param.numel)
         for handle in grads.values():
-            allocator.free(handle)
-    return allocator.reserved
-
-
-def reserved_by_stage12(
-    batch: MicroBatch,
-    groups: Sequence[Sequence[Parameter]],
-    buffers: Sequence[int],
-    *,
-    reduces_once: bool,
-    mine: Mapping[str, int],
-    sizes: Sequence[int],
-    state_bytes: int,
-    own_masters: bool,
-    bucket: int,
-    contiguous: bool,
-    micro_batches: int,
-) -> int:
-    """Bytes reserved after two steps under ZeRO stage 1 or 2; see :mod:`ds_mofa.profiler.zero` for what is when.
-
-    Args:
-        reduces_once: of :class:`ds_mofa.profiler.zero.ZeroSettings`.
-        mine, sizes: what the rank's partitions touch and have, of :func:`ds_mofa.profiler.zero.partitioned`.
-        state_bytes: of one number of the masters and moments.
-        own_masters: whether the masters are a copy.
-        bucket: bytes of all reduce buckets.
-        contiguous: ``contiguous_gradients``.
-    """
-    allocator = CachingAllocator()
-    weights = {param.name: allocator.alloc(2 * param.numel) for param in batch.parameters}
-    for size in buffers:
-        allocator.alloc(size)
-    for group, size in zip(groups, sizes):  # flattened, and cut into partitions
-        allocator.alloc(2 * sum(param.numel for param in group))
-        for param in group:
-            allocator.free(weights.pop(param.name))
-        clone = allocator.alloc(2 * size)
-        if state_bytes != 2 and own_masters:
-            allocator.alloc(state_bytes * size)
-        if state_bytes != 2 or not own_masters:
-            allocator.free(clone)
-    for size in sizes:
-        gradient = allocator.alloc(state_bytes * size)
-        for _ in range(2):
-            allocator.alloc(state_bytes * size)
-        allocator.free(gradient)
-    kept_whole = 2 * sum(mine.values())
-    numels = {param.name: param.numel for group in groups for param in group}
-    for _ in range(2):
-        kept: list[tuple] = []
-        whole: dict[str, tuple] = {}
-        count = min(micro_batches, 3)
-        for number in range(count):
-            last = number == count - 1
-            state = {"elements": 0, "buckets": None, "filled": None, "mine": False}
-            waiting: list[tuple] = []
-
-            def complete(name: str, state=state, waiting=waiting, whole=whole, last=last) -> None:
-                if name not in numels:
-                    return
-                numel = numels[name]
-                if contiguous and state["buckets"] is None:
-                    state["buckets"] = [allocator.alloc(bucket // 2) for _ in range(2)]
-                if not reduces_once:
-                    fresh = allocator.alloc(2 * numel)
-                elif name not in whole:
-                    whole[name] = allocator.alloc(2 * numel)
-                reduces = last or not reduces_once
-                if reduces and state["elements"] and state["elements"] + numel > bucket // 4:
-                    if contiguous and state["mine"] and state["filled"] is None:
-                        state["filled"] = allocator.alloc(kept_whole)
-                    while waiting:
-                        allocator.free(waiting.pop())
-                    state["elements"] = 0
-                state["elements"] += numel
-                state["mine"] |= name in mine
-                if not reduces_once and numel > bucket // 4:
-                    waiting.append(fresh)
-                elif not reduces_once:
-                    allocator.free(fresh)
-
-            _play(allocator, batch, complete)
-            if contiguous and state["filled"] is None and (last or not reduces_once):
-                state["filled"] = allocator.alloc(kept_whole)
-            for handle in [*waiting, *(state["buckets"] or [])]:
-                allocator.free(handle)
-            if state["filled"] is not None:
-                if kept:
-                    allocator.free(state["filled"])  # added to the first one's
-                else:
-                    kept.append(state["filled"])
-        if contiguous:  # copied into the flat buffer, in whole
-            for handle in whole.values():
-                allocator.free(handle)
-            whole.clear()
-        for size in sizes:
-            flat = allocator.alloc(2 * size)
-            if state_bytes != 2:
-                converted = allocator.alloc(state_bytes * size)
-                allocator.free(flat)
-                flat = converted
-            allocator.free(flat)
-        for handle in [*kept, *whole.values()]:
             allocator.free(handle)
     return allocator.reserved

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 
 from ds_mofa.profiler.simulate import MicroBatch, Moment, Parameter
 
-__all__ = ["Candidate", "ZeroSettings", "partitioned", "stage12_candidates", "stage3_gathered", "stage3_step"]
+__all__ = [
+    "Candidate",
+    "ZeroSettings",
+    "norm_bytes",
+    "partitioned",
+    "stage12_candidates",
+    "stage3_step",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +32,10 @@ class ZeroSettings:
     state_bytes: int = 4  # of one number of the master weights and of each moment: 4, or 2 for bf16 states
     reduce_bucket_size: int = 100_000_000
     stage3_max_live_parameters: int = 1_000_000_000
+    stage3_max_reuse_distance: int = 1_000_000_000
+    stage3_param_persistence_threshold: int = 100_000
+    stage3_prefetch_bucket_size: int = 100_000_000
+    leaf_module: bool = False  # whether a layer is gathered as one
     sub_group_size: int = 1_000_000_000
     overlap_comm: bool = True
     contiguous_gradients: bool = True
@@ -39,7 +50,7 @@ class Candidate:
 
 
 def partitioned(groups: Sequence[Sequence[Parameter]], world_size: int) -> tuple[list[dict[str, int]], list[int]]:
-    """(of each rank, the parameters that its partitions touch, with their elements; elements of a partition by group).
+    """(by rank, the parameters that its partitions touch, with the elements in them; elements of a partition by group).
 
     Stages 1 and 2 cut each group's flat buffer into equal ranges, and keep whole the gradient of a parameter that a cut
     goes through, on both sides of it.
@@ -51,10 +62,16 @@ def partitioned(groups: Sequence[Sequence[Parameter]], world_size: int) -> tuple
         sizes.append(size)
         start = 0
         for param in group:
-            for rank in range(start // size, min(world_size - 1, (start + param.numel - 1) // size) + 1):
-                touched[rank][param.name] = param.numel
-            start += param.numel
+            end = start + param.numel
+            for rank in range(start // size, min(world_size - 1, (end - 1) // size) + 1):
+                touched[rank][param.name] = min(end, (rank + 1) * size) - max(start, rank * size)
+            start = end
     return touched, sizes
+
+
+def norm_bytes(elements: int) -> int:
+    """Of the float64 copy of a gradient that DeepSpeed takes its norm of, one after the other, before each step."""
+    return 8 * elements
 
 
 def stage12_candidates(
@@ -68,14 +85,14 @@ def stage12_candidates(
     micro-batch, through the buckets into such a buffer. A gradient larger than the bucket waits, whole, until the next
     one comes.
 
-    Step, group by group: a flat copy of the partition's gradients, then its conversion to the masters' dtype, beside
+    Step: :func:`norm_bytes`; then, group by group, a flat copy of the partition's gradients, then its conversion to the masters' dtype, beside
     what the accumulated gradients still hold.
     """
     trained = {p.name: p for group in groups for p in group}
     touched, sizes = partitioned(groups, zero.world_size)
     mine = touched[rank]
     whole = 2 * sum(p.numel for p in trained.values())
-    kept = 2 * sum(mine.values())
+    kept = 2 * sum(trained[name].numel for name in mine)
     before = (whole if zero.reduces_once else kept) if micro_batches > 1 else 0
     buffers = (2 if zero.overlap_comm else 1) * 2 * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     candidates = []
@@ -108,6 +125,8 @@ def stage12_candidates(
         else:
             before -= moved
         candidate(f"backward ({name})", moment, before + filled + waiting)
+    norm = {"gradients": kept, "workspace": norm_bytes(max(mine.values(), default=0))}
+    candidates.append(Candidate("step, gradient norm", norm))
     remaining = kept
     for size in sizes:
         flat = 2 * size
@@ -115,15 +134,6 @@ def stage12_candidates(
         candidates.append(Candidate("step", {"gradients": remaining + flat + converted}))
         remaining -= min(remaining, flat)
     return candidates
-
-
-def stage3_gathered(zero: ZeroSettings, parameters: Sequence[Parameter]) -> int:
-    """Bytes of whole weights at the loss.
-
-    Every module that is entered prefetches another bucket, more than it uses itself, so prefetching runs ahead until
-    ``stage3_max_live_parameters`` are gathered, or all there are.
-    """
-    return 2 * min(zero.stage3_max_live_parameters, sum(p.numel for p in parameters))
 
 
 def stage3_step(zero: ZeroSettings, sharded: int) -> int:

@@ -30,6 +30,7 @@ def setting_of(row) -> Setting:
         LLAMA, optimizer, zero=None if backend == "torch" else int(backend[-1]), gpus=row["gpus"], seq=tokens,
         micro_batches=micro_batches, rank=int(options.get("r", 8)), states=options.get("states", "fp32"),
         bucket=int(options.get("bucket", 100_000_000)), contiguous=options.get("contiguous", "1") == "1",
+        prefetch=int(options.get("prefetch", 100_000_000)), leaf=options.get("leaf") == "1",
         adamw_reduce="micro_batch",  # ds_mofa had no other way when these were measured
     )  # fmt: skip
 

@@ -248,6 +248,18 @@ CASES: dict[str, dict[str, tuple[Callable[[], Any], str]]] = {
             engine(config(3, zero_optimization={"offload_optimizer": NVME})),
             'offload_optimizer to NVMe: use "device": "cpu"',
         ),
+        "offloaded optimizer without ZeRO": (
+            engine(config(0, zero_optimization={"offload_optimizer": {"device": "cpu"}})),
+            'offload_optimizer at ZeRO stage 0.*"stage": 1.*or remove offload_optimizer',
+        ),
+        "offloaded parameters that are whole": (
+            engine(config(2, zero_optimization={"offload_param": {"device": "cpu"}})),
+            'offload_param at ZeRO stages 0 to 2.*set "stage": 3, or remove offload_param',
+        ),
+        "an optimizer offloaded in part": (
+            engine(config(3, zero_optimization={"offload_optimizer": {"device": "cpu", "ratio": 0.5}})),
+            'a "ratio" below 1 in offload_optimizer.*remove "ratio"',
+        ),
         "fp16 without ZeRO": (engine(config(0, dtype="fp16")), 'fp16 at ZeRO stage 0.*"stage": 1.*or bf16'),
         "experts": (engine(config(2), lambda: toy(Experts)), "DeepSpeed's MoE layers.*use AdamW"),
         "SuperOffload": (

@@ -1,12 +1,260 @@
-"""DeepSpeed's ways to keep tensors elsewhere: AdamW's state or the weights on the host, weights twice (hpZ)."""
+"""Tensors kept elsewhere: factors, masters and AdamW's state on the host, the weights there, weights twice (hpZ).
+
+On a CPU the host is the device. What offloading changes is still done: factors and masters are allocated as the host's,
+factors go through the buffers, and where a scene says so the weights do.
+"""
+
+import itertools
+from unittest import mock
 
 import pytest
+import torch
 from comparing import STEPS, assert_same, dense, distances
+from deepspeed import comm as dist
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from launching import on_ranks
-from test_resume import equal, saved_and_resumed
-from training import config, train
+from test_faults import matrices_of
+from test_resume import end_of, equal, saved_and_resumed
+from toys import batches
+from training import config, engine_for, toy, train, train_step
+
+from ds_mofa import host_weights
+from ds_mofa import step as step_module
 
 CPU = {"device": "cpu", "pin_memory": False}
+PINNED = {"device": "cpu", "pin_memory": True}
+NOWHERE = {}
+PARAMETERS = {"offload_param": CPU}
+ALL = {"offload_optimizer": PINNED, "offload_param": PINNED}
+ONE_AT_A_TIME = {"update_bytes": 1}
+
+
+def settings_of(stage: int, where: dict, dtype: str = "fp32", **rest) -> dict:
+    """With torch's AdamW wherever its state is, so that nothing but the place differs."""
+    options = {**ONE_AT_A_TIME, **rest.pop("options", {})}
+    return config(
+        stage, dtype=dtype, options=options, zero_optimization=where, zero_force_ds_cpu_optimizer=False, **rest
+    )
+
+
+def places_of(stage: int) -> list[dict]:
+    return [NOWHERE, {"offload_optimizer": PINNED if stage == 1 else CPU}] + ([PARAMETERS, ALL] if stage == 3 else [])
+
+
+# ---------------------------------------------------------------------- the same bits wherever they are
+
+
+def everywhere(stage: int, dtype: str, **options) -> dict:
+    """One run for each place, and what went through the buffers of the offloaded ones."""
+
+    def look(engine):
+        step = engine.basic_optimizer.matrices
+        report = step.report.values if step.report else None
+        return {"report": report, "peak": step._staging.peak, "owned": [p.numel() for p in owned(step)]}
+
+    return {
+        "runs": [train(settings_of(stage, where, dtype, options=options), 3, look=look) for where in places_of(stage)]
+    }
+
+
+def owned(step) -> list[torch.Tensor]:
+    """U, sigma and V of each of this rank's matrices, in one tensor."""
+    own = [(block, i) for block in step.layout.owned_by(step.exchange.rank) for i in range(len(block.members))]
+    views = [(block.views(step.factors, step.exchange.rank * step.layout.segment), i) for block, i in own]
+    return [torch.cat([part[i].flatten() for part in parts]) for parts, i in views]
+
+
+def assert_the_same_everywhere(ran) -> None:
+    for result in ran.ranks:
+        plain, *offloaded = [{key: run[key] for key in ("losses", "weights", "momenta")} for run in result["runs"]]
+        assert offloaded and all(equal(run, plain) for run in offloaded)
+
+
+FEW = [{"stage": 2, "dtype": "fp32"}, {"stage": 3, "dtype": "bf16"}]
+
+
+@on_ranks(everywhere, stage=[1, 2, 3], dtype=["fp32", "bf16"])
+def test_offloading_changes_no_bit(ran):
+    assert_the_same_everywhere(ran)
+
+
+@on_ranks(everywhere, *FEW, world=[1, 3])
+def test_offloading_changes_no_bit_on_one_rank_and_on_three(ran):
+    assert_the_same_everywhere(ran)
+
+
+@on_ranks(everywhere, stage=[2, 3], dtype=["bf16"], master_weights=[True])
+def test_masters_on_the_host_change_no_bit(ran):
+    assert_the_same_everywhere(ran)
+
+
+@on_ranks(everywhere, *FEW, world=[1, 2, 3])
+def test_factors_pass_through_two_buffers_of_a_sub_batch(ran):
+    for result in ran.ranks:
+        for where, run in zip(places_of(ran.stage), result["runs"]):
+            seen = run["seen"]
+            if "offload_optimizer" not in where:
+                assert seen["peak"] == 0
+                continue
+            largest, buffers = 4 * max(seen["owned"]), min(2, len(seen["owned"]))
+            assert buffers * largest <= seen["peak"] < buffers * (largest + 3 * 256)
+
+
+@on_ranks(everywhere, stage=[2], dtype=["fp32"], diagnostics_every=[2])
+def test_reports_are_the_same_wherever_the_factors_are(ran):
+    for result in ran.ranks:
+        reports = [run["seen"]["report"] for run in result["runs"]]
+        assert reports[0].any() and all(torch.equal(report, reports[0]) for report in reports)
+
+
+# ---------------------------------------------------------------------- saved here, resumed there
+
+
+def moved(stage: int, dtype: str, master_weights: bool) -> dict:
+    """Saved after three steps by each of two runs, of which one offloads; resumed by both kinds from both."""
+    data, places = batches(6), [NOWHERE, places_of(stage)[-1]]
+    kinds = [settings_of(stage, where, dtype, options={"master_weights": master_weights}) for where in places]
+    ends = {}
+    for i, settings in enumerate(kinds):
+        with engine_for(settings) as engine:
+            for batch in data[:3]:
+                train_step(engine, batch)
+            engine.save_checkpoint(f"saved{i}")
+            ends[f"{i} goes on"] = end_of(engine)
+    for (i, _), (j, settings) in itertools.product(enumerate(kinds), repeat=2):
+        with engine_for(settings, model=toy(seed=1)) as engine:
+            engine.load_checkpoint(f"saved{i}")
+            ends[f"{j} from {i}"] = end_of(engine)
+    return ends
+
+
+@on_ranks(
+    moved,
+    {"stage": 1, "dtype": "fp32", "master_weights": False},
+    {"stage": 2, "dtype": "bf16", "master_weights": True},
+    {"stage": 3, "dtype": "bf16", "master_weights": True},
+)
+def test_a_checkpoint_does_not_know_where_its_tensors_were(ran):
+    for result in ran.ranks:
+        assert len(result) == 6
+        for end in result.values():
+            assert equal(end, result["0 goes on"])
+
+
+# ---------------------------------------------------------------------- an SVD that fails half-way
+
+
+def svd_fails(stage: int) -> dict:
+    """In the third step the second SVD on rank 1 raises: one sub-batch has been worked on, and another not."""
+    svd, calls = torch.linalg.svd, itertools.count()
+
+    def fail(*args, **kwargs):
+        if dist.get_rank() == 1 and next(calls) == 1:
+            raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+        return svd(*args, **kwargs)
+
+    with engine_for(settings_of(stage, places_of(stage)[-1], "bf16")) as engine:
+        *data, bad = batches(3)
+        for batch in data:
+            train_step(engine, batch)
+        before = matrices_of(engine)
+        with mock.patch("torch.linalg.svd", fail):
+            train_step(engine, bad)
+        after = matrices_of(engine)
+        train_step(engine, bad)
+        return {"before": before, "after": after, "end": matrices_of(engine), "calls": next(calls)}
+
+
+@on_ranks(svd_fails, stage=[2, 3])
+def test_a_failure_half_way_leaves_offloaded_factors_as_they_were(ran):
+    assert ran.ranks[1]["calls"] == 2
+    for result in ran.ranks:
+        assert equal(result["before"], result["after"])
+        assert result["end"]["steps"] == 3 and not equal(result["end"]["weights"], result["after"]["weights"])
+
+
+# ---------------------------------------------------------------------- moved by hand, gathered by slices
+
+
+def put_away(stage: int) -> dict:
+    """Four steps with DeepSpeed's states away and back after the second, and without; the factors by slices."""
+    include = None if stage < 3 else [OffloadStateTypeEnum.lp_grads, OffloadStateTypeEnum.contiguous_grad_buffer]
+    ends = []
+    for away in (False, True):
+        with engine_for(settings_of(stage, NOWHERE, "bf16")) as engine:
+            for number, batch in enumerate(batches(4)):
+                if away and number == 2:
+                    engine.offload_states(include=include, pin_memory=False)
+                    engine.reload_states()
+                train_step(engine, batch)
+            ends.append(matrices_of(engine))
+            with mock.patch.object(step_module, "_SLICE", 100):
+                by_slices = engine.basic_optimizer.matrices.state_dict()
+            at_once = engine.basic_optimizer.matrices.state_dict()
+    return {"stayed": ends[0], "went": ends[1], "by slices": by_slices, "at once": at_once}
+
+
+@on_ranks(put_away, stage=[1, 2, 3])
+def test_deepspeeds_states_go_and_come_back(ran):
+    for result in ran.ranks:
+        assert equal(result["stayed"], result["went"])
+
+
+@on_ranks(put_away, stage=[2])
+def test_factors_gathered_by_slices_are_the_factors(ran):
+    assert ran.ranks[0]["at once"]["matrices"]
+    for result in ran.ranks:
+        assert equal(result["by slices"], result["at once"])
+
+
+# ---------------------------------------------------------------------- weights through the buffers
+
+
+def through(dtype: str, chunk: int, **options) -> dict:
+    """Stage 3 with the weights on the host: written in place, and as beside a GPU, in chunks through the buffers."""
+    settings = settings_of(3, PARAMETERS, dtype, options=options)
+
+    def look(engine):
+        return engine.basic_optimizer.matrices._staging.peak
+
+    plain = train(settings, STEPS, look=look)
+    with (
+        mock.patch.object(host_weights, "_elsewhere", lambda tensor, device: True),
+        mock.patch.object(host_weights, "CHUNK_BYTES", chunk),
+    ):
+        staged = train(settings, STEPS, look=look)
+    return {"plain": plain, "staged": staged}
+
+
+LARGE, SMALL = 1 << 26, 600
+WHOLE = {"chunk": LARGE, "dtype": "bf16"}
+
+
+@on_ranks(through, WHOLE, world=[2, 3])
+def test_weights_that_pass_through_the_buffers_get_the_same_bits(ran):
+    assert_written(ran)
+
+
+@on_ranks(through, WHOLE, master_weights=[True])
+def test_so_do_their_masters(ran):
+    assert_written(ran)
+
+
+def assert_written(ran) -> None:
+    for result in ran.ranks:
+        plain, staged = ({key: result[run][key] for key in ("losses", "weights")} for run in ("plain", "staged"))
+        assert equal(plain, staged)
+        assert result["plain"]["seen"] == 0 < result["staged"]["seen"]
+
+
+@on_ranks(through, dtype=["fp32"], chunk=[SMALL], world=[3])
+def test_chunks_that_end_inside_a_row_are_the_whole_to_the_order_of_a_gemm_s_sums(ran):
+    for result in ran.ranks:
+        assert max(distances(result["staged"], {**dense(), "momenta": {}}).values()) < 1e-5
+        assert result["staged"]["seen"] == 2 * 768  # 150 elements each, and no more of any weight
+
+
+# ---------------------------------------------------------------------- against the dense reference
 
 
 def optimizer(stage: int) -> dict:

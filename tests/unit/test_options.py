@@ -47,6 +47,8 @@ BAD = [
     ("exclude", "lm_head", '["lm_head"]'),
     ("exclude", 3, '["lm_head"]'),
     ("exclude", ["*"], "'*' is not a regular expression"),
+    ("update_bytes", 0, "> 0"),
+    ("update_bytes", "2GB", "number"),
     ("seed", -1, "whole number >= 0"),
     ("seed", 2**31, "< 2147483648"),
     ("seed", 0.5, "whole number >= 0"),
