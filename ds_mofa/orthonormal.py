@@ -66,16 +66,12 @@ def complements(sides: Sequence[Side]) -> list[Basis]:
     # With fewer than c + k rows there is room for the whole complement of span U: any basis of it will do.
     starts = [_with_room(side) for side in sides]
     grams = [sketch_gram(start.U, start.X) if start.gram is None else start.gram for start in starts]
-    roughly = []
     kept = [U.shape[-1] for U, _, _ in sides]
-    for (U, X, _), (combination, dependent) in zip(starts, together(grams, _first_combination, kept)):
-        Q = _joined(U, X) @ combination
-        roughly.append(torch.where(dependent.unsqueeze(-2), generic_columns(X, X.shape[-1]), Q).to(X.dtype))
+    firsts = together(grams, _first_combination, kept)
+    # What is long and in float64 lives within one call for one side: ds_mofa.subbatches counts on it.
+    roughly = [_rough(U, X, *first) for (U, X, _), first in zip(starts, firsts)]
     # Where X had a direction of relative size s, Q is orthonormal to 1e-16 / s^2, and a filled one is not at all.
-    grams = []
-    for (U, X, _), Q in zip(sides, roughly):
-        S = _joined(U, Q, X)
-        grams.append(S[..., : U.shape[-1] + Q.shape[-1]].mT @ S)
+    grams = [_gram_beside(U, Q, X) for (U, X, _), Q in zip(sides, roughly)]
     ends = together(grams, _last_combination, kept)
     return [Basis(U, Q, *end) for (U, _, _), Q, end in zip(sides, roughly, ends)]
 
@@ -83,6 +79,18 @@ def complements(sides: Sequence[Side]) -> list[Basis]:
 def generic_columns(like: Tensor, k: int) -> Tensor:
     """(B, m, k) fixed generic columns of norm about 1: the same on every rank and in every run."""
     return _generic_columns(like.shape[-2], k, like.dtype, like.device).expand(*like.shape[:-2], -1, -1)
+
+
+def _rough(U: Tensor, X: Tensor, combination: Tensor, dependent: Tensor) -> Tensor:
+    """[U X] combination, with generic columns where X's are dependent."""
+    Q = _joined(U, X) @ combination
+    return torch.where(dependent.unsqueeze(-2), generic_columns(X, X.shape[-1]), Q).to(X.dtype)
+
+
+def _gram_beside(U: Tensor, Q: Tensor, X: Tensor) -> Tensor:
+    """[U Q]^T [U Q X], float64."""
+    S = _joined(U, Q, X)
+    return S[..., : U.shape[-1] + Q.shape[-1]].mT @ S
 
 
 def _first_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,21 @@ class HostMemory:
     pin: bool
 
     def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(numel, dtype=dtype, pin_memory=self.pin and torch.cuda.is_available())
+        """1-D.
+
+        Raises:
+            RuntimeError: the system does not let so much be page-locked.
+        """
+        if not (self.pin and torch.cuda.is_available()):
+            return torch.zeros(numel, dtype=dtype)
+        try:
+            return torch.zeros(numel, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{numel * dtype.itemsize / 1e9:.2f} GB of host memory for offloaded matrices could not be page-locked "
+                f'({error}). Raise the limit (ulimit -l), or set "pin_memory": false in offload_optimizer and '
+                "offload_param"
+            ) from error
 
 
 class Staging:

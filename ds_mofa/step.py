@@ -335,36 +335,31 @@ class MatrixStep:
         """Write the new factors over the pending sketches that they come from. False where a decomposition of the
         library's has failed; then what is there is neither.
         """
-        gamma = self.options.gamma * clip  # a clipped gradient is a lighter one
+        beta, gamma = self.options.beta, self.options.gamma * clip  # a clipped gradient is a lighter one
         try:
-            for parts, updated in zip(self._sub_batches, self._updated(gamma), strict=True):
-                for part, new in zip(parts, updated):
-                    self._put(new, part.views(self._pending, self._segment_start))
+            if self.started:
+                grams = iter(self._grams)
+                for parts, batches in zip(self._sub_batches, self._batches_together(self._pending), strict=True):
+                    own = list(itertools.islice(grams, len(batches)))
+                    self._put(parts, update_many(batches, beta=beta, gamma=gamma, grams=own))  # and let go of them
+            else:
+                for part in itertools.chain.from_iterable(self._sub_batches):
+                    self._put([part], [self._start(part, gamma)])
         except torch.linalg.LinAlgError as error:
             logger.warning("ds_mofa: rank %d: %s", self.exchange.rank, error)
             return False
         return True
-
-    def _updated(self, gamma: float | Tensor) -> Iterator[list[Factors]]:
-        """The new factors of each sub-batch."""
-        if self.started:
-            grams = iter(self._grams)
-            for batches in self._batches_together(self._pending):
-                own = list(itertools.islice(grams, len(batches)))
-                yield update_many(batches, beta=self.options.beta, gamma=gamma, grams=own)
-            return
-        for parts in self._sub_batches:
-            yield [self._start(part, gamma) for part in parts]
 
     def _start(self, part: Part, gamma: float | Tensor) -> Factors:
         Y, Z, _ = part.views(self._pending, self._segment_start)
         psi, _, _ = part.views(self.working)
         return start_factors(Y, Z, psi.to(Y.dtype), gamma=gamma)
 
-    @staticmethod
-    def _put(factors: Factors, views: tuple[Tensor, Tensor, Tensor]) -> None:
-        for view, value in zip(views, (factors.U, factors.V, factors.sigma), strict=True):
-            view.copy_(value)
+    def _put(self, parts: Sequence[Part], updated: Sequence[Factors]) -> None:
+        for part, new in zip(parts, updated, strict=True):
+            views = part.views(self._pending, self._segment_start)
+            for view, value in zip(views, (new.U, new.V, new.sigma), strict=True):
+                view.copy_(value)
 
     def _publish(self, flat: Tensor | None) -> None:
         """Write this rank's part of the working copies. NaN in the place of coefficients says that it has none: so the

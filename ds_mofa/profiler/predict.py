@@ -19,6 +19,7 @@ from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.gathering import gathered
 from ds_mofa.profiler.reserve import reserved_by_plain_loop
 from ds_mofa.profiler.reserve_zero import reserved_by_stage3, reserved_by_stage12
+from ds_mofa.profiler.setting import OPTIMIZERS, Setting
 from ds_mofa.profiler.simulate import MicroBatch, Parameter, PredictionError, simulate
 from ds_mofa.profiler.zero import (
     Candidate,
@@ -32,8 +33,6 @@ from ds_mofa.subbatches import split, temporaries
 
 __all__ = ["OPTIMIZERS", "PredictionError", "Setting", "on_host", "predict"]
 
-OPTIMIZERS = ("AdamW", "MoFaSGD", "LoRA", "Muon", "GaLore")
-
 # Measured on H200s with torch 2.11 and CUDA 13: NVML's figure less what the allocator had reserved was 1.41 to 1.55 GB
 # in plain loops (2.0 to 2.1 under ZeRO), and 2.5 to 2.9 GB on each of two GPUs. Bytes.
 CUDA_CONTEXT = 1_500_000_000  # the driver's own reserve on the device included
@@ -44,68 +43,6 @@ NCCL = 1_100_000_000  # of a rank
 CUBLAS = 2 * (32 << 20)
 
 _LARGE = 1 << 26  # elements; ds_mofa.deepspeed.build gives such parameters groups of their own
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A run to predict.
-
-    Attributes:
-        model_config: path of a model's shape.
-        optimizer: one of :data:`OPTIMIZERS`.
-        zero: ZeRO stage, or None for a plain PyTorch loop.
-        gpus: data-parallel ranks.
-        seq: tokens of a sequence.
-        micro_batch: sequences of one forward.
-        micro_batches: of one optimizer step.
-        rank: of MoFaSGD, LoRA and GaLore.
-        states: "fp32" or "bf16": DeepSpeed's master weights and moments. A plain loop keeps all in bf16.
-        checkpointing: recompute layers in backward.
-        liger: liger-kernel's fused norms, rotary embedding, SwiGLU and loss.
-        bucket: DeepSpeed's reduce_bucket_size, elements.
-        contiguous: DeepSpeed's contiguous_gradients.
-        prefetch: DeepSpeed's stage3_prefetch_bucket_size, elements.
-        leaf: whether stage 3 gathers a decoder layer as one, DeepSpeed's leaf_module.
-        adamw_reduce: ds_mofa's option of that name: "step", or "micro_batch".
-    """
-
-    model_config: str
-    optimizer: str = "MoFaSGD"
-    zero: int | None = None
-    gpus: int = 1
-    seq: int = 1024
-    micro_batch: int = 1
-    micro_batches: int = 8
-    rank: int = 8
-    states: str = "fp32"
-    checkpointing: bool = False
-    liger: bool = False
-    bucket: int = 100_000_000
-    contiguous: bool = True
-    prefetch: int = 100_000_000
-    leaf: bool = False
-    adamw_reduce: str = "step"
-
-    def __post_init__(self):
-        names = {name.lower(): name for name in OPTIMIZERS}
-        if self.optimizer.lower() not in names:
-            raise PredictionError(f"optimizer {self.optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
-        object.__setattr__(self, "optimizer", names[self.optimizer.lower()])
-        for field in ("gpus", "seq", "micro_batch", "micro_batches", "rank"):
-            if getattr(self, field) < 1:
-                raise PredictionError(f"{field} is {getattr(self, field)}: give 1 or more")
-        if self.zero not in (None, 0, 1, 2, 3):
-            raise PredictionError(f"zero is {self.zero}: give none, 0, 1, 2 or 3")
-        if self.states not in ("fp32", "bf16"):
-            raise PredictionError(f"states is {self.states!r}: give fp32 or bf16")
-        if self.adamw_reduce not in ("step", "micro_batch"):
-            raise PredictionError(f"adamw_reduce is {self.adamw_reduce!r}: give step or micro_batch")
-        if self.zero is None and self.gpus > 1:
-            raise PredictionError("several GPUs without ZeRO: ds_mofa has no such backend. Give --zero 0, 1, 2 or 3")
-        if self.zero == 0 and self.states == "bf16":
-            raise PredictionError("bf16 states at ZeRO stage 0: DeepSpeed keeps fp32 ones there. Use stage 1 or 2")
-        if self.optimizer == "GaLore" and self.zero is not None:
-            raise PredictionError("GaLore does not run under ZeRO: predict it with --zero none")
 
 
 def predict(setting: Setting, process: int | None = None) -> dict[str, Any]:
@@ -131,9 +68,7 @@ def predict(setting: Setting, process: int | None = None) -> dict[str, Any]:
         setting.liger,
     )
     always = _always(setting, batch)
-    several = range(setting.gpus) if setting.zero in (1, 2) else (0,)
-    moments = [(c, p) for p in (several if process is None else (process,)) for c in _candidates(setting, batch, p)]
-    peak, process = max(moments, key=lambda moment: sum(moment[0].extra.values()))
+    peak, process = _highest(setting, batch, process)
     categories = {**always, "workspace": CUBLAS}
     for name, size in peak.extra.items():
         categories[name] = categories.get(name, 0) + size
@@ -241,6 +176,16 @@ def _moments(setting: Setting, trained: list[Parameter], sharded: int, state: in
     return {"AdamW states": adamw, "other optimizer states": state * projected}
 
 
+def _highest(setting: Setting, batch: MicroBatch, process: int | None) -> tuple[Candidate, int]:
+    """The highest moment, and on which rank it is; all are looked at where ``process`` is None and they differ."""
+    every = range(setting.gpus) if setting.zero in (1, 2) else (0,)
+    highest = (
+        (max(_candidates(setting, batch, rank), key=lambda one: sum(one.extra.values())), rank)
+        for rank in (every if process is None else (process,))
+    )
+    return max(highest, key=lambda found: sum(found[0].extra.values()))
+
+
 def _candidates(setting: Setting, batch: MicroBatch, process: int) -> list[Candidate]:
     groups = _groups(setting, batch)
     if setting.zero in (1, 2):
@@ -297,7 +242,6 @@ def _other_candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
         step["gradients"] += 2 * whole  # DeepSpeed converts all of them to fp32 before it steps
     if setting.zero == 3:
         step["gradients"] = stage3_step(_zero(setting), whole // 2 // setting.gpus)
-    if setting.zero == 3:
         largest = max((size // 2 for size in sizes.values()), default=0) // setting.gpus
         norm = {"gradients": whole // setting.gpus, "workspace": norm_bytes(largest)}
         found.append(Candidate("step, gradient norm", norm))

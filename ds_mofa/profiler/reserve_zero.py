@@ -148,21 +148,22 @@ def reserved_by_stage3(
         allocator.free(shards.pop(param.name))
     allocator.empty_cache()
     allocator.alloc(2 * sum(param.numel // N for param in trained))
-    parts = _sub_groups(groups, zero)
-    for part in parts:
-        clone = allocator.alloc(2 * part)
-        if zero.state_bytes != 2:
-            allocator.alloc(zero.state_bytes * part)
-            allocator.free(clone)
-    gradient = allocator.alloc(zero.state_bytes * max(parts, default=0))
-    for part in parts:
-        for _ in range(2):
-            allocator.alloc(zero.state_bytes * part)
-    allocator.free(gradient)
+    parts, state = _sub_groups(groups, zero), zero.state_bytes
+    converted = None
+    for part in parts:  # the masters are a copy of the conversion, which stays until the next one
+        following = allocator.alloc(state * part) if state != 2 else None
+        if converted is not None:
+            allocator.free(converted)
+        converted = following
+        allocator.alloc(state * part)
+    gradient = allocator.alloc(state * max(parts, default=0))
+    for handle in (converted, gradient):
+        if handle is not None:
+            allocator.free(handle)
     for size in (2 * bucket, 2 * sum(param.numel // N for param in trained), *buffers):
         allocator.alloc(size)
     numels = {param.name: param.numel for param in trained}
-    for _ in range(2):
+    for step in range(2):
         for _ in range(min(micro_batches, 3)):
             waiting: list[tuple] = []
             inside: list[int] = []
@@ -190,10 +191,13 @@ def reserved_by_stage3(
             allocator.free(allocator.alloc(norm_bytes(param.numel // N)))
         for part in parts:
             flat = allocator.alloc(2 * part)
-            if zero.state_bytes != 2:
-                converted = allocator.alloc(zero.state_bytes * part)
+            if state != 2:
+                converted = allocator.alloc(state * part)
                 allocator.free(flat)
                 flat = converted
+            if step == 0:
+                for _ in range(2):
+                    allocator.alloc(state * part)
             allocator.free(flat)
     return allocator.reserved + aside.reserved
 

@@ -1,6 +1,5 @@
 """Predictions against what was measured on H200s (docs/benchmarks), and what cannot be predicted."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -18,8 +17,9 @@ TINY = str(ROOT / "configs/models/llama-tiny.json")
 
 
 def measured() -> list[dict]:
-    paths = sorted((ROOT / "docs/benchmarks").glob("llama-3.1-8b_*_2026-11-22.jsonl"))
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    folder = ROOT / "docs/benchmarks"
+    paths = [*folder.glob("llama-3.1-8b_*_2026-11-22.jsonl"), *folder.glob("speed_llama-3.1-8b_*_2026-11-22.jsonl")]
+    return [json.loads(line) for path in sorted(paths) for line in path.read_text().splitlines()]
 
 
 def setting_of(row) -> Setting:
@@ -35,20 +35,29 @@ def setting_of(row) -> Setting:
     )  # fmt: skip
 
 
-# The allocator's rules are played through for the rest; these two reserve more than is derived (docs/profiling.md).
-RESERVE_MORE = {"zero1:MoFaSGD:r=8:states=bf16:bucket=20000000:contiguous=0": 0.13, "zero3:MoFaSGD:r=32": 0.17}
-
-
 @pytest.mark.parametrize("row", measured(), ids=lambda row: f"{row['run']}-{row['shape']}")
 def test_the_peak_is_what_was_measured(row):
     found = predict(setting_of(row), process=0)  # the one that was measured
-    assert found["allocated"] == pytest.approx(row["peak_allocated_gb"] * 1e9, rel=0.01)
-    assert found["total"] == pytest.approx(row["nvml_gb"] * 1e9, rel=RESERVE_MORE.get(row["run"], 0.10))
+    # With leaf modules more is gathered at the loss than the coordinator played through says (docs/profiling.md).
+    leaf = "leaf=1" in row["run"]
+    assert found["allocated"] == pytest.approx(row["peak_allocated_gb"] * 1e9, rel=0.015 if leaf else 0.001)
+    reserved = found["allocated"] + found["categories"].get("allocator slack", 0)
+    assert reserved == pytest.approx(row["peak_reserved_gb"] * 1e9, rel=0.10)
+    if "nvml_gb" in row:
+        assert found["total"] == pytest.approx(row["nvml_gb"] * 1e9, rel=0.10)
     assert sum(found["categories"].values()) == found["total"]
 
 
+@pytest.mark.parametrize("row", [row for row in measured() if row["run"].startswith(("zero1", "zero2"))],
+                         ids=lambda row: f"{row['run']}-{row['shape']}")  # fmt: skip
+def test_what_zero_1_and_2_reserve_is_what_was_measured(row):
+    found = predict(setting_of(row), process=0)
+    reserved = found["allocated"] + found["categories"]["allocator slack"]
+    assert reserved == pytest.approx(row["peak_reserved_gb"] * 1e9, rel=0.005)
+
+
 def test_all_points_were_looked_at():
-    assert len(measured()) >= 12
+    assert len(measured()) >= 26
 
 
 @pytest.mark.parametrize("optimizer", ["MoFaSGD:r=4", "AdamW"])
@@ -60,21 +69,19 @@ def test_backward_in_stage_2_is_what_ranks_count(optimizer, tmp_path):
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert process.returncode == 0, process.stderr
-    document = json.loads((tmp_path / "report.json").read_text())
-    peaks = [phase for rank in document["runs"][run]["ranks"] for phase in rank["phase_peaks"]]
-    counted = max(peak["allocated"] for peak in peaks if peak["name"] == "backward")
+    ranks = json.loads((tmp_path / "report.json").read_text())["runs"][run]["ranks"]
+    counted = [{phase["name"]: phase for phase in rank["phase_peaks"]} for rank in ranks]
 
     setting = Setting(TINY, optimizer.split(":")[0], zero=2, gpus=2, seq=8, micro_batches=3, rank=4, bucket=20_000)
-    assert highest_in_backward(setting) == pytest.approx(counted, rel=0.015)
-    if "MoFaSGD" in optimizer:  # sending every micro-batch's would hold a second buffer of them
-        assert highest_in_backward(dataclasses.replace(setting, adamw_reduce="micro_batch")) > 1.015 * counted
-
-
-def highest_in_backward(setting: Setting) -> int:
     batch = simulate(TINY, setting.optimizer, tokens=setting.seq, rank=setting.rank)
-    moments = [one for process in range(2) for one in _candidates(setting, batch, process)]
-    peak = max(sum(one.extra.values()) for one in moments if one.when.startswith("backward"))
-    return peak + sum(_always(setting, batch).values())
+    moments = [_candidates(setting, batch, process) for process in range(2)]
+    # What gradients are kept from one micro-batch to the next: MoFaSGD's whole, AdamW's of a rank's own partition.
+    for rank in range(2):
+        (loss,) = (one for one in moments[rank] if one.when == "loss")
+        assert loss.extra["gradients"] == counted[rank]["forward"]["breakdown"]["gradients"]
+    highest = max(sum(one.extra.values()) for both in moments for one in both if one.when.startswith("backward"))
+    most = max(phases["backward"]["allocated"] for phases in counted)
+    assert highest + sum(_always(setting, batch).values()) == pytest.approx(most, rel=0.015)
 
 
 def test_the_terms_of_the_papers_setting():

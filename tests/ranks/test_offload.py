@@ -13,6 +13,7 @@ from comparing import STEPS, assert_same, dense, distances
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from launching import on_ranks
+from test_clipping import TIGHT
 from test_faults import matrices_of
 from test_resume import end_of, equal, saved_and_resumed
 from toys import batches
@@ -105,6 +106,37 @@ def test_reports_are_the_same_wherever_the_factors_are(ran):
     for result in ran.ranks:
         reports = [run["seen"]["report"] for run in result["runs"]]
         assert reports[0].any() and all(torch.equal(report, reports[0]) for report in reports)
+
+
+def skipping(stage: int) -> dict:
+    """fp16 from a loss scale at which the first steps overflow."""
+    scale = {"initial_scale_power": 24, "hysteresis": 1}
+
+    def look(engine):
+        step = engine.basic_optimizer.matrices
+        return {"steps": step.steps, "skipped": step.skipped}
+
+    places = (NOWHERE, places_of(stage)[-1])
+    return {"runs": [train(settings_of(stage, where, "fp16", fp16=scale), 10, look=look) for where in places]}
+
+
+@on_ranks(skipping, stage=[2, 3])
+def test_steps_that_are_skipped_change_nothing_on_the_host(ran):
+    assert_the_same_everywhere(ran)
+    for run in ran.ranks[0]["runs"]:
+        assert run["seen"]["skipped"] > 0 and run["seen"]["steps"] > 1
+
+
+def clipped(stage: int) -> dict:
+    return train(settings_of(stage, places_of(stage)[-1], micro=3, gradient_clipping=TIGHT), STEPS)
+
+
+@on_ranks(clipped, stage=[1, 2, 3])
+def test_the_norm_to_clip_by_takes_the_offloaded_factors(ran):
+    wanted = dense(clip=TIGHT)
+    assert_same(ran, wanted)
+    for result in ran.ranks:
+        assert result["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
 
 
 # ---------------------------------------------------------------------- saved here, resumed there

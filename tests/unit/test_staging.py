@@ -70,6 +70,13 @@ def test_host_memory_is_pinned_where_there_is_a_gpu_alone():
         assert memory.is_pinned() == (pin and torch.cuda.is_available())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would pin it")
+def test_memory_that_cannot_be_pinned_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match=r'0.40 GB.*could not be page-locked.*ulimit -l.*"pin_memory": false'):
+        HostMemory(True).zeros(10**8, torch.float32)
+
+
 # ---------------------------------------------------------------------- the order, on a GPU that does things late
 
 

@@ -74,7 +74,15 @@ TALL = [(512, 128)] * 5 + [(128, 512)] * 3 + [(256, 256)] * 2
 
 @pytest.mark.parametrize(
     ("shapes", "rank"),
-    [(TALL, 4), (TALL, 32), ([(200, 200)] * 6, 100), ([(64, 64)] * 9, 32), ([(40, 40)] * 9, 32), ([(2000, 30)] * 4, 8)],
+    [
+        (TALL, 4),
+        (TALL, 32),
+        ([(1024, 1024)] * 5 + [(1100, 1000)] * 5, 8),
+        ([(200, 200)] * 6, 100),
+        ([(64, 64)] * 9, 32),
+        ([(40, 40)] * 9, 32),
+        ([(2000, 30)] * 4, 8),
+    ],
 )
 def test_the_update_needs_no_more_than_is_said(shapes, rank):
     torch.manual_seed(0)
@@ -85,7 +93,7 @@ def test_the_update_needs_no_more_than_is_said(shapes, rank):
     with LiveBytes() as live:
         update_many(batches, beta=0.85, gamma=0.15, grams=grams)
     said = temporaries(parts)
-    assert 0.3 * said < live.peak <= said
+    assert 0.25 * said < live.peak <= said
     for part, batch in zip(parts, batches):
         _, Y, Z = batch
         with LiveBytes() as live:
