@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Compare optimizers: the same weights, the same batches in the same order, a grid for each, several seeds.
+
+    python launch/compare.py configs/comparisons/sst2.yaml --data_dir path/to/sst2 --output_dir out/sst2
+
+Prints a table and writes, into --output_dir, report.html, summary.md, summary.json, a PNG for each chart, and
+results.jsonl with every run. Interrupted, the same command goes on: a run that is in results.jsonl is not made again.
+docs/comparing.md says what is held fixed, and how to add a task or an optimizer.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+# A script's first import folder is its own; this makes it the repository's, from wherever it is run.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from launch.comparison.isolation import in_own_process
+from launch.comparison.plan import Plan, load_plan
+from launch.comparison.report import write_report
+from launch.comparison.results import Results
+from launch.comparison.training import check_settings, train
+from launch.errors import UserError
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
+    # As an exception it ends the process of the run as well.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU. Leave the option out to train on the CPU.")
+    plan = load_plan(args.plan, args.data_dir, args.optimizers, args.seeds)
+    folder = args.output_dir or Path("out/comparisons") / plan.name
+    with Results(folder / "results.jsonl") as results:
+        run_all(plan, results, folder, args.device)
+        table = write_report(plan, results.rows, folder)
+    print(f"\n{table}\nreport: {folder / 'report.html'}, and summary.md beside it")
+
+
+def run_all(plan: Plan, results: Results, folder: Path, device: str) -> None:
+    """Make the runs that are not in ``results`` yet."""
+    waiting = [run for run in plan.runs if run.key not in results.rows]
+    print(f"{plan.name}: {len(plan.runs)} runs, {len(plan.runs) - len(waiting)} of them done, on {device}", flush=True)
+    if waiting:
+        settings = [setting for setting in plan.settings if any(run.setting is setting for run in waiting)]
+        in_own_process(check_settings, settings, plan.training, plan.task, device=device)
+    started = time.monotonic()
+    for number, run in enumerate(waiting, start=1):
+        row = in_own_process(train, run, plan.task, device=device)
+        setting = {"label": run.setting.label, "optimizer": run.setting.optimizer, "options": run.setting.options}
+        results.append({"key": run.key, **setting, "seed": run.seed, **row})
+        left = (time.monotonic() - started) / number * (len(waiting) - number)
+        print(f"[{number}/{len(waiting)}] {run}: {outcome(plan, row)}; about {left / 60:.0f} min left", flush=True)
+        if number < len(waiting) and waiting[number].seed != run.seed:
+            write_report(plan, results.rows, folder)
+
+
+def outcome(plan: Plan, row: dict) -> str:
+    if row["diverged_at"] is not None:
+        return f"diverged at step {row['diverged_at']}"
+    metric, last = plan.task.metric, row["evaluations"][-1]
+    return f"dev {metric} {last[metric]:.4f} after {last['seconds']:.0f} s of training"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path, help="YAML of the comparison; see configs/comparisons")
+    parser.add_argument("--data_dir", type=Path, help="folder of the data, in the place of the YAML's")
+    parser.add_argument("--output_dir", type=Path, help="default: out/comparisons/NAME, by the YAML's file name")
+    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these of the YAML's")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these of the YAML's")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,189 @@
+"""A comparison varies one thing, and loses nothing to an interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from itertools import islice
+
+import pytest
+import torch
+
+from launch import compare
+from launch.comparison import training
+from launch.comparison.digests import Digest
+from launch.comparison.isolation import in_own_process
+from launch.comparison.optimizers import clip_gradients
+from launch.comparison.plan import Training, load_plan
+from launch.comparison.results import Results
+from launch.comparison.tasks.base import shuffled
+from launch.comparison.training import rate, train
+from launch.errors import UserError
+from tests.launch.comparisons import TRAINING, language_comparison, language_plan, row
+
+# What time and the machine decide; everything else of a row, the seed does.
+MEASURED = ("seconds", "units_per_second", "peak_resident", "environment")
+
+
+def test_an_epoch_has_every_example_once_and_no_batch_is_short():
+    batches = list(islice(shuffled(10, 4, seed=3), 5))
+    flat = [index for batch in batches for index in batch]
+    assert [len(batch) for batch in batches] == [4] * 5
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert flat == [index for batch in islice(shuffled(10, 4, seed=3), 5) for index in batch]
+    assert flat != [index for batch in islice(shuffled(10, 4, seed=4), 5) for index in batch]
+
+
+def test_every_optimizer_starts_from_the_same_weights_and_sees_the_same_batches_in_the_same_order(tmp_path):
+    optimizers = {"AdamW": {"lr": 1e-3}, "MoFaSGD": {"lr": 1e-3, "rank": 4}, "LoRA": {"lr": 1e-3, "rank": 2}}
+    plan = language_plan(tmp_path, optimizers=optimizers)
+    rows = {run.key: train(run, plan.task, "cpu") for run in plan.runs}
+    for seed in plan.seeds:
+        controls = [rows[run.key]["control"] for run in plan.runs if run.seed == seed]
+        assert controls[0] == controls[1] == controls[2]
+        fed = Digest(islice(plan.task.batches(seed, plan.training.batch_size), plan.training.steps))
+        assert controls[0]["batches"] == str(fed)
+        first = {rows[run.key]["train_loss"][0] for run in plan.runs if run.seed == seed}
+        assert len(first) == 1, "an adapter starts as the identity, and dropout is of the seed"
+    one, other = (rows[plan.run(plan.settings[0], seed).key]["control"] for seed in plan.seeds)
+    assert one["weights"] != other["weights"] and one["batches"] != other["batches"]
+    assert one["held out"] == other["held out"]
+
+
+class Gambler(torch.optim.SGD):
+    """Leaves the weights alone, and draws from the generator that dropout draws from."""
+
+    draws = 0
+
+    def step(self, closure=None):
+        torch.rand(self.draws)
+
+
+def test_an_optimizer_that_draws_random_numbers_does_not_change_dropout(tmp_path, monkeypatch):
+    plan = language_plan(tmp_path)
+    monkeypatch.setattr(
+        training, "build", lambda name, model, *rest, **more: (model, Gambler(model.parameters(), lr=0.0))
+    )
+    monkeypatch.setattr(training, "state_bytes", lambda optimizer: 0)
+    quiet = train(plan.runs[0], plan.task, "cpu")["train_loss"]
+    monkeypatch.setattr(Gambler, "draws", 5)
+    assert train(plan.runs[0], plan.task, "cpu")["train_loss"] == quiet
+    model = plan.task.model(0).train()
+    batch = next(plan.task.batches(0, 2))
+    assert model(**batch).loss != model(**batch).loss, "there is no dropout, so nothing was tested"
+
+
+@pytest.mark.parametrize("setting", [0, 1], ids=["AdamW", "MoFaSGD"])
+def test_two_runs_of_a_seed_are_bitwise_equal(tmp_path, setting):
+    plan = language_plan(tmp_path)
+    first, second = (train(plan.run(plan.settings[setting], 0), plan.task, "cpu") for _ in range(2))
+    for entry in (*first["evaluations"], *second["evaluations"]):
+        del entry["seconds"]
+    assert {k: v for k, v in first.items() if k not in MEASURED} == {
+        k: v for k, v in second.items() if k not in MEASURED
+    }
+    assert first["train_loss"] != train(plan.run(plan.settings[setting], 1), plan.task, "cpu")["train_loss"]
+
+
+def test_gradients_are_clipped_by_the_optimizers_own_method_if_it_has_one():
+    model = torch.nn.Linear(2, 2, bias=False)
+    model.weight.grad = torch.full((2, 2), 3.0)
+    asked = []
+    clip_gradients(model, types.SimpleNamespace(clip_grad_norm_=asked.append), 0.5)
+    assert asked == [0.5] and model.weight.grad.norm() == 6
+    clip_gradients(model, torch.optim.SGD(model.parameters()), 0.5)
+    assert model.weight.grad.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_weights_in_bf16_start_from_the_same_ones(tmp_path):
+    for_dtype = {
+        dtype: language_plan(tmp_path, training=TRAINING | {"dtype": dtype}, seeds=[0])
+        for dtype in ("float32", "bfloat16")
+    }
+    full, half = (train(plan.runs[1], plan.task, "cpu") for plan in for_dtype.values())
+    assert full["control"] == half["control"]
+    assert half["train_loss"][0] == pytest.approx(full["train_loss"][0], rel=0.01)
+    assert half["train_loss"] != full["train_loss"]
+
+
+def test_the_rate_warms_up_and_ends_by_the_schedule():
+    options = {"steps": 12, "batch_size": 1, "eval_every": 1, "warmup_steps": 2}
+    linear, cosine, constant = (Training(**options, schedule=name) for name in ("linear", "cosine", "constant"))
+    for training_ in (linear, cosine, constant):
+        assert [rate(training_, step) for step in (0, 1, 2)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert [rate(linear, step) for step in (7, 11, 12)] == pytest.approx([0.5, 0.1, 0])
+    assert [rate(cosine, step) for step in (7, 12)] == pytest.approx([0.5, 0])
+    assert rate(constant, 11) == 1
+
+
+@pytest.mark.parametrize("name", ["AdamW", "GaLore"])  # a NaN in the loss, and an SVD that raises on one
+def test_a_run_that_diverges_stops_and_says_where(tmp_path, name):
+    steps = TRAINING | {"steps": 40, "max_grad_norm": None, "warmup_steps": 0}
+    options = {"lr": 1e30, **({"rank": 4, "refresh_every": 1} if name == "GaLore" else {})}
+    plan = language_plan(tmp_path, training=steps, optimizers={name: options})
+    result = train(plan.runs[0], plan.task, "cpu")
+    assert 0 < result["diverged_at"] < 40 and result["test"] is None
+    assert len(result["train_loss"]) < 40
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_half_written_line_is_not_a_run(tmp_path):
+    plan, file = language_plan(tmp_path), tmp_path / "results.jsonl"
+    with Results(file) as results:
+        results.append(row(plan.runs[0], 1.0))
+        results.append(row(plan.runs[1], 2.0))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    with Results(file) as results:
+        assert set(results.rows) == {plan.runs[0].key}
+        results.append(row(plan.runs[1], 2.0))
+    assert file.read_bytes() == whole
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text(json.dumps({"key": "a", "seed": 0, "evaluations": []}) + "\n{}\n")
+    with pytest.raises(UserError, match=r"results.jsonl, line 2: not the result of a run"):
+        Results(file)
+
+
+def test_two_comparisons_do_not_write_to_one_file(tmp_path):
+    with Results(tmp_path / "results.jsonl"):
+        with pytest.raises(UserError, match="another comparison is writing"):
+            Results(tmp_path / "results.jsonl")
+    with Results(tmp_path / "results.jsonl"):
+        pass
+
+
+def test_the_process_of_a_run_that_ends_early_is_an_error_that_says_so():
+    with pytest.raises(UserError, match="ended without a result .exit code 1"):
+        in_own_process(sys.exit, device="cpu")
+
+
+def test_a_killed_comparison_goes_on(tmp_path, capsys):
+    plan, out = language_comparison(tmp_path, seeds=[0]), tmp_path / "out"
+    words = [str(plan), "--output_dir", str(out), "--device", "cpu"]
+    command = subprocess.Popen([sys.executable, "launch/compare.py", *words], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not ((out / "results.jsonl").is_file() and (out / "results.jsonl").read_bytes().count(b"\n")):
+        assert command.poll() is None and time.monotonic() < deadline, "no first run"
+        time.sleep(0.02)
+    os.kill(command.pid, signal.SIGKILL)
+    command.wait()
+    before = (out / "results.jsonl").read_bytes()
+    (out / "results.jsonl").write_bytes(before + before[:50])
+    done = before.count(b"\n")
+    assert done < 3, "it was not killed in the middle"
+    compare.main(words)
+    printed = capsys.readouterr().out
+    assert f"3 runs, {done} of them done" in printed and f"[{3 - done}/{3 - done}]" in printed
+    after = (out / "results.jsonl").read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == 3
+    assert {json.loads(line)["key"] for line in after.splitlines()} == {run.key for run in load_plan(plan).runs}
+    assert "| MoFaSGD | " in printed
+    compare.main(words)
+    assert "3 runs, 3 of them done" in capsys.readouterr().out
+    assert (out / "results.jsonl").read_bytes() == after
