@@ -110,7 +110,9 @@ def memory_used(index: int) -> dict[str, float]:
     import pynvml
 
     pynvml.nvmlInit()
-    driver = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).used
+    # By its name: CUDA may have been told to count the devices otherwise.
+    device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+    driver = pynvml.nvmlDeviceGetMemoryInfo(device).used
     reserved = torch.cuda.max_memory_reserved()
     return {
         "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
