@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 
 FP64, FP32, BF16 = 8, 4, 2  # bytes
+KERNELS = 140  # of one layer's forward and backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +70,10 @@ class Machine:
         write: share of ``copy`` that the write to W reaches.
         capture: share of ``copy`` that the sketch kernels reach; ``sketching`` their FLOP/s.
         per_token: seconds of elementwise kernels per token, layer and unit of width.
+        per_kernel: seconds that a kernel takes however little it has to do; HF's layers have 140 of them each.
         adamw: seconds of fused AdamW per parameter, weights and states in bf16.
         zero_adamw: seconds per parameter of a rank's partition of DeepSpeed's whole AdamW step, fp32 states;
-            ``zero_floor`` what it takes with none.
+            ``zero_floor`` what it takes with none, ``zero3_floor`` in stage 3.
         svd: seconds per core and r^3; ``svd_floor`` what a batch takes however small.
         update_floor: seconds in which the host launches the factor update.
         network: bytes/s per GPU and direction; ``latency`` seconds per message and log2(GPUs).
@@ -84,10 +86,12 @@ class Machine:
     write: float = 0.79
     capture: float = 0.7
     sketching: float = 300e12
-    per_token: float = 19.5e-6 / (32 * 4096)
+    per_token: float = 17e-6 / (32 * 4096)
+    per_kernel: float = 1.2e-6
     adamw: float = 7.5e-3 / 1.05e9
     zero_adamw: float = 30e-12
     zero_floor: float = 5e-3
+    zero3_floor: float = 12e-3
     svd: float = 28.3e-3 / (224 * 128**3)
     svd_floor: float = 1e-3
     update_floor: float = 9.5e-3
@@ -151,7 +155,8 @@ def optimizer_step(model: Model, rank: int, gpus: int, stage: int | None, machin
     else:
         part = model.adamw / gpus
         sent = BF16 * model.adamw * away
-        seconds = machine.zero_floor + machine.zero_adamw * part + send(sent)
+        floor = machine.zero3_floor if stage == 3 else machine.zero_floor
+        seconds = floor + machine.zero_adamw * part + send(sent)
         adamw = _timed(Part("AdamW", 34 * part, 0.0, sent, 1), seconds)
     return [reduce, adamw, update, gather, apply]
 
@@ -165,7 +170,7 @@ def micro_batch(model: Model, rank: int | None, tokens: int, machine: Machine) -
         _timed(Part("products", flops=products), products / machine.gemm),
         _timed(Part("attention", flops=attention), attention / machine.attention),
     ]
-    elementwise = machine.per_token * model.layers * model.width * tokens
+    elementwise = model.layers * (machine.per_token * model.width * tokens + machine.per_kernel * KERNELS)
     parts.append(_timed(Part("elementwise", elementwise * machine.copy), elementwise))
     if rank is None:
         flops = 2 * model.elements * tokens
