@@ -20,7 +20,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,16 @@ NEEDED = {":LoRA": ("peft", "peft"), ":liger=1": ("liger_kernel", "liger-kernel"
 
 def main() -> None:
     args = make_parser().parse_args()
-    out = Path(args.output_dir).resolve()
+    out, model_config = Path(args.output_dir).resolve(), Path(args.model_config).resolve()
+    os.chdir(ROOT)  # so that reports name files as everybody has them
+    args.model_config = os.path.relpath(model_config) if model_config.is_relative_to(ROOT) else str(model_config)
     out.mkdir(parents=True, exist_ok=True)
     gpus = args.gpus if args.gpus is not None else max(1, torch.cuda.device_count())
     for run in args.runs or ():
         check_run(run)
-    chosen, notes = can_run(args.runs or [*ONE_GPU, *(SEVERAL if gpus > 1 else [])])
+    wanted = args.runs or [*ONE_GPU, *(SEVERAL if gpus > 1 else [])]
+    there = [run for run in wanted if args.reuse and (folder_of(run, out) / "report.json").exists()]
+    chosen, notes = can_run(wanted, there)
     if not args.runs and gpus == 1:
         notes.append("ZeRO-2 and ZeRO-3 on several GPUs were not run: this machine has one device.")
 
@@ -63,7 +67,7 @@ def main() -> None:
         "kind": "claim",
         "created": max((r["created"] for r in runs.values() if "created" in r), default=None),
         "command": ["python", "profiling/verify_claim.py", *sys.argv[1:]],
-        "environment": environment(),
+        "environment": next((r["environment"] for r in runs.values() if "environment" in r), environment()),
         "claims": claims,
         "runs": runs,
         "notes": notes,
@@ -107,13 +111,15 @@ def check_run(run: str) -> None:
         sys.exit(f"verify_claim.py: error: {run!r}: an option is written NAME=VALUE, such as r=8")
 
 
-def can_run(runs: list[str]) -> tuple[list[str], list[str]]:
-    """Those that this machine has the packages for, and a note on each that it has not."""
+def can_run(runs: list[str], there: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """Those that this machine has the packages for, or that are ``there``, and a note on each other."""
     chosen, notes = [], []
     for run in runs:
         needed = [names for part, names in NEEDED.items() if part in run]
         missing = [package for module, package in needed if importlib.util.find_spec(module) is None]
-        if missing:
+        if run in there:
+            chosen.append(run)
+        elif missing:
             notes.append(f"{run} was not run: {missing[0]} is not installed (pip install {missing[0]}).")
         elif ":liger=1" in run and not torch.cuda.is_available():
             notes.append(f"{run} was not run: liger-kernel's kernels need a GPU.")
@@ -122,15 +128,21 @@ def can_run(runs: list[str]) -> tuple[list[str], list[str]]:
     return chosen, notes
 
 
+def folder_of(run: str, out: Path) -> Path:
+    """Where a run's report and log are."""
+    return out / run.replace(":", "_").replace("=", "")
+
+
 def one_run(run: str, ranks: int, args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Run in processes of its own; the report, or ``{"error": why there is none}``."""
-    folder = out / run.replace(":", "_").replace("=", "")
+    folder = folder_of(run, out)
     report = folder / "report.json"
-    if args.reuse and report.exists():
-        return load_report(report)
+    predicted = prediction(run, ranks, args)
+    if args.reuse and report.exists():  # what was measured stays, what is predicted is this version's
+        return {**load_report(report), "predicted": predicted if "categories" in predicted else None}
     folder.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    (folder / "predicted.json").write_text(json.dumps(prediction(run, ranks, args)))
+    (folder / "predicted.json").write_text(json.dumps(predicted))
     launcher = [sys.executable]
     if not run.startswith("torch:"):
         launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
