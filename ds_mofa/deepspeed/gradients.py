@@ -49,6 +49,7 @@ class GradientMixin:
         usual = managed_accumulation and not self.cpu_offload and not self.use_separate_grad_accum
         self.reduces_once = usual and once and self.partition_gradients
         last_only = usual and (self.reduces_once or not self.partition_gradients)
+        self._scattered_in_this_backward: set[int] = set()
         groups = range(len(self.bit16_groups)) if last_only and self.reduce_scatter else ()
         self.scattered = frozenset(i for i in groups if self._covered_by_partitions(i))
 
@@ -76,6 +77,10 @@ class GradientMixin:
         elif self.is_gradient_accumulation_boundary() and param.grad is not None:
             grad, param.grad = param.grad, None
             self._scatter(grad, i)
+
+    def clear_backward_seen_flag(self):  # every forward calls it
+        super().clear_backward_seen_flag()
+        self._scattered_in_this_backward.clear()
 
     def _use_compact_grad_partition_buffer(self, group_idx):
         # DeepSpeed's word for a group whose averaged gradient is a flat partition already, or zeros if none came.
@@ -113,13 +118,13 @@ class GradientMixin:
             dist.reduce_scatter_tensor(part, flat, group=self.dp_process_group)
             if apart:
                 flat.record_stream(stream)
-        earlier = self.averaged_gradients.get(i)
-        if earlier is not None:  # reentrant checkpointing may come by twice in one backward
+        if i in self._scattered_in_this_backward:  # reentrant checkpointing comes by more than once
             if apart:
                 here.wait_stream(stream)
-            earlier.flat_partition.add_(part)
-        else:
+            self.averaged_gradients[i].flat_partition.add_(part)
+        else:  # in the place of one that no step has taken
             self.averaged_gradients[i] = GradPartitionBufferGroup([part], part)
+            self._scattered_in_this_backward.add(i)
 
 
 def _norm(tensor: Tensor) -> Tensor:

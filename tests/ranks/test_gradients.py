@@ -68,6 +68,21 @@ def head_after(coalesced: bool, scatter: bool) -> dict:
         return {"gradient": gradient, "head": engine.module.head.weight.detach().clone()}
 
 
+def dropped(stage: int) -> dict:
+    return {scatter: after_a_dropped_backward(stage, scatter == "ours") for scatter in ("ours", "deepspeed's")}
+
+
+def after_a_dropped_backward(stage: int, scatter: bool) -> dict:
+    """The head after a backward that no step follows, and then a whole step on another batch."""
+    with large_apart(scatter), engine_for(config(stage), toy(Padded)) as engine:
+        first, second = batches(2)
+        (part,) = micro_batches(first, deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), 1)
+        engine.backward(engine(*part))
+        engine.optimizer.zero_grad()
+        train_step(engine, second)
+        return {"head": engine.module.head.weight.detach().clone()}
+
+
 @on_ranks(trained, world=[2, 3], stage=[1, 2], micro=[1, 3])
 def test_reduce_scattered_gradients_agree_with_the_reference(ran):
     assert_same(ran, dense(Padded))
@@ -98,3 +113,9 @@ def test_others_find_them_where_deepspeed_puts_them(ran):
         assert ours["gradient"].any()
         for name in ("gradient", "head"):
             assert torch.equal(ours[name], deepspeeds[name]), name
+
+
+@on_ranks(dropped, stage=[1, 2])
+def test_a_backward_without_a_step_leaves_nothing(ran):
+    for result in ran.ranks:
+        assert torch.equal(result["ours"]["head"], result["deepspeed's"]["head"])
