@@ -25,7 +25,6 @@ from ds_mofa.profiler.zero import (
     Candidate,
     ZeroSettings,
     norm_bytes,
-    partitioned,
     stage3_step,
     stage12_candidates,
 )
@@ -202,11 +201,14 @@ def _candidates(setting: Setting, batch: MicroBatch, process: int) -> list[Candi
 
 
 def _zero(setting: Setting) -> ZeroSettings:
-    held_back = setting.zero == 2 and setting.optimizer == "MoFaSGD" and setting.adamw_reduce == "step"
+    ours = setting.optimizer == "MoFaSGD" and setting.zero in (1, 2)
+    once = setting.zero == 1 or (ours and setting.adamw_reduce == "step")
     return ZeroSettings(
         stage=setting.zero,
         world_size=setting.gpus,
-        reduces_once=(setting.zero == 1 or held_back) and setting.micro_batches > 1,
+        reduces_once=once and setting.micro_batches > 1,
+        scatters=ours and once,
+        norm_in_pieces=ours,
         state_bytes=4 if setting.states == "fp32" else 2,
         reduce_bucket_size=setting.bucket,
         contiguous_gradients=setting.contiguous,
@@ -272,20 +274,14 @@ def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocate
         held = [p for p in trained if setting.optimizer in ("AdamW", "MoFaSGD", "LoRA") or p.kind != "matrix"]
         reserved = reserved_by_plain_loop(batch, held, buffers, 4, setting.micro_batches)
     elif setting.zero in (1, 2):
-        zero, groups = _zero(setting), _groups(setting, batch)
-        touched, sizes = partitioned(groups, zero.world_size)
         reserved = reserved_by_stage12(
+            _zero(setting),
             batch,
-            groups,
+            _groups(setting, batch),
             buffers,
-            reduces_once=zero.reduces_once,
-            mine=touched[process],
-            sizes=sizes,
-            state_bytes=zero.state_bytes,
+            setting.micro_batches,
+            rank=process,
             own_masters="master weights" in always,
-            bucket=4 * zero.reduce_bucket_size,
-            contiguous=zero.contiguous_gradients,
-            micro_batches=setting.micro_batches,
         )
     elif setting.zero == 3:
         zero = _zero(setting)

@@ -4,39 +4,41 @@ Each stream has blocks of its own: the reduction's are counted here beside the d
 are gathered into in :mod:`ds_mofa.profiler.gathering`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ds_mofa.profiler.reserve import CachingAllocator, play
 from ds_mofa.profiler.simulate import MicroBatch, Parameter
-from ds_mofa.profiler.zero import ZeroSettings, norm_bytes
+from ds_mofa.profiler.zero import ZeroSettings, norm_bytes, partitioned, scattered
 
 __all__ = ["reserved_by_stage12", "reserved_by_stage3"]
 
 
 def reserved_by_stage12(
+    zero: ZeroSettings,
     batch: MicroBatch,
     groups: Sequence[Sequence[Parameter]],
     buffers: Sequence[int],
-    *,
-    reduces_once: bool,
-    mine: Mapping[str, int],
-    sizes: Sequence[int],
-    state_bytes: int,
-    own_masters: bool,
-    bucket: int,
-    contiguous: bool,
     micro_batches: int,
+    *,
+    rank: int,
+    own_masters: bool,
 ) -> int:
     """Bytes reserved after two steps under ZeRO stage 1 or 2; see :mod:`ds_mofa.profiler.zero` for what is when.
 
     Args:
-        reduces_once: of :class:`ds_mofa.profiler.zero.ZeroSettings`.
-        mine, sizes: what the rank's partitions touch and have, of :func:`ds_mofa.profiler.zero.partitioned`.
-        state_bytes: of one number of the masters and moments.
+        zero: the stage's settings.
+        batch: its micro-batch.
+        groups: DeepSpeed's param groups.
+        buffers: sizes of what else is there from the beginning, MoFaSGD's for one.
+        micro_batches: of one step.
+        rank: whose partitions.
         own_masters: whether the masters are a copy.
-        bucket: bytes of all reduce buckets.
-        contiguous: ``contiguous_gradients``.
     """
+    reduces_once, contiguous, state_bytes = zero.reduces_once, zero.contiguous_gradients, zero.state_bytes
+    bucket = zero.reduce_bucket_size
+    touched, sizes = partitioned(groups, zero.world_size)
+    apart = scattered(zero, groups)
+    mine = {name: elements for name, elements in touched[rank].items() if name not in apart}
     allocator, aside = CachingAllocator(), CachingAllocator()  # the reduction's stream has blocks of its own
     weights = {param.name: allocator.alloc(2 * param.numel) for param in batch.parameters}
     for size in buffers:
@@ -56,28 +58,37 @@ def reserved_by_stage12(
             allocator.alloc(state_bytes * size)
         allocator.free(gradient)
     numels = {param.name: param.numel for group in groups for param in group}
-    kept_whole = 2 * sum(numels[name] for name in mine)
+    kept_whole = 2 * sum(numels[name] for name in touched[rank])  # room for scattered ones too
     for _ in range(2):
         kept: list[tuple] = []
+        parts: dict[str, tuple] = {}
         whole: dict[str, tuple] = {}
         count = min(micro_batches, 3)
         for number in range(count):
             last = number == count - 1
             state = {"elements": 0, "buckets": None, "filled": None, "mine": False}
             waiting: list[tuple] = []
+            sent: list[tuple] = []  # still read by the stream that reduces
 
-            def complete(name: str, state=state, waiting=waiting, whole=whole, last=last) -> None:
+            def complete(
+                name: str, state=state, waiting=waiting, whole=whole, last=last, sent=sent, parts=parts
+            ) -> None:
                 if name not in numels:
                     return
                 numel = numels[name]
                 if contiguous and state["buckets"] is None:
-                    state["buckets"] = [allocator.alloc(bucket // 2) for _ in range(2)]
+                    state["buckets"] = [allocator.alloc(2 * bucket) for _ in range(2)]
                 if not reduces_once:
                     fresh = allocator.alloc(2 * numel)
                 elif name not in whole:
                     whole[name] = allocator.alloc(2 * numel)
                 reduces = last or not reduces_once
-                if reduces and state["elements"] and state["elements"] + numel > bucket // 4:
+                if name in apart:
+                    if last:
+                        parts[name] = allocator.alloc(2 * numel // zero.world_size)
+                        sent.append(whole.pop(name) if reduces_once else fresh)
+                    return
+                if reduces and state["elements"] and state["elements"] + numel > bucket:
                     if contiguous and state["mine"] and state["filled"] is None:
                         state["filled"] = aside.alloc(kept_whole)
                     while waiting:
@@ -85,7 +96,7 @@ def reserved_by_stage12(
                     state["elements"] = 0
                 state["elements"] += numel
                 state["mine"] |= name in mine
-                if not reduces_once and numel > bucket // 4:
+                if not reduces_once and numel > bucket:
                     waiting.append(fresh)
                 elif not reduces_once:
                     allocator.free(fresh)
@@ -93,7 +104,7 @@ def reserved_by_stage12(
             play(allocator, batch, complete)
             if contiguous and state["filled"] is None and (last or not reduces_once):
                 state["filled"] = aside.alloc(kept_whole)
-            for handle in [*waiting, *(state["buckets"] or [])]:
+            for handle in [*waiting, *sent, *(state["buckets"] or [])]:
                 allocator.free(handle)
             if state["filled"] is not None:
                 if kept:
@@ -104,10 +115,10 @@ def reserved_by_stage12(
             for handle in whole.values():
                 allocator.free(handle)
             whole.clear()
-        for elements in mine.values():
+        for elements in () if zero.norm_in_pieces else touched[rank].values():
             allocator.free(allocator.alloc(norm_bytes(elements)))
-        for size in sizes:
-            flat = allocator.alloc(2 * size)
+        for group, size in zip(groups, sizes):
+            flat = parts.get(group[0].name) or allocator.alloc(2 * size)
             if state_bytes != 2:
                 converted = allocator.alloc(state_bytes * size)
                 allocator.free(flat)

@@ -13,6 +13,7 @@ __all__ = [
     "ZeroSettings",
     "norm_bytes",
     "partitioned",
+    "scattered",
     "stage12_candidates",
     "stage3_step",
 ]
@@ -22,13 +23,20 @@ __all__ = [
 class ZeroSettings:
     """Of ``zero_optimization`` in DeepSpeed's JSON, under their names there; sizes in elements.
 
-    ``reduces_once`` is not DeepSpeed's: gradients add up whole, where autograd puts them, until the last micro-batch of
-    a step of several. So they do in stage 1, and in stage 2 those that ds_mofa holds back (its option ``adamw_reduce``).
+    Three are not DeepSpeed's, but of :mod:`ds_mofa.deepspeed.gradients`.
+
+    Attributes:
+        reduces_once: gradients add up whole, where autograd puts them, until the last micro-batch of a step of several.
+            So they do in stage 1, and in stage 2 those that ds_mofa holds back (its option ``adamw_reduce``).
+        scatters: a parameter that fills its group and divides evenly is reduced straight into the partitions.
+        norm_in_pieces: the norm of the gradients is taken without a copy of them (stages 1 and 2).
     """
 
     stage: int
     world_size: int
     reduces_once: bool = False
+    scatters: bool = False
+    norm_in_pieces: bool = False
     state_bytes: int = 4  # of one number of the master weights and of each moment: 4, or 2 for bf16 states
     reduce_bucket_size: int = 100_000_000
     stage3_max_live_parameters: int = 1_000_000_000
@@ -69,6 +77,14 @@ def partitioned(groups: Sequence[Sequence[Parameter]], world_size: int) -> tuple
     return touched, sizes
 
 
+def scattered(zero: ZeroSettings, groups: Sequence[Sequence[Parameter]]) -> frozenset[str]:
+    """Names of the parameters whose gradient is reduce-scattered: DeepSpeed pads partitions to pairs of elements."""
+    if not zero.scatters or zero.world_size == 1:
+        return frozenset()
+    alone = [group[0] for group in groups if len(group) == 1]
+    return frozenset(param.name for param in alone if param.numel % (2 * zero.world_size) == 0)
+
+
 def norm_bytes(elements: int) -> int:
     """Of the float64 copy of a gradient that DeepSpeed takes its norm of, one after the other, before each step."""
     return 8 * elements
@@ -81,18 +97,21 @@ def stage12_candidates(
 
     Backward. Stage 2 keeps, from one micro-batch to the next, one flat buffer of the gradients that this rank's
     partition touches (``grads_in_partition``), and fills another in each micro-batch, allocated when the first of them
-    is reduced: at the beginning of backward on the rank that has the last layers, at its middle on one that has not. Where gradients are reduced once a step they stay whole, and with ``contiguous_gradients`` move, in the last
+    is reduced: at the beginning of backward on the rank that has the last layers, at its middle on one that has not.
+    Where gradients are reduced once a step they stay whole, and with ``contiguous_gradients`` move, in the last
     micro-batch, through the buckets into such a buffer. A gradient larger than the bucket waits, whole, until the next
-    one comes.
+    one comes. One that is scattered passes neither: there is its partition, then it is gone; but the buffer has room
+    for it.
 
-    Step: :func:`norm_bytes`; then, group by group, a flat copy of the partition's gradients, then its conversion to the masters' dtype, beside
-    what the accumulated gradients still hold.
+    Step: :func:`norm_bytes`; then, group by group, a flat copy of the partition's gradients (a scattered one is flat),
+    then its conversion to the masters' dtype, beside what the accumulated gradients still hold.
     """
     trained = {p.name: p for group in groups for p in group}
     touched, sizes = partitioned(groups, zero.world_size)
-    mine = touched[rank]
+    apart = scattered(zero, groups)
+    mine = {name: elements for name, elements in touched[rank].items() if name not in apart}
     whole = 2 * sum(p.numel for p in trained.values())
-    kept = 2 * sum(trained[name].numel for name in mine)
+    kept = 2 * sum(trained[name].numel for name in touched[rank]) if mine else 0
     before = (whole if zero.reduces_once else kept) if micro_batches > 1 else 0
     buffers = (2 if zero.overlap_comm else 1) * 2 * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     candidates = []
@@ -112,6 +131,11 @@ def stage12_candidates(
         size = 2 * param.numel
         own = 0 if zero.reduces_once else size  # or it is added to one that is there
         moved = size - own if zero.contiguous_gradients else 0
+        if name in apart:
+            part = size // zero.world_size
+            candidate(f"backward ({name}, scattered)", moment, before + filled + waiting + own + part)
+            before += part - (size - own)
+            continue
         if elements and elements + param.numel > zero.reduce_bucket_size:
             filled = kept if zero.contiguous_gradients and (filled or reduces_mine) else 0
             candidate(f"backward, first reduction ({name})", moment, before + filled + waiting + own)
@@ -125,14 +149,19 @@ def stage12_candidates(
         else:
             before -= moved
         candidate(f"backward ({name})", moment, before + filled + waiting)
-    norm = {"gradients": kept, "workspace": norm_bytes(max(mine.values(), default=0))}
-    candidates.append(Candidate("step, gradient norm", norm))
-    remaining = kept
-    for size in sizes:
-        flat = 2 * size
+    parts = sum(2 * trained[name].numel // zero.world_size for name in apart)
+    largest = 0 if zero.norm_in_pieces else max(touched[rank].values(), default=0)
+    candidates.append(Candidate("step, gradient norm", {"gradients": kept + parts, "workspace": norm_bytes(largest)}))
+    pieces = sum(group[0].name not in apart for group in groups)  # groups whose gradients are in the buffer
+    for group, size in zip(groups, sizes):
         converted = zero.state_bytes * size if zero.state_bytes != 2 else 0
-        candidates.append(Candidate("step", {"gradients": remaining + flat + converted}))
-        remaining -= min(remaining, flat)
+        flat = 0 if group[0].name in apart else 2 * size
+        candidates.append(Candidate("step", {"gradients": kept + parts + flat + converted}))
+        if group[0].name in apart:
+            parts -= 2 * size
+        else:
+            pieces -= 1
+            kept = max(0, kept - flat) if pieces else 0
     return candidates
 
 
