@@ -1,6 +1,7 @@
 """Predictions of runs with offload against what was measured on one H200, 2026-11-22 (Llama-3.1-8B, r = 16)."""
 
 import dataclasses
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from ds_mofa.profiler.predict import Setting, predict
 
 predictions = sys.modules["ds_mofa.profiler.predict"]
-LLAMA = str(Path(__file__).resolve().parents[2] / "configs/models/llama-3.1-8b.json")
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA = str(ROOT / "configs/models/llama-3.1-8b.json")
 COMMON = {"rank": 16, "checkpointing": True, "liger": True, "bucket": 20_000_000}
 STAGE2 = Setting(LLAMA, "MoFaSGD", zero=2, offload="optimizer", **COMMON)
 
@@ -58,3 +60,20 @@ def test_adamw_leaves_only_weights_and_what_passes():
     assert "AdamW states" not in off["categories"] and "master weights" not in off["categories"]
     moved = on["categories"]["AdamW states"] + on["categories"]["master weights"]
     assert off["host"] > moved and off["allocated"] < on["allocated"] - moved
+
+
+def test_the_table_of_capacities_is_what_the_command_prints():
+    command = [sys.executable, str(ROOT / "profiling/capacity.py"), "--model_configs", LLAMA, "--optimizers", "MoFaSGD"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\n") == 2 + 5
+    table = (ROOT / "docs/capacity.md").read_text()
+    assert [line for line in run.stdout.splitlines() if line not in table] == []
+
+
+def test_what_offload_of_the_optimizer_takes_is_shared_out_by_the_ranks():
+    """18 bytes a parameter that AdamW trains."""
+    few, many = (
+        predict(Setting(LLAMA, "AdamW", zero=3, gpus=gpus, offload="optimizer", **COMMON))["host"] for gpus in (8, 64)
+    )
+    assert few == pytest.approx(18 * 8_030_261_248 / 8, rel=1e-6) and few == pytest.approx(8 * many, rel=1e-6)
