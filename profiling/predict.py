@@ -56,6 +56,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adamw_reduce", default="step", choices=["step", "micro_batch"], help="MoFaSGD's option, in ZeRO-2"
     )
+    parser.add_argument(
+        "--offload",
+        choices=["optimizer", "param"],
+        help="DeepSpeed's offload_optimizer to the host, or that and offload_param",
+    )
     parser.add_argument("--output", help="JSON file to write")
     return parser
 
@@ -70,6 +75,8 @@ def table(predictions: dict[str, dict]) -> str:
             lines.append(f"| {category} | " + " | ".join(cells) + " |")
     lines.append("| **allocated** | " + " | ".join(gb(column["allocated"]) for column in columns) + " |")
     lines.append("| **on the device** | " + " | ".join(gb(column["total"]) for column in columns) + " |")
+    if any(column["host"] for column in columns):
+        lines.append("| **offloaded to the host** | " + " | ".join(gb(column["host"]) for column in columns) + " |")
     lines.append("| peak at | " + " | ".join(column["when"] for column in columns) + " |")
     return "\n".join(lines)
 

@@ -13,14 +13,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ds_mofa.options import Options
-from ds_mofa.partition import Layout
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.gathering import gathered
+from ds_mofa.profiler.offload import host_bytes, offloaded_candidates
 from ds_mofa.profiler.reserve import reserved_by_plain_loop
 from ds_mofa.profiler.reserve_zero import reserved_by_stage3, reserved_by_stage12
 from ds_mofa.profiler.setting import OPTIMIZERS, Setting
 from ds_mofa.profiler.simulate import MicroBatch, Parameter, PredictionError, simulate
+from ds_mofa.profiler.step_workspace import layout_of, step_workspace
 from ds_mofa.profiler.zero import (
     Candidate,
     ZeroSettings,
@@ -28,7 +28,6 @@ from ds_mofa.profiler.zero import (
     stage3_step,
     stage12_candidates,
 )
-from ds_mofa.subbatches import split, temporaries
 
 __all__ = ["OPTIMIZERS", "PredictionError", "Setting", "on_host", "predict"]
 
@@ -52,7 +51,7 @@ def predict(setting: Setting, process: int | None = None) -> dict[str, Any]:
 
     Returns:
         ``allocated``, by PyTorch's allocator; ``total``, as NVML would see it; ``categories``, which add up to
-        ``total``; ``when`` the peak is; ``setting``.
+        ``total``; ``host``, what is offloaded to the host; ``when`` the peak is; ``setting``.
 
     Raises:
         PredictionError: a setting that cannot be predicted.
@@ -81,6 +80,7 @@ def predict(setting: Setting, process: int | None = None) -> dict[str, Any]:
         "allocated": round(allocated),
         "total": sum(categories.values()),
         "categories": categories,
+        "host": _host(setting, batch, process),
         "when": peak.when,
         "setting": dataclasses.asdict(setting),
     }
@@ -147,17 +147,33 @@ def _always(setting: Setting, batch: MicroBatch) -> dict[str, int]:
     weights = 2 * _numbers(batch.parameters)
     sharded = _numbers(trained) // (N if setting.zero else 1)
     parts: dict[str, int] = {"weights": weights // N if setting.zero == 3 else weights}
+    if setting.offload == "param":  # but for what stage 3 keeps gathered
+        least = _zero(setting).stage3_param_persistence_threshold
+        parts["weights"] = 2 * _numbers([p for p in batch.parameters if p.numel <= least])
     state = 2 if setting.zero is None or setting.states == "bf16" else 4
-    if setting.zero is not None and not (state == 2 and setting.optimizer == "MoFaSGD" and setting.zero < 3):
+    if (
+        setting.zero is not None
+        and not setting.offload
+        and not (state == 2 and setting.optimizer == "MoFaSGD" and setting.zero < 3)
+    ):
         # ds_mofa lets a bf16 partition be its own master in stages 1 and 2.
         parts["master weights"] = state * sharded
-    parts |= _moments(setting, trained, sharded, state)
+    if not setting.offload:
+        parts |= _moments(setting, trained, sharded, state)
     if setting.optimizer == "MoFaSGD":
-        matrices = [((p.shape[0], p.shape[1]), 0) for p in batch.parameters if p.kind == "matrix"]
-        layout = Layout(matrices, setting.rank, N)
+        layout = layout_of(setting, batch)
         parts["sketches"] = 4 * layout.numel
-        parts["factors"] = 2 * layout.numel + 4 * layout.segment
+        parts["factors"] = 2 * layout.numel + (0 if setting.offload else 4 * layout.segment)
     return parts
+
+
+def _host(setting: Setting, batch: MicroBatch, process: int) -> int:
+    """Bytes that offload puts into host memory; 0 without."""
+    if not setting.offload:
+        return 0
+    segment = layout_of(setting, batch).segment if setting.optimizer == "MoFaSGD" else 0
+    weights = _numbers(batch.parameters)
+    return host_bytes(_zero(setting), _groups(setting, batch), weights, segment, process, setting.offload == "param")
 
 
 def _moments(setting: Setting, trained: list[Parameter], sharded: int, state: int) -> dict[str, int]:
@@ -187,11 +203,13 @@ def _highest(setting: Setting, batch: MicroBatch, process: int | None) -> tuple[
 
 def _candidates(setting: Setting, batch: MicroBatch, process: int) -> list[Candidate]:
     groups = _groups(setting, batch)
-    if setting.zero in (1, 2):
+    if setting.offload:
+        found = offloaded_candidates(_zero(setting), groups, batch, setting.micro_batches, process)
+    elif setting.zero in (1, 2):
         found = stage12_candidates(_zero(setting), groups, batch, setting.micro_batches, process)
     else:
         found = _other_candidates(setting, batch)
-    step = _step_workspace(setting, batch)
+    step = step_workspace(setting, batch)
     return [
         dataclasses.replace(c, extra={**c.extra, "workspace": c.extra.get("workspace", 0) + step})
         if c.when == "step"
@@ -250,24 +268,10 @@ def _other_candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
     return [*found, Candidate("step", step)]
 
 
-def _step_workspace(setting: Setting, batch: MicroBatch) -> int:
-    """Temporaries of the optimizer step; a fused AdamW has none."""
-    matrices = [p for p in batch.parameters if p.kind == "matrix"]
-    if setting.optimizer == "MoFaSGD":
-        layout = Layout([((p.shape[0], p.shape[1]), 0) for p in matrices], setting.rank, setting.gpus)
-        batches = [
-            batch for rank in range(setting.gpus) for batch in split(layout.owned_by(rank), Options().update_bytes)
-        ]
-        return 4 * layout.segment + max(map(temporaries, batches))  # the reduced sketches, and the update's
-    if setting.optimizer == "Muon":  # Newton-Schulz in bf16: the update, its Gram matrix twice, one product
-        return max(2 * (2 * p.numel + 2 * min(p.shape) ** 2) for p in matrices)
-    if setting.optimizer == "GaLore":  # the update projected back, and an SVD's fp32 copy of one gradient
-        return max(6 * p.numel for p in matrices)
-    return 0
-
-
 def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocated: int, process: int) -> int:
-    """Reserved and unused at the peak, where the allocator's rules can be played through; 0 in stage 0."""
+    """Reserved and unused at the peak, where the allocator's rules can be played through; 0 in stage 0 and with offload."""
+    if setting.offload:
+        return 0
     trained = _trained(setting, batch)
     buffers = [always[name] for name in ("sketches", "factors", "other optimizer states") if name in always]
     if setting.zero is None:

@@ -30,6 +30,7 @@ class Setting:
         prefetch: DeepSpeed's stage3_prefetch_bucket_size, elements.
         leaf: whether stage 3 gathers a decoder layer as one, DeepSpeed's leaf_module.
         adamw_reduce: ds_mofa's option of that name: "step", or "micro_batch".
+        offload: None, "optimizer" (DeepSpeed's offload_optimizer, to the host) or "param" (that and offload_param).
     """
 
     model_config: str
@@ -48,6 +49,7 @@ class Setting:
     prefetch: int = 100_000_000
     leaf: bool = False
     adamw_reduce: str = "step"
+    offload: str | None = None
 
     def __post_init__(self):
         names = {name.lower(): name for name in OPTIMIZERS}
@@ -69,3 +71,9 @@ class Setting:
             raise PredictionError("bf16 states at ZeRO stage 0: DeepSpeed keeps fp32 ones there. Use stage 1 or 2")
         if self.optimizer == "GaLore" and self.zero is not None:
             raise PredictionError("GaLore does not run under ZeRO: predict it with --zero none")
+        if self.offload not in (None, "optimizer", "param"):
+            raise PredictionError(f"offload is {self.offload!r}: give optimizer or param, or leave it out")
+        if self.offload and (self.optimizer not in ("AdamW", "MoFaSGD") or self.zero not in (1, 2, 3)):
+            raise PredictionError("offload is predicted of AdamW and MoFaSGD in ZeRO stages 1 to 3: give one of these")
+        if self.offload == "param" and self.zero != 3:
+            raise PredictionError(f"offload is 'param' at ZeRO stage {self.zero}: it needs stage 3, or give optimizer")

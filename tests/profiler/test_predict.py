@@ -170,6 +170,9 @@ def test_one_micro_batch_needs_no_gradients_at_the_loss():
         ({"rank": 0}, "rank is 0"),
         ({"states": "fp8"}, "give fp32 or bf16"),
         ({"optimizer": "GaLore", "zero": 2}, "GaLore does not run under ZeRO"),
+        ({"offload": "nvme", "zero": 3}, "offload is 'nvme'"),
+        ({"offload": "optimizer"}, "ZeRO stages 1 to 3"),
+        ({"offload": "param", "zero": 2}, "needs stage 3"),
         ({"model_config": "missing.json"}, "missing.json: no model shape"),
     ],
 )

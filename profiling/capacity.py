@@ -1,0 +1,87 @@
+"""How many GPUs of a size hold a training step, by prediction.
+
+    python profiling/capacity.py
+    python profiling/capacity.py --model_configs configs/models/llama-3.1-8b.json --tokens 4096
+
+Prints, for each model, optimizer and size of card, the smallest number of GPUs and in brackets the host memory that each
+needs, in GB. One sequence a micro-batch, two micro-batches a step, activations checkpointed, liger-kernel's operators,
+small buckets. What a card has to hold is what PyTorch's allocator has in use, the CUDA context and NCCL; the
+allocator's slack, which shrinks when memory is short, is not in it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from ds_mofa.profiler.predict import Setting, predict
+
+CARDS = {"16 GiB": 16 << 30, "24 GiB": 24 << 30, "40 GiB": 40 << 30, "80 GiB": 80 << 30, "141 GB": 141 * 10**9}
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+WAYS = {
+    "ZeRO-2": {"zero": 2},
+    "ZeRO-2, optimizer offloaded": {"zero": 2, "offload": "optimizer"},
+    "ZeRO-3": {"zero": 3},
+    "ZeRO-3, optimizer offloaded": {"zero": 3, "offload": "optimizer"},
+    "ZeRO-3, parameters too": {"zero": 3, "offload": "param"},
+}
+# Of the one run in stage 3 with offload that was measured: 9.12 GB allocated, 6.21 predicted (docs/capacity.md).
+SHORT = 9.12 / 6.21
+
+
+def main() -> None:
+    shapes = [str(ROOT / f"configs/models/llama-3.1-{size}.json") for size in ("8b", "70b", "405b")]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_configs", nargs="+", default=shapes, help="shapes, such as configs/models/*.json")
+    parser.add_argument("--optimizers", nargs="+", default=["AdamW", "MoFaSGD"])
+    parser.add_argument("--rank", type=int, default=8, help="of MoFaSGD")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
+    args = parser.parse_args()
+    print(f"| model, optimizer | card | {' | '.join(WAYS)} |\n|---|---|{'---|' * len(WAYS)}")
+    for path in args.model_configs:
+        for optimizer in args.optimizers:
+            setting = Setting(
+                path, optimizer, zero=3, seq=args.tokens, micro_batches=2, rank=args.rank, checkpointing=True,
+                liger=True, bucket=20_000_000, prefetch=50_000_000, leaf=True,
+            )  # fmt: skip
+            columns = [smallest(setting, way) for way in WAYS.values()]
+            for card in CARDS:
+                cells = " | ".join(column[card] for column in columns)
+                print(f"| {Path(path).stem}, {optimizer} | {card} | {cells} |", flush=True)
+
+
+def smallest(setting: Setting, way: dict) -> dict[str, str]:
+    """By card, the fewest GPUs that hold a step run this way, with each one's host memory; a dash where none of
+    :data:`GPUS` does.
+    """
+    found = dict.fromkeys(CARDS, "-")
+    for gpus in GPUS:
+        need, host = needs(Setting(**{**vars(setting), **way, "gpus": gpus}))
+        for card, size in CARDS.items():
+            if found[card] == "-" and need <= size:
+                found[card] = f"{gpus} ({host / 1e9:.0f})" if host else str(gpus)
+        # Whole weights that the largest card does not hold will not fit on more of them.
+        if "-" not in found.values() or (way["zero"] == 2 and gpus == 1 and weights(setting) > max(CARDS.values())):
+            break
+    return found
+
+
+def weights(setting: Setting) -> int:
+    """Bytes of all of them."""
+    return predict(Setting(setting.model_config, setting.optimizer, zero=3, liger=True))["categories"]["weights"]
+
+
+def needs(setting: Setting) -> tuple[int, int]:
+    """Bytes of the device, and of the host, that one rank cannot do without."""
+    found = predict(setting)
+    categories = found["categories"]
+    need = found["total"] - categories.get("allocator slack", 0)
+    if setting.zero == 3 and setting.offload:
+        need += round((SHORT - 1) * (found["allocated"] - categories.get("weights", 0)))
+    return need, found["host"]
+
+
+if __name__ == "__main__":
+    main()
