@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(run: str, args: argparse.Namespace, out: Path) -> list[dict]:
-    """One run in its own process (or processes): what the worker measured of each shape, or the end of what it printed."""
+    """One run in its own process (or processes): what its worker measured of each shape, or the end of its output."""
     name = run.replace(":", "_").replace("=", "")
     result_file, log = out / f"{name}.json", out / f"{name}.log"
     result_file.unlink(missing_ok=True)

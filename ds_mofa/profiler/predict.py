@@ -269,7 +269,7 @@ def _other_candidates(setting: Setting, batch: MicroBatch) -> list[Candidate]:
 
 
 def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocated: int, process: int) -> int:
-    """Reserved and unused at the peak, where the allocator's rules can be played through; 0 in stage 0 and with offload."""
+    """Reserved and unused at the peak, where the allocator's rules can be replayed; 0 in stage 0 and with offload."""
     if setting.offload:
         return 0
     trained = _trained(setting, batch)

@@ -1,4 +1,4 @@
-"""What PyTorch's caching allocator will reserve under ZeRO (DeepSpeed 0.19): initialisation and two steps, played through.
+"""What PyTorch's caching allocator will reserve under ZeRO (DeepSpeed 0.19): construction and two steps, replayed.
 
 Each stream has blocks of its own: the reduction's are counted here beside the default stream's, those that whole weights
 are gathered into in :mod:`ds_mofa.profiler.gathering`.

@@ -233,8 +233,9 @@ def label(
     """Say what each allocation is.
 
     What an inventory has seen is what the inventory says; but an output gradient that waits for its sketch is named by
-    its birth, for liger-kernel writes some over activations, which they are at the peak. Of the rest, what was born in forward is an activation, and
-    what was born in any other phase a temporary; what was there before and belongs to nobody stays unexplained.
+    its birth, for liger-kernel writes some over activations, which they are at the peak. Of the rest, what was born in
+    forward is an activation, and what was born in any other phase a temporary; what was there before and belongs to
+    nobody stays unexplained.
 
     Args:
         allocations: of one device; their ``category`` is set.

@@ -28,8 +28,9 @@ def train(run: Run, task: Task, device_name: str) -> dict[str, Any]:
         A JSON object: ``train_loss`` of every step; ``evaluations`` on "dev", each with its ``step``, the ``seconds``
         of training and the ``units`` trained on until then; ``test``, an evaluation; ``diverged_at``, the step of the
         first loss or evaluation that was not finite, or None (else there is no ``test`` and no speed);
-        ``units_per_second``, without the steps before the first evaluation, which also warm up; in bytes ``state_bytes``, ``peak_allocated`` (of
-        PyTorch's CUDA allocator during training; None on a CPU) and ``peak_resident`` (of this whole process);
+        ``units_per_second``, without the steps before the first evaluation, which also warm up; in bytes
+        ``state_bytes``, ``peak_allocated`` (of PyTorch's CUDA allocator during training; None on a CPU) and
+        ``peak_resident`` (of this whole process);
         ``trained_parameters``; ``control``, hashes of what all runs of a seed must share; ``environment``.
     """
     device, training = torch.device(device_name), run.training
