@@ -37,6 +37,8 @@ def make_trainer(run: str, path: str, micro_batches: int, device: torch.device):
     backend, optimizer, options = parse_run(run)
     if "card" in options:
         pretend_to_be(float(options["card"]) * 2**30, device)
+    if backend == "torch" and optimizer.lower() == "lora":
+        return LoRATrainer(path, options, micro_batches, device)
     if backend == "torch":
         return TorchTrainer(path, optimizer, options, micro_batches, device)
     return DeepSpeedTrainer(path, backend, optimizer, options, micro_batches, device)
@@ -99,6 +101,21 @@ class TorchTrainer:
 
     def versions(self) -> dict:
         return {}
+
+
+class LoRATrainer(TorchTrainer):
+    """The same loop with peft's LoRA on every linear of the layers, adapters and AdamW's states in bf16."""
+
+    def __init__(self, path: str, options: dict, micro_batches: int, device: torch.device):
+        from peft import LoraConfig, get_peft_model
+
+        base, self.micro_batches = build_model(path, options, device), micro_batches
+        config = LoraConfig(r=int(options.get("r", 8)), target_modules="all-linear", lora_dropout=0.0)
+        # peft's default makes the adapters fp32, and with them a second, fp32 copy of every input.
+        self.model = get_peft_model(base, config, autocast_adapter_dtype=False)
+        self.config, self.parameters = base.config, sum(p.numel() for p in self.model.parameters())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
 
 
 class DeepSpeedTrainer:

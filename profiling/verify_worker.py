@@ -54,7 +54,7 @@ def main() -> None:
             torch.cuda.set_device(device)
         torch.manual_seed(0)
         worker, trainers = load_worker()
-        trainer = make_trainer(trainers, args.run, args.model_config, micro_batches, device)
+        trainer = trainers.make_trainer(args.run, args.model_config, micro_batches, device)
         if not cuda and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from launch.distributed import unlink_shared_buffer  # brings in what only the training command needs
 
@@ -107,38 +107,6 @@ def load_worker():
     import trainers
 
     return throughput_worker, trainers
-
-
-def make_trainer(trainers, run: str, model_config: str, micro_batches: int, device: torch.device):
-    """The trainer of profiling/throughput.py for BACKEND:OPTIMIZER[:OPTION=VALUE...], or LoRA's."""
-    _, optimizer, options = trainers.parse_run(run)
-    if optimizer.lower() == "lora":
-        return LoRATrainer(trainers, model_config, options, micro_batches, device)
-    return trainers.make_trainer(run, model_config, micro_batches, device)
-
-
-class LoRATrainer:
-    """A plain loop on one GPU: peft's LoRA on every linear of the layers, adapters and AdamW's states in bf16."""
-
-    def __init__(self, trainers, path: str, options: dict, micro_batches: int, device: torch.device):
-        from peft import LoraConfig, get_peft_model
-
-        base, self.micro_batches = trainers.build_model(path, options, device), micro_batches
-        self.config = base.config
-        config = LoraConfig(r=int(options.get("r", 8)), target_modules="all-linear", lora_dropout=0.0)
-        # peft's default makes the adapters fp32, and with them a second, fp32 copy of every input.
-        self.model = get_peft_model(base, config, autocast_adapter_dtype=False)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
-
-    def accumulate(self, ids: torch.Tensor) -> torch.Tensor:
-        loss = self.model(input_ids=ids, labels=ids).loss
-        (loss / self.micro_batches).backward()
-        return loss.detach()
-
-    def step(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ class GradientMixin:
     *Without detours.* DeepSpeed copies a gradient into a flat buffer, all-reduces it and copies this rank's piece back
     into the gradient, from there into a second buffer and flat again for the step. Where a group is one parameter whose
     partitions cover it exactly (``scattered``), a single reduce-scatter gives each rank its partition: half as much is
-    sent, nothing is copied, and the gradient itself is gone.
+    sent, nothing is copied, and the gradient itself is gone. (The second buffer, which the small parameters still go
+    through, DeepSpeed makes as large as before.)
 
     *Without float64 copies.* DeepSpeed takes the norm of a gradient from a float64 copy of it, 4.2 GB for an output head
     of 525 M parameters: the highest peak there is where activations are checkpointed. Here it is taken in pieces.
