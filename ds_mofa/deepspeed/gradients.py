@@ -26,8 +26,8 @@ class GradientMixin:
     *Without detours.* DeepSpeed copies a gradient into a flat buffer, all-reduces it and copies this rank's piece back
     into the gradient, from there into a second buffer and flat again for the step. Where a group is one parameter whose
     partitions cover it exactly (``scattered``), a single reduce-scatter gives each rank its partition: half as much is
-    sent, nothing is copied, and the gradient itself is gone. (The second buffer, which the small parameters still go
-    through, DeepSpeed makes as large as before.)
+    sent, nothing is copied, and the gradient itself is gone. The second buffer, which the small parameters still go
+    through, has room for those alone.
 
     *Without float64 copies.* DeepSpeed takes the norm of a gradient from a float64 copy of it, 4.2 GB for an output head
     of 525 M parameters: the highest peak there is where activations are checkpointed. Here it is taken in pieces.
@@ -78,6 +78,14 @@ class GradientMixin:
         elif self.is_gradient_accumulation_boundary() and param.grad is not None:
             grad, param.grad = param.grad, None
             self._scatter(grad, i)
+
+    def copy_grads_in_partition(self, param, group_idx=None):
+        if self.scattered and self.grads_in_partition is None:  # DeepSpeed would make room for all groups
+            copied = [g for i, g in enumerate(self.params_in_partition) if i not in self.scattered]
+            numel = sum(p.numel() for group in copied for p in group)
+            self.grads_in_partition = torch.empty(numel, dtype=self.dtype, device=param.device)
+            self.grads_in_partition_offset = 0
+        super().copy_grads_in_partition(param, group_idx)
 
     def clear_backward_seen_flag(self):  # every forward calls it
         super().clear_backward_seen_flag()

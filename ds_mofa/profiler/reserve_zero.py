@@ -58,7 +58,7 @@ def reserved_by_stage12(
             allocator.alloc(state_bytes * size)
         allocator.free(gradient)
     numels = {param.name: param.numel for group in groups for param in group}
-    kept_whole = 2 * sum(numels[name] for name in touched[rank])  # room for scattered ones too
+    kept_whole = 2 * sum(numels[name] for name in mine)
     for _ in range(2):
         kept: list[tuple] = []
         parts: dict[str, tuple] = {}

@@ -111,7 +111,7 @@ def stage12_candidates(
     apart = scattered(zero, groups)
     mine = {name: elements for name, elements in touched[rank].items() if name not in apart}
     whole = 2 * sum(p.numel for p in trained.values())
-    kept = 2 * sum(trained[name].numel for name in touched[rank]) if mine else 0
+    kept = 2 * sum(trained[name].numel for name in mine)
     before = (whole if zero.reduces_once else kept) if micro_batches > 1 else 0
     buffers = (2 if zero.overlap_comm else 1) * 2 * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     candidates = []

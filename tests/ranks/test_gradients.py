@@ -40,12 +40,18 @@ def both_ways(stage: int, overlap: bool) -> dict:
 
 
 def sent(stage: int) -> dict:
+    rooms, copy = [], GradientMixin.copy_grads_in_partition
+
+    def copied(self, *args):
+        copy(self, *args)
+        rooms.append(self.grads_in_partition.numel())
+
     with large_apart(), engine_for(config(stage, micro=3), toy(Padded)) as engine:
         first, second = batches(2)
         train_step(engine, first)
-        with watched() as calls:
+        with watched() as calls, mock.patch.object(GradientMixin, "copy_grads_in_partition", copied):
             train_step(engine, second)
-        return {"calls": calls}
+        return {"calls": calls, "rooms": rooms}
 
 
 def asked(coalesced: bool) -> dict:
@@ -104,6 +110,8 @@ def test_they_are_sent_once_a_step_and_half_as_far(ran):
         calls = [(name, size) for package, name, size in result["calls"] if package == "deepspeed"]
         assert calls.count(("reduce_scatter_tensor", LARGE)) == 2
         assert max(size for name, size in calls if name in ("all_reduce", "reduce")) < LARGE // 2
+    rooms = [room for result in ran.ranks for room in result["rooms"]]
+    assert rooms and max(rooms) < LARGE // 2  # DeepSpeed's buffer for what is not scattered
 
 
 @on_ranks(asked, coalesced=[False, True])
