@@ -12,10 +12,19 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
+
+# A script's first import folder is its own; this makes it the repository's, from wherever it is run.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_mofa.options import Options
+from ds_mofa.partition import Layout
+from ds_mofa.subbatches import split
 
 FP64, FP32, BF16 = 8, 4, 2  # bytes
 KERNELS = 140  # of one layer's forward and backward
+LAUNCHES = {"reduce": 100, "factor update": 470, "apply": 100}  # the update's are of one sub-batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Machine:
         zero_adamw: seconds per parameter of a rank's partition of DeepSpeed's whole AdamW step, fp32 states;
             ``zero_floor`` what it takes with none, ``zero3_floor`` in stage 3.
         svd: seconds per core and r^3; ``svd_floor`` what a batch takes however small.
-        update_floor: seconds in which the host launches the factor update.
+        launch: seconds in which the host launches one of the step's operations.
         network: bytes/s per GPU and direction; ``latency`` seconds per message and log2(GPUs).
     """
 
@@ -91,10 +100,10 @@ class Machine:
     adamw: float = 7.5e-3 / 1.05e9
     zero_adamw: float = 30e-12
     zero_floor: float = 5e-3
-    zero3_floor: float = 12e-3
+    zero3_floor: float = 11e-3
     svd: float = 28.3e-3 / (224 * 128**3)
     svd_floor: float = 1e-3
-    update_floor: float = 9.5e-3
+    launch: float = 20e-6
     network: float = 380e9
     latency: float = 20e-6
 
@@ -128,19 +137,24 @@ def optimizer_step(model: Model, rank: int, gpus: int, stage: int | None, machin
     def send(sent: float) -> float:
         return sent / machine.network + machine.latency * math.log2(gpus) if gpus > 1 else 0.0
 
+    def launched(part: str) -> float:
+        return LAUNCHES[part] * machine.launch
+
     flat = rank * model.sides * FP32
     grams = 6 * FP32 + 4 * FP64  # U and Y read, [U Y] written and read in float64, per element of the factors
     gram_flops = 8 * r * share
     reduce_bytes = 3 * flat + grams * share
     reduce = Part("reduce", reduce_bytes, gram_flops, flat * away, 1)
-    reduce = _timed(reduce, reduce_bytes / machine.copy + gram_flops / machine.gemm64 + send(reduce.sent))
+    seconds = reduce_bytes / machine.copy + gram_flops / machine.gemm64
+    reduce = _timed(reduce, max(launched("reduce"), seconds) + send(reduce.sent))
 
     moved = 200 * share  # docs/cost_model.md counts them
     flops = 20 * r * share
     cores = len(model.matrices) / gpus
     svd = machine.svd_floor + machine.svd * cores * r**3
     update = Part("factor update", moved, flops)
-    update = _timed(update, max(machine.update_floor, moved / machine.copy + flops / machine.gemm64 + svd))
+    host = sub_batches(model, rank, gpus) * (launched("factor update") + svd_launches(rank) * machine.launch)
+    update = _timed(update, max(host, moved / machine.copy + flops / machine.gemm64 + svd))
 
     working = rank * model.sides * BF16
     gather = Part("gather", 2 * working / gpus, 0.0, working * away, 1)
@@ -148,7 +162,8 @@ def optimizer_step(model: Model, rank: int, gpus: int, stage: int | None, machin
 
     held = model.elements / (gpus if stage == 3 else 1)
     written = 2 * BF16 * held
-    apply = _timed(Part("apply", written, 2 * r * held), written / (machine.write * machine.copy))
+    seconds = max(launched("apply"), written / (machine.write * machine.copy))
+    apply = _timed(Part("apply", written, 2 * r * held), seconds)
 
     if stage is None:
         adamw = _timed(Part("AdamW", 7 * BF16 * model.adamw), machine.adamw * model.adamw)
@@ -159,6 +174,18 @@ def optimizer_step(model: Model, rank: int, gpus: int, stage: int | None, machin
         seconds = floor + machine.zero_adamw * part + send(sent)
         adamw = _timed(Part("AdamW", 34 * part, 0.0, sent, 1), seconds)
     return [reduce, adamw, update, gather, apply]
+
+
+def sub_batches(model: Model, rank: int, gpus: int) -> int:
+    """How many times a rank launches the factor update; see ``Options.update_bytes``."""
+    layout = Layout([(shape, 0) for shape in model.matrices], rank, gpus)
+    return len(split(layout.owned_by(0), Options.update_bytes))
+
+
+def svd_launches(rank: int) -> int:
+    """Rounds of the block Jacobi SVD (ds_mofa/kernels/svd.py), by which cores of more than 64 columns are decomposed."""
+    columns = 2 * rank
+    return 17 * (-(-columns // 32) * 2 - 1) if columns > 64 else 0
 
 
 def micro_batch(model: Model, rank: int | None, tokens: int, machine: Machine) -> list[Part]:
