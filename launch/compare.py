@@ -9,6 +9,7 @@ docs/comparing.md says what is held fixed, and how to add a task or an optimizer
 """
 
 import argparse
+import contextlib
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from launch.comparison.isolation import in_own_process
+from launch.comparison.isolation import in_own_process, in_own_processes
 from launch.comparison.plan import Plan, load_plan
 from launch.comparison.report import write_report
 from launch.comparison.results import Results
@@ -33,30 +34,40 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU. Leave the option out to train on the CPU.")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs} must be at least 1.")
     plan = load_plan(args.plan, args.data_dir, args.optimizers, args.seeds)
     folder = args.output_dir or Path("out/comparisons") / plan.name
     with Results(folder / "results.jsonl") as results:
-        run_all(plan, results, folder, args.device)
+        run_all(plan, results, folder, args.device, args.jobs)
         table = write_report(plan, results.rows, folder)
     print(f"\n{table}\nreport: {folder / 'report.html'}, and summary.md beside it")
 
 
-def run_all(plan: Plan, results: Results, folder: Path, device: str) -> None:
-    """Make the runs that are not in ``results`` yet."""
+def run_all(plan: Plan, results: Results, folder: Path, device: str, jobs: int) -> None:
+    """Make the runs that are not in ``results`` yet, ``jobs`` at a time."""
     waiting = [run for run in plan.runs if run.key not in results.rows]
-    print(f"{plan.name}: {len(plan.runs)} runs, {len(plan.runs) - len(waiting)} of them done, on {device}", flush=True)
-    if waiting:
-        settings = [setting for setting in plan.settings if any(run.setting is setting for run in waiting)]
-        in_own_process(check_settings, settings, plan.training, plan.task, device=device)
+    jobs = max(1, min(jobs, len(waiting)))
+    at_a_time = f", {jobs} at a time" if jobs > 1 else ""
+    print(f"{plan.name}: {len(plan.runs)} runs, {len(plan.runs) - len(waiting)} of them done, on {device}{at_a_time}")
+    sys.stdout.flush()
+    if not waiting:
+        return
+    settings = [setting for setting in plan.settings if any(run.setting is setting for run in waiting)]
+    in_own_process(check_settings, settings, plan.training, plan.task, device=device)
+    left = {seed: sum(run.seed == seed for run in waiting) for seed in plan.seeds}
     started = time.monotonic()
-    for number, run in enumerate(waiting, start=1):
-        row = in_own_process(train, run, plan.task, device=device)
-        setting = {"label": run.setting.label, "optimizer": run.setting.optimizer, "options": run.setting.options}
-        results.append({"key": run.key, **setting, "seed": run.seed, **row})
-        left = (time.monotonic() - started) / number * (len(waiting) - number)
-        print(f"[{number}/{len(waiting)}] {run}: {outcome(plan, row)}; about {left / 60:.0f} min left", flush=True)
-        if number < len(waiting) and waiting[number].seed != run.seed:
-            write_report(plan, results.rows, folder)
+    calls = [(run, plan.task) for run in waiting]
+    with contextlib.closing(in_own_processes(train, calls, device=device, jobs=jobs)) as ended:
+        for number, (index, row) in enumerate(ended, start=1):
+            run = waiting[index]
+            setting = {"label": run.setting.label, "optimizer": run.setting.optimizer, "options": run.setting.options}
+            results.append({"key": run.key, **setting, "seed": run.seed, "jobs": jobs, **row})
+            minutes = (time.monotonic() - started) / number * (len(waiting) - number) / 60
+            print(f"[{number}/{len(waiting)}] {run}: {outcome(plan, row)}; about {minutes:.0f} min left", flush=True)
+            left[run.seed] -= 1
+            if left[run.seed] == 0 and number < len(waiting):
+                write_report(plan, results.rows, folder)
 
 
 def outcome(plan: Plan, row: dict) -> str:
@@ -73,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="default: out/comparisons/NAME, by the YAML's file name")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these of the YAML's")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these of the YAML's")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on the device; default: 1")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 

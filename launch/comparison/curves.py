@@ -48,10 +48,11 @@ def charts(summary: Summary) -> list[Chart]:
         return []
     scale = 100 if task.percent else 1
     metric = f"dev {task.metric}" + (" (%)" if task.percent else "")
+    seconds = "seconds of training" + f", up to {summary.jobs} runs at once" * (summary.jobs > 1)
     drawn = [
         _chart(summary, best, f"dev_{task.metric}_by_step", "step", metric, _evaluated(task.metric, "step", scale)),
         _chart(
-            summary, best, f"dev_{task.metric}_by_second", "seconds of training", metric,
+            summary, best, f"dev_{task.metric}_by_second", seconds, metric,
             _evaluated(task.metric, "seconds", scale),
         ),
     ]  # fmt: skip
