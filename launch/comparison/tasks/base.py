@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,6 +41,9 @@ class Task(abc.ABC):
             UserError: a file is missing.
         """
 
+    def prepare(self) -> None:
+        """Read what every run needs, once: it goes along when the task is sent to a run's process."""
+
     @abc.abstractmethod
     def model(self, seed: int) -> nn.Module:
         """A new model on the CPU in fp32, whose weights depend on the seed alone; its forward returns a ``loss``."""
@@ -55,6 +59,12 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def units(self, batch: Batch) -> int:
         """How many of ``unit`` a batch has, of which the throughput is per second."""
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a trained model so that transformers can load it; LoRA's adapters become part of their matrices."""
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        model.save_pretrained(folder)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
