@@ -20,7 +20,7 @@ from launch.errors import UserError
 __all__ = ["in_own_process", "in_own_processes", "start_method"]
 
 _PRELOADED = ["launch.comparison.training", "launch.comparison.tasks", "launch.comparison.report"]
-_PROBE_SECONDS = 180.0  # until it has not started; the imports of a cold disk are in it
+_PROBE_SECONDS = 180.0  # that the server's imports and the GPU's first use may take
 
 
 def in_own_process(function: Callable[..., Any], *args: Any, device: str) -> Any:
@@ -79,7 +79,7 @@ def start_method(device: str) -> str:
         return "forkserver"
     receiver, process = _start(_context("forkserver"), None, _unusable, (device,))
     try:
-        reason = _result(receiver, process) if receiver.poll(_PROBE_SECONDS) else f"none in {_PROBE_SECONDS:.0f} s"
+        reason = _result(receiver, process) if receiver.poll(_PROBE_SECONDS) else f"no answer in {_PROBE_SECONDS:.0f} s"
     except (UserError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
     finally:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import logging as transformers_logging
 
 __all__ = ["Batch", "Split", "Task", "shuffled"]
 
@@ -64,6 +65,7 @@ class Task(abc.ABC):
         """Write a trained model so that transformers can load it; LoRA's adapters become part of their matrices."""
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
+        transformers_logging.disable_progress_bar()
         model.save_pretrained(folder)
 
     @torch.no_grad()

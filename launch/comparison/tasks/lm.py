@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers import logging as transformers_logging
 
 from launch.comparison.digests import digest_of_files
 from launch.comparison.tasks.base import Batch, Split, Task, shuffled
@@ -82,6 +83,7 @@ class LanguageModelling(Task):
         if self.model_config is not None:
             model = AutoModelForCausalLM.from_config(config_from_shape(self.model_config), **options)
         else:
+            transformers_logging.disable_progress_bar()
             try:
                 model = AutoModelForCausalLM.from_pretrained(self.pretrained, **options)
             except OSError as error:
