@@ -27,7 +27,6 @@ from launch.comparison.tasks.base import Batch, Task, to_device
 
 __all__ = ["check_settings", "kept_key", "rate", "train", "train_and_keep"]
 
-
 _RUN_FILE = "comparison_run.json"
 # MoFaSGD's first step is another than its second, so both compile.
 _COMPILING_STEPS = 2
@@ -45,7 +44,8 @@ def train(run: Run, task: Task, device_name: str, keep: Path | None = None) -> d
         first loss or evaluation that was not finite, or None (else there is no ``test`` and no speed);
         ``compiling_seconds``, those of the first two steps; ``units_per_second``, without the steps before the first
         evaluation, which also warm up; in bytes ``state_bytes``, ``peak_allocated`` (of PyTorch's CUDA allocator during
-        training; None on a CPU) and ``peak_resident`` (of this whole process); ``trained_parameters``; ``control``, hashes of what all runs of a seed must share; ``environment``.
+        training; None on a CPU) and ``peak_resident`` (of this whole process); ``trained_parameters``; ``control``,
+        hashes of what all runs of a seed must share; ``environment``.
     """
     device, training = torch.device(device_name), run.training
     model = task.model(run.seed)
@@ -160,7 +160,7 @@ def _products(matmul: str, device: torch.device) -> Iterator[None]:
         yield
         return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # sets PyTorch's old switch and its new one, and either may be read
     try:
         yield
     finally:

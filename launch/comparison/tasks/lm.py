@@ -142,7 +142,7 @@ class LanguageModelling(Task):
 
     @functools.cached_property
     def _blocks(self) -> tuple[np.ndarray, np.ndarray]:
-        """All whole examples of train.txt and of eval.txt, (examples, length) each; small, for every process gets them."""
+        """All whole examples of train.txt and of eval.txt, (examples, length) each. Small: they go to every process."""
         with self._files() as (train, held_out):
             return self._examples(train), self._examples(held_out)
 
