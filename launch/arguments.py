@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
@@ -21,6 +20,7 @@ from trl import SFTConfig
 from ds_mofa import OptionError
 from ds_mofa.deepspeed.build import read_options
 from launch.errors import UserError
+from launch.json_files import read_json
 from launch.profile import ProfileArguments
 
 # Starting points, not tuned values. MoFaSGD's update has a fixed size per step, so its scale differs from AdamW's.
@@ -168,35 +168,6 @@ def deepspeed_config_path(argv: list[str]) -> str:
             "--deepspeed configs/zero2_mofasgd.json."
         )
     return path
-
-
-def read_json(path: str, what: str) -> dict:
-    """Read a JSON object; ``what`` names its role in the error messages."""
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such file, given as {what}. Pass a path that exists (shipped ones: configs/).")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: unique(pairs, path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {what} is not UTF-8 ({error.reason}). Convert it to UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: {what} is not valid JSON ({error.msg}, column {error.colno}). Correct that line."
-        ) from None
-    except RecursionError:
-        raise UserError(f"{path}: {what} is not valid JSON (nested too deeply). Correct it.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: {what} must be a JSON object {{...}}, not a {type(content).__name__}.")
-    return content
-
-
-def unique(pairs: list[tuple[str, object]], path: str) -> dict:
-    """An object of a JSON file; of a key given twice, JSON readers drop the first in silence."""
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise UserError(f"{path}: the key {twice[0]!r} stands twice in one object. Keep one of them.")
-    return dict(pairs)
 
 
 def hardware_defaults() -> dict[str, object]:

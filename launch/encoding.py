@@ -7,9 +7,10 @@ The encoding is done here rather than by TRL because TRL masks chats only for th
 comparison of prefixes below works for any template that does not rewrite earlier messages, Llama 3.1's among them.
 """
 
+import functools
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template
 
 from launch.errors import UserError
 
@@ -25,7 +26,11 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.marked_template = template_with_answer_marks(tokenizer)
+
+    @functools.cached_property
+    def marked_template(self) -> str | None:
+        """For chats alone, so that texts need no TRL."""
+        return template_with_answer_marks(self.tokenizer)
 
     def __call__(self, shape: str, record: dict, where: str) -> dict[str, list[int]]:
         """Encode one record of a shape of ``records.SHAPES``, or a "piece" of a text file."""
@@ -131,6 +136,8 @@ def template_with_answer_marks(tokenizer: PreTrainedTokenizerBase) -> str | None
     """A chat template that marks the assistant's tokens: the tokenizer's own, TRL's variant of it, or None."""
     if tokenizer.chat_template is None:
         return None
+    from trl.chat_template_utils import get_training_chat_template
+
     try:
         # None means that the tokenizer's own template has the marks already.
         return get_training_chat_template(tokenizer) or tokenizer.chat_template

@@ -1,12 +1,12 @@
 """The model: pretrained weights, or random ones of a given shape."""
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from launch.arguments import ModelArguments, TrainingArguments, read_json
+from launch.arguments import ModelArguments, TrainingArguments
 from launch.errors import UserError
+from launch.shapes import check_vocabulary, config_from_shape
 
 
 def load_model(
@@ -40,37 +40,12 @@ def training_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def config_from_shape(path: str) -> PretrainedConfig:
-    """Read a model shape such as configs/models/llama-3.1-8b.json."""
-    shape = read_json(path, "the --model_config")
-    if "model_type" not in shape:
-        raise UserError(f'{path}: no "model_type", so the architecture is unknown. Add it, such as "llama".')
-    try:
-        config = AutoConfig.for_model(**shape)
-    except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"{path}: not a model that transformers can build ({error}). Correct it.") from error
-    # A config takes any key, so a misspelt one would leave its default in force.
-    known = type(config)()
-    unknown = [key for key in shape if not hasattr(known, key)]
-    if unknown:
-        raise UserError(f"{path}: {shape['model_type']} has no setting {', '.join(unknown)}. Correct or remove it.")
-    return config
-
-
 def build_model(config: PretrainedConfig, device: torch.device, **options) -> PreTrainedModel:
     """Make a model with random weights, on the device it will train on unless ZeRO-3 places it shard by shard."""
     if is_deepspeed_zero3_enabled():
         return AutoModelForCausalLM.from_config(config, **options)
     with device:
         return AutoModelForCausalLM.from_config(config, **options)
-
-
-def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model only {config.vocab_size}. Use the model's own "
-            "tokenizer, or a larger vocab_size in --model_config."
-        )
 
 
 def count_parameters(model: PreTrainedModel) -> int:

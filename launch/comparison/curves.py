@@ -11,7 +11,10 @@ from launch.comparison.summary import Outcome, Summary
 __all__ = ["COLORS", "Chart", "Series", "charts"]
 
 # By the place of the optimizer in the YAML; in the middle of the scale, to be seen on white and on black.
-COLORS = ("#2f7de1", "#d9730d", "#1f9d63", "#a15ce0", "#d8475a", "#1297a8", "#9a7440", "#7d8793")
+COLORS = (
+    "#2f7de1", "#d9730d", "#1f9d63", "#a15ce0", "#d8475a", "#1297a8",
+    "#9a7440", "#7d8793", "#b09a00", "#e06bb0", "#3f5fb5", "#a3402a",
+)  # fmt: skip
 
 _TRAIN_POINTS = 40
 
@@ -48,10 +51,11 @@ def charts(summary: Summary) -> list[Chart]:
         return []
     scale = 100 if task.percent else 1
     metric = f"dev {task.metric}" + (" (%)" if task.percent else "")
+    seconds = "seconds of training after the second step" + f", up to {summary.jobs} runs at once" * (summary.jobs > 1)
     drawn = [
         _chart(summary, best, f"dev_{task.metric}_by_step", "step", metric, _evaluated(task.metric, "step", scale)),
         _chart(
-            summary, best, f"dev_{task.metric}_by_second", "seconds of training", metric,
+            summary, best, f"dev_{task.metric}_by_second", seconds, metric,
             _evaluated(task.metric, "seconds", scale),
         ),
     ]  # fmt: skip
@@ -91,7 +95,8 @@ def _evaluated(metric: str, x: str, scale: float) -> Callable[[dict[str, Any]], 
     def points(row: dict[str, Any]) -> Points:
         # The evaluation before the first step is the same for all, and would squeeze the rest.
         entries = row["evaluations"][1:]
-        return [entry[x] for entry in entries], [scale * entry[metric] for entry in entries]
+        start = row.get("compiling_seconds", 0.0) if x == "seconds" else 0
+        return [entry[x] - start for entry in entries], [scale * entry[metric] for entry in entries]
 
     return points
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ class Training:
         warmup_steps: over which the learning rate rises linearly from 0.
         max_grad_norm: clip the gradient to this norm; null: do not clip.
         dtype: of the weights and of the computation.
+        matmul: fp32, or tf32 for the model's fp32 products on a GPU, forward and backward; optimizers compute in fp32.
     """
 
     steps: int
@@ -38,6 +40,7 @@ class Training:
     warmup_steps: int = 0
     max_grad_norm: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul: Literal["fp32", "tf32"] = "fp32"
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "eval_every"):
@@ -81,6 +84,11 @@ class Run:
     def __str__(self) -> str:
         return f"{self.setting}, seed {self.seed}"
 
+    @property
+    def file_name(self) -> str:
+        """Its name in letters that any file system and shell takes."""
+        return re.sub(r"[^\w.]+", "-", str(self))
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -106,6 +114,7 @@ def load_plan(
     data_dir: Path | None = None,
     labels: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
+    pretrained: str | None = None,
 ) -> Plan:
     """Read a comparison.
 
@@ -113,6 +122,7 @@ def load_plan(
         data_dir: folder of the data; None: the one that the YAML names.
         labels: optimizers to keep, by the YAML's names for them; None: all.
         seeds: seeds to keep; None: all.
+        pretrained: the model to start from, in the place of the one that the YAML names.
 
     Raises:
         UserError: something in it is unknown, missing, of the wrong type or out of its range; says which.
@@ -126,7 +136,8 @@ def load_plan(
     missing = [section for section in _SECTIONS if section not in content]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} must be given. See configs/comparisons/smoke.yaml.")
-    task = _task(content["task"], data_dir, f"{path}: task")
+    given = {"data_dir": data_dir and str(data_dir), "pretrained": pretrained}
+    task = _task(content["task"], given, f"{path}: task")
     training = checked(Training, content["training"], f"{path}: training")
     settings = _settings(content["optimizers"], f"{path}: optimizers")
     kept_labels = _kept(labels, list(dict.fromkeys(setting.label for setting in settings)), "--optimizers")
@@ -143,14 +154,13 @@ def load_plan(
     return Plan(path.stem, task, training, tuple(kept_seeds), tuple(settings), tuple(runs))
 
 
-def _task(section: Any, data_dir: Path | None, where: str) -> Task:
+def _task(section: Any, given: Mapping[str, str | None], where: str) -> Task:
     if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
         raise UserError(f"{where}: must be a mapping with a name, one of {', '.join(TASKS)}.")
     options = {name: value for name, value in section.items() if name != "name"}
     if section["name"] not in TASKS:
         raise UserError(unknown(section["name"], TASKS, f"{where}: no task"))
-    if data_dir is not None:
-        options["data_dir"] = str(data_dir)
+    options |= {name: value for name, value in given.items() if value is not None}
     return checked(TASKS[section["name"]], options, where)
 
 

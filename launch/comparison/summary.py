@@ -60,6 +60,11 @@ class Summary:
     outcomes: tuple[Outcome, ...]
     best: Mapping[str, Outcome]
 
+    @property
+    def jobs(self) -> int:
+        """How many runs shared the device, at most: with others beside it a run's seconds are not its own."""
+        return max((row.get("jobs", 1) for outcome in self.outcomes for row in outcome.rows), default=1)
+
 
 def stat(values: Sequence[float]) -> Stat:
     return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))

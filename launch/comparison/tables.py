@@ -26,7 +26,7 @@ def best_table(summary: Summary) -> Table:
         f"dev {task.metric}": lambda o: shown_metric(summary.plan, o.dev),
         f"test {task.metric}": lambda o: shown_metric(summary.plan, o.test),
         **({"test loss": lambda o: _shown(o.test_loss)} if task.metric != "loss" else {}),
-        f"{task.unit}/s": lambda o: _number(o.median("units_per_second"), "{:,.0f}"),
+        f"{task.unit}/s" + ", shared" * (summary.jobs > 1): lambda o: _number(o.median("units_per_second"), "{:,.0f}"),
         _memory(summary)[1]: lambda o: f"{o.median(_memory(summary)[0]) / 1e9:.2f}",
         "state, MB": lambda o: f"{o.median('state_bytes') / 1e6:,.1f}",
         "trained": lambda o: f"{o.median('trained_parameters') / 1e6:.2f} M",
@@ -55,6 +55,7 @@ def fixed_table(summary: Summary) -> Table:
     rows += [[name.replace("_", " "), _value(value)] for name, value in dataclasses.asdict(plan.training).items()]
     rows.append(["seeds", ", ".join(map(str, summary.seeds))])
     environment = summary.outcomes[0].rows[0]["environment"] if summary.outcomes else {}
+    rows.append(["runs at once", str(summary.jobs) if summary.jobs == 1 else f"up to {summary.jobs}"])
     rows += [[name, value] for name, value in environment.items()]
     return Table(["held fixed", ""], rows)
 
@@ -78,6 +79,11 @@ def notes(summary: Summary) -> list[str]:
     rows = [row for outcome in summary.outcomes for row in outcome.rows]
     for name, values in differing_environments(rows).items():
         said.append(f"Not all runs were made by the same {name} ({'; '.join(values)}): give another --output_dir.")
+    if summary.jobs > 1:
+        said.append(
+            f"Up to {summary.jobs} runs shared the device: their seconds and {plan.task.unit}/s are not their own. "
+            "Losses and memory are."
+        )
     if len(summary.seeds) == 1:
         said.append("One seed: differences may be chance.")
     return said

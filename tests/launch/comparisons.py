@@ -54,7 +54,7 @@ def sentences(folder: Path, **counts: int) -> Path:
     return folder
 
 
-def tiny_encoder(folder: Path) -> Path:
+def tiny_encoder(folder: Path, width: int = 16) -> Path:
     """A BERT of one layer with its tokenizer, as ``save_pretrained`` leaves them, without a trained head."""
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
@@ -65,7 +65,11 @@ def tiny_encoder(folder: Path) -> Path:
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     config = BertConfig(
-        vocab_size=len(tokens), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=len(tokens),
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
     )
     BertForSequenceClassification(config).bert.save_pretrained(folder)
     return folder

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from launch.arguments import deepspeed_config_path, defaults_from_deepspeed, parse_arguments, read_json
+from launch.arguments import deepspeed_config_path, defaults_from_deepspeed, parse_arguments
 from launch.errors import UserError
+from launch.json_files import read_json
 
 MODEL = ["--model_config", "configs/models/llama-tiny.json"]
 DATA = ["--train_file", "train.txt"]

@@ -8,14 +8,17 @@ import sys
 import time
 import types
 from itertools import islice
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
+import yaml
 
 from launch import compare
 from launch.comparison import training
 from launch.comparison.digests import Digest
-from launch.comparison.isolation import in_own_process
+from launch.comparison.isolation import in_own_process, in_own_processes, start_method
 from launch.comparison.optimizers import clip_gradients
 from launch.comparison.plan import Training, load_plan
 from launch.comparison.results import Results
@@ -25,7 +28,7 @@ from launch.errors import UserError
 from tests.launch.comparisons import TRAINING, language_comparison, language_plan, row
 
 # What time and the machine decide; everything else of a row, the seed does.
-MEASURED = ("seconds", "units_per_second", "peak_resident", "environment")
+MEASURED = ("seconds", "compiling_seconds", "units_per_second", "peak_resident", "environment")
 
 
 def test_an_epoch_has_every_example_once_and_no_batch_is_short():
@@ -163,16 +166,113 @@ def test_the_process_of_a_run_that_ends_early_is_an_error_that_says_so():
         in_own_process(sys.exit, device="cpu")
 
 
+def _hang_or_fail(place: int, folder: str, device: str) -> None:
+    """The second call fails once the first is there, which would go on for ever."""
+    own = Path(folder) / str(place)
+    own.write_text(str(os.getpid()))
+    if place == 0:
+        time.sleep(600)
+    while not (Path(folder) / "0").is_file():
+        time.sleep(0.01)
+    raise UserError("refused")
+
+
+def gone(file: Path) -> bool:
+    """Whether the process that a file names ends soon."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(int(file.read_text()), 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_an_error_in_one_process_ends_the_others(tmp_path):
+    with pytest.raises(UserError, match="^refused$"):
+        list(in_own_processes(_hang_or_fail, [(0, str(tmp_path)), (1, str(tmp_path))], device="cpu", jobs=2))
+    assert gone(tmp_path / "0")
+
+
+def test_without_a_gpu_that_a_fork_can_use_processes_are_started_anew_and_that_is_said(capsys):
+    assert start_method("cpu") == "forkserver"
+    start_method.cache_clear()
+    assert start_method("cuda:99") == "spawn"
+    assert "so each run imports everything anew" in capsys.readouterr().out
+
+
+def test_several_runs_at_once_are_those_of_one_at_a_time_and_end_together(tmp_path, monkeypatch, capsys):
+    path, out = language_comparison(tmp_path), tmp_path / "out"
+    words = [str(path), "--output_dir", str(out), "--device", "cpu", "--jobs", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(compare, "outcome", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit, match="143"):
+            compare.main(words)
+    servers = psutil.Process().children()
+    assert not [process for server in servers for process in server.children()], "a run that no one waits for"
+    assert "6 runs, 0 of them done, on cpu, 2 at a time" in capsys.readouterr().out
+    compare.main(words)
+    printed = capsys.readouterr().out
+    assert "6 runs, 1 of them done, on cpu, 2 at a time" in printed and "[5/5]" in printed
+    rows = {row["key"]: row for row in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+    plan = load_plan(path)
+    for run in plan.runs:
+        alone = train(run, plan.task, "cpu")
+        for entry in (*alone["evaluations"], *rows[run.key]["evaluations"]):
+            del entry["seconds"]
+        assert all(rows[run.key][name] == alone[name] for name in set(alone) - set(MEASURED)), str(run)
+    assert "tokens/s, shared" in printed and "Up to 2 runs shared the device" in printed
+    assert "seconds of training after the second step, up to 2 runs at once" in (out / "report.html").read_text()
+
+
+def test_a_kept_model_is_what_another_comparison_starts_from(tmp_path, capsys):
+    optimizers = {"AdamW": {"lr": 1e-3}, "LoRA": {"lr": 1e-2, "rank": 2}}
+    path, out = language_comparison(tmp_path, seeds=[0], optimizers=optimizers), tmp_path / "out"
+    words = [str(path), "--output_dir", str(out), "--device", "cpu"]
+    compare.main(words)
+    lines = (out / "results.jsonl").read_text().splitlines()
+    compare.main([*words, "--keep_models", "AdamW", "LoRA"])
+    kept = [out / "models" / name for name in ("AdamW-seed-0", "LoRA-seed-0")]
+    printed = capsys.readouterr().out
+    assert "2 runs, 0 of them done" in printed and f"models: {kept[0]}, {kept[1]}" in printed
+    made_again = (out / "results.jsonl").read_text().splitlines()[2:]
+    assert [json.loads(line)["test"] for line in made_again] == [json.loads(line)["test"] for line in lines]
+    compare.main([*words, "--keep_models", "AdamW"])
+    assert "2 runs, 2 of them done" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--keep_models: the YAML has no 'AdamV'; did you mean 'AdamW'"):
+        compare.main([*words, "--keep_models", "AdamV"])
+    content = yaml.safe_load(path.read_text())
+    del content["task"]["model_config"]
+    path.write_text(yaml.safe_dump(content))
+    for folder, line in zip(kept, lines):
+        plan = load_plan(path, pretrained=str(folder))
+        (run, *_), task = plan.runs, plan.task
+        started = task.evaluate(task.model(0), task.held_out("test"), torch.device("cpu"))
+        assert started["loss"] == pytest.approx(json.loads(line)["test"]["loss"], rel=1e-5)
+    assert load_plan(path, pretrained=str(kept[0])).runs[0].key != run.key
+    moved = kept[1].rename(tmp_path / "moved")
+    assert load_plan(path, pretrained=str(moved)).runs[0].key == run.key, "its content decides, not its place"
+
+
 def test_a_killed_comparison_goes_on(tmp_path, capsys):
     plan, out = language_comparison(tmp_path, seeds=[0]), tmp_path / "out"
     words = [str(plan), "--output_dir", str(out), "--device", "cpu"]
-    command = subprocess.Popen([sys.executable, "launch/compare.py", *words], stdout=subprocess.DEVNULL)
+    # A comparison needs neither DeepSpeed nor TRL nor datasets: here they cannot be imported.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.modules |= dict.fromkeys(['deepspeed', 'trl', 'datasets'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    script = [sys.executable, "launch/compare.py", *words]
+    command = subprocess.Popen(script, stdout=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 240
     while not ((out / "results.jsonl").is_file() and (out / "results.jsonl").read_bytes().count(b"\n")):
         assert command.poll() is None and time.monotonic() < deadline, "no first run"
         time.sleep(0.02)
+    orphans = psutil.Process(command.pid).children(recursive=True)
     os.kill(command.pid, signal.SIGKILL)
     command.wait()
+    assert not psutil.wait_procs(orphans, timeout=20)[1], "a run that no one waits for"
     before = (out / "results.jsonl").read_bytes()
     (out / "results.jsonl").write_bytes(before + before[:50])
     done = before.count(b"\n")

@@ -1,5 +1,6 @@
 """A YAML becomes runs, and a mistake in it is named before anything is trained."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -128,11 +129,16 @@ SHIPPED = sorted(Path("configs/comparisons").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_comparison_builds(tmp_path, monkeypatch, path):
-    encoder = tiny_encoder(tmp_path)
+    encoder = tiny_encoder(tmp_path, width=32)  # as large as the ranks
     files = [encoder / "config.json", encoder / "model.safetensors", encoder / "tokenizer.json"]
     for module in ("sst2", "encoder"):
         monkeypatch.setattr(f"launch.comparison.tasks.{module}.encoder_files", lambda name: files)
-    plan = load_plan(path, sentences(tmp_path) if "sst2" in path.stem else None)
+    decoder = tmp_path / "decoder"
+    tiny = dataclasses.replace(language_plan(tmp_path).task, model_config="configs/models/llama-tiny.json")
+    tiny.save(tiny.model(0), decoder)
+    fine_tunes = "finetune" in path.stem
+    data = sentences(tmp_path) if "sst2" in path.stem else tmp_path if fine_tunes else None
+    plan = load_plan(path, data, pretrained=str(decoder) if fine_tunes else None)
     firsts = [next(s for s in plan.settings if s.label == label) for label in plan.labels]
     check_settings(firsts, plan.training, plan.task, "cpu")
     assert len(plan.labels) > 1 and {setting.optimizer for setting in plan.settings} >= {"AdamW", "MoFaSGD"}

@@ -113,6 +113,24 @@ def test_runs_of_two_machines_are_noted(tmp_path):
     assert any("the same device (CPU, 1 threads; NVIDIA H200)" in note for note in notes(summarise(plan, rows)))
 
 
+def test_the_order_in_which_runs_ended_does_not_matter(tmp_path):
+    plan = language_plan(tmp_path)
+    rows = outcomes(plan, {(s, k): {"dev": 1.0 + s + k, "jobs": 3} for s in range(3) for k in range(2)})
+    written = []
+    for order in (list(rows), list(rows)[::-1]):
+        write_report(plan, {key: rows[key] for key in order}, tmp_path)
+        written.append([(tmp_path / name).read_text() for name in ("summary.md", "summary.json", "report.html")])
+    assert written[0] == written[1] and "Up to 3 runs shared the device" in written[0][0]
+
+
+def test_curves_by_second_start_after_what_compiles(tmp_path):
+    plan = language_plan(tmp_path, seeds=[0])
+    rows = outcomes(plan, {(s, 0): {"dev": 1.0, "compiling_seconds": 0.75} for s in range(3)})
+    drawn = {chart.name: chart for chart in charts(summarise(plan, rows))}
+    assert [list(series.x) for series in drawn["dev_loss_by_second"].series] == [[0.25, 1.25]] * 2
+    assert [list(series.x) for series in drawn["dev_loss_by_step"].series] == [[2, 4]] * 2
+
+
 class Page(HTMLParser):
     """Collects what a page refers to and says, and checks that every element is closed."""
 

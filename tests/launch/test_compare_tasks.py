@@ -1,6 +1,7 @@
 """The tasks: where their models and examples come from, what they measure, and what is said of what is missing."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from launch.comparison.optimizers import build
 from launch.comparison.tasks.encoder import PACKAGE, encoder_files
 from launch.comparison.tasks.sst2 import Sst2
 from launch.errors import UserError
+from launch.make_sentences import make_sentences
 from launch.tokenizer import byte_tokenizer
 from tests.launch.comparisons import language_plan, sentences, tiny_encoder
 
@@ -112,3 +114,20 @@ def test_lm_says_what_it_lacks(tmp_path):
         next(dataclasses.replace(task, length=9000).batches(0, 1))
     with pytest.raises(UserError, match="train.txt: no such file. task lm needs"):
         dataclasses.replace(task, data_dir=str(tmp_path / "nowhere")).identity()
+
+
+def test_sentences_become_a_text_without_their_labels(tmp_path):
+    counts = make_sentences(sentences(tmp_path, train=3, dev=2, test=1), tmp_path / "text")
+    assert counts == {"train": 3, "eval": 3}
+    assert (tmp_path / "text" / "eval.txt").read_text().startswith("good bad\nbad fine dull\n")
+    (tmp_path / "test.txt").unlink()
+    with pytest.raises(UserError, match="test.txt: no such file"):
+        make_sentences(tmp_path, tmp_path / "text")
+
+
+def test_what_a_task_has_read_goes_along_to_a_process(tmp_path, monkeypatch):
+    task = language_plan(tmp_path).task
+    task.prepare()
+    there = pickle.loads(pickle.dumps(task))
+    monkeypatch.setattr(type(task), "_examples", None)
+    assert torch.equal(next(there.batches(0, 2))["input_ids"], next(task.batches(0, 2))["input_ids"])

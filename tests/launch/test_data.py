@@ -11,8 +11,9 @@ from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from launch.arguments import DataArguments
-from launch.data import blocks, load_data
+from launch.data import load_data
 from launch.errors import UserError
+from launch.examples import blocks
 from launch.models import config_from_shape
 from launch.tokenizer import byte_tokenizer
 

@@ -2,10 +2,12 @@
 
 import abc
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import logging as transformers_logging
 
 __all__ = ["Batch", "Split", "Task", "shuffled"]
 
@@ -40,6 +42,9 @@ class Task(abc.ABC):
             UserError: a file is missing.
         """
 
+    def prepare(self) -> None:
+        """Read what every run needs, once: it goes along when the task is sent to a run's process."""
+
     @abc.abstractmethod
     def model(self, seed: int) -> nn.Module:
         """A new model on the CPU in fp32, whose weights depend on the seed alone; its forward returns a ``loss``."""
@@ -55,6 +60,13 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def units(self, batch: Batch) -> int:
         """How many of ``unit`` a batch has, of which the throughput is per second."""
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a trained model so that transformers can load it; LoRA's adapters become part of their matrices."""
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        transformers_logging.disable_progress_bar()
+        model.save_pretrained(folder)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:

@@ -9,20 +9,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers import logging as transformers_logging
 
-from launch.arguments import read_json
 from launch.comparison.digests import digest_of_files
 from launch.comparison.tasks.base import Batch, Split, Task, shuffled
-from launch.data import encoded_records
 from launch.errors import UserError
+from launch.examples import encoded_records
+from launch.json_files import read_json
 from launch.make_corpus import make_corpus
-from launch.models import check_vocabulary, config_from_shape
+from launch.shapes import check_vocabulary, config_from_shape
 from launch.tokenizer import load_tokenizer
 
 __all__ = ["LanguageModelling"]
+
+_WEIGHTS_AND_SHAPES = (".json", ".safetensors", ".bin")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,14 @@ class LanguageModelling(Task):
         options["eval_batch_size"] = None  # how an evaluation is cut up does not change it
         if self.model_config is not None:
             options["model_config"] = read_json(self.model_config, "task.model_config")
+        if self.pretrained is not None and Path(self.pretrained).is_dir():
+            files = sorted(file for file in Path(self.pretrained).iterdir() if file.suffix in _WEIGHTS_AND_SHAPES)
+            options["pretrained"] = digest_of_files(files)
         with self._files() as files:
             return {"name": self.name, **options, "data": digest_of_files(files)}
+
+    def prepare(self) -> None:
+        self._blocks
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -73,6 +83,7 @@ class LanguageModelling(Task):
         if self.model_config is not None:
             model = AutoModelForCausalLM.from_config(config_from_shape(self.model_config), **options)
         else:
+            transformers_logging.disable_progress_bar()
             try:
                 model = AutoModelForCausalLM.from_pretrained(self.pretrained, **options)
             except OSError as error:
@@ -84,7 +95,7 @@ class LanguageModelling(Task):
     def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
         blocks, _ = self._blocks
         for chosen in shuffled(len(blocks), batch_size, seed):
-            yield {"input_ids": blocks[chosen], "labels": blocks[chosen]}
+            yield _batch(blocks[chosen])
 
     def held_out(self, split: Split) -> Sequence[Batch]:
         _, blocks = self._blocks
@@ -95,7 +106,12 @@ class LanguageModelling(Task):
             )
         half = self.eval_examples // 2
         blocks = blocks[:half] if split == "dev" else blocks[half : 2 * half]
-        return [{"input_ids": part, "labels": part} for part in blocks.split(self.eval_batch_size)]
+        size = self.eval_batch_size
+        return [_batch(blocks[start : min(start + size, half)]) for start in range(0, half, size)]
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        super().save(model, folder)
+        self._tokenizer.save_pretrained(folder)
 
     def units(self, batch: Batch) -> int:
         return batch["input_ids"].numel()
@@ -125,16 +141,21 @@ class LanguageModelling(Task):
         yield files
 
     @functools.cached_property
-    def _blocks(self) -> tuple[Tensor, Tensor]:
-        """All whole examples of train.txt and of eval.txt, (examples, length) each."""
+    def _blocks(self) -> tuple[np.ndarray, np.ndarray]:
+        """All whole examples of train.txt and of eval.txt, (examples, length) each. Small: they go to every process."""
         with self._files() as (train, held_out):
             return self._examples(train), self._examples(held_out)
 
-    def _examples(self, file: Path) -> Tensor:
+    def _examples(self, file: Path) -> np.ndarray:
         records = encoded_records((str(file),), (), self._tokenizer, self.length, ())
         whole = [record["input_ids"] for record in records if len(record["input_ids"]) == self.length]
         if not whole:
             raise UserError(
                 f"{file}: not one example of {self.length} tokens. Set task.length lower, or give more text."
             )
-        return torch.tensor(whole)
+        return np.array(whole, dtype=np.uint16 if len(self._tokenizer) <= 2**16 else np.int32)
+
+
+def _batch(ids: np.ndarray) -> Batch:
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    return {"input_ids": tokens, "labels": tokens}
