@@ -293,7 +293,7 @@ def _turned(
     batch: _Batch, old: Factors, sketches: tuple[Tensor, ...], left: Basis, right: Basis, s: dict[str, Any]
 ) -> Terms:
     """Move the factors of ``batch``; the terms of its direction."""
-    (U, sigma, V), (Y, Z, H, J, W) = old, sketches
+    (U, sigma, V), (Y, _, H, J, W) = old, sketches
     c, beta = sigma.shape[-1], _beta(s, batch.t)
     gamma = 1 - beta
     T = _core(U, Y, left, right, c)
