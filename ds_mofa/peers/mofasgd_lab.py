@@ -49,6 +49,9 @@ rank_budget = k: each k steps the ranks r_i of all matrices are chosen anew with
     lowers the loss by in first order is the sum of the s_ij) or (s_ij / |s_i|)^2 / (m_i + n_i + 1) ("share"), s_i being
     the averaged spectrum (decay 0.9) of K. r / 2 <= r_i <= 2 r. Price: one spectrum of 2 r numbers a matrix known to
     all ranks each k steps, and buffers laid out anew. Here buffers of 2 r columns are kept, zero beyond r_i.
+shrink = c: sigma_j <- sigma_j - c s_(r + 1) in what is kept, s the spectrum of K: what Frequent Directions (1501.01711,
+    with squares) does so that old directions do not keep new ones out for ever. U V^T is the same, but for c = 1 where
+    two are equal. Price: none.
 beta_warmup = k: beta_t = beta min(1, t / k).  momentum_reset = k: each k steps sigma <- 0, U and V stay. Price: none.
 
 *Oracles*: "gradient": K = beta U sigma V^T + gamma G with all of G, what the tangent space loses. "momentum": a whole
@@ -68,6 +71,7 @@ from ds_mofa.options import AdjustLr, OptionError, Options, check_integer, check
 from ds_mofa.orthonormal import Basis, Side, complements
 from ds_mofa.peers.matrix_method import MatrixMethod
 from ds_mofa.peers.randomness import keyed_generator
+from ds_mofa.step import _full_fp32
 from ds_mofa.weights import Rounding, rounding_key
 
 __all__ = ["MoFaSGDLab", "allotted_ranks", "range_estimate", "softened"]
@@ -143,7 +147,8 @@ class MoFaSGDLab(MatrixMethod):
         balance, balance_by, rank_scale: what multiplies D.
         nesterov, update_rank, soft, second_moment, second_moment_power, second_moment_sides, explore, explore_scale:
             what D is made of.
-        probes, probe_rule, probe_weight, rank_budget, rank_rule, beta_warmup, momentum_reset: what the momentum learns.
+        probes, probe_rule, probe_weight, rank_budget, rank_rule, shrink, beta_warmup, momentum_reset:
+            what the momentum learns.
         beta2: decay of the second moments.
         oracle: not to be shipped.
     """
@@ -173,6 +178,7 @@ class MoFaSGDLab(MatrixMethod):
         probe_weight: float = 1.0,
         rank_budget: int = 0,
         rank_rule: RankRule = "gain",
+        shrink: float = 0.0,
         beta_warmup: int = 0,
         momentum_reset: int = 0,
         oracle: Oracle = "none",
@@ -189,7 +195,11 @@ class MoFaSGDLab(MatrixMethod):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        s = self.param_groups[0]
+        with _full_fp32():
+            self._step(self.param_groups[0])
+        return loss
+
+    def _step(self, s: dict[str, Any]) -> None:
         batches = self._batches()
         fresh = [batch for batch in batches if "U" not in batch.states[0] and s["oracle"] != "momentum"]
         known = [batch for batch in batches if batch not in fresh]
@@ -205,7 +215,6 @@ class MoFaSGDLab(MatrixMethod):
         factors = balancing(sizes, s["balance"]) if s["balance"] else [torch.ones_like(size) for size in sizes]
         for batch, move, factor in zip(batches, moves, factors):
             self._write(batch, move, factor, s)
-        return loss
 
     def _batches(self) -> list[_Batch]:
         members: dict[Any, list[nn.Parameter]] = {}
@@ -303,7 +312,9 @@ def _turned(
     M = torch.zeros_like(T)
     M[..., :c, :c] = torch.diag_embed(sigma)
     K = beta * M + gamma * T
-    wanted = min(K.shape[-2:]) if s["update_rank"] > 1 and not s["nesterov"] else c
+    wanted = c
+    if s["shrink"] or (s["update_rank"] > 1 and not s["nesterov"]):
+        wanted = min(K.shape[-2:])
     P, spectrum, Q = _leading_svd(K, wanted)
     still = (spectrum[..., :1] == 0).unsqueeze(-1)  # any orthonormal P and Q diagonalise a zero core
     new = Factors(
@@ -311,6 +322,9 @@ def _turned(
         spectrum[..., :c],
         torch.where(still, V, right.turned(Q[..., :c])),
     )
+    whole = new
+    if s["shrink"] and wanted > c:
+        new = new._replace(sigma=(new.sigma - s["shrink"] * spectrum[..., c : c + 1]).clamp_min(0))
     ranks = None
     if s["rank_budget"]:
         ranks = batch.get("rank")
@@ -330,8 +344,8 @@ def _turned(
         if ranks is not None:
             live = live * (torch.arange(live.shape[-1], device=live.device) < ranks.unsqueeze(-1))
     else:
-        move = Terms(new.U, new.sigma, new.V)
-        live = live_directions(new.sigma)
+        move = Terms(*(new if ranks is not None else whole))
+        live = live_directions(move.coefficients)
         if count < c and ranks is None:  # oversampled
             move, live = Terms(*(part[..., :count] for part in move)), live[..., :count]
     move = Terms(move.U, softened(move.coefficients, live, s["soft"]), move.V)
@@ -591,6 +605,7 @@ def _check(s: dict[str, Any]) -> None:
     check_number("beta2", s["beta2"], low=0, high=1)
     for name in ("balance", "rank_scale", "second_moment_power", "explore_scale", "probe_weight"):
         check_number(name, s[name], low=0)
+    check_number("shrink", s["shrink"], low=0, high=1.0001)
     check_number("update_rank", s["update_rank"], low=0, high=2.0001, open_low=True)
     check_number("soft", s["soft"], low=-1, high=1.0001)
     for name in ("explore", "probes", "rank_budget", "beta_warmup", "momentum_reset"):

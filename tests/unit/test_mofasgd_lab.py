@@ -186,6 +186,13 @@ def test_probes_estimate_the_square_norm_of_the_gradient():
     assert close(dense(step.new), truncated(step.momentum(), R))  # they only measure
 
 
+def test_shrinking_takes_the_first_lost_singular_value_off_those_kept():
+    step = LastStep((12, 17), gradients((12, 17), 4), shrink=0.5)
+    spectrum = torch.linalg.svdvals(step.momentum())
+    assert close(step.new.sigma, spectrum[:, :R] - 0.5 * spectrum[:, R : R + 1])
+    assert close(step.D, polar(step.momentum(), R))
+
+
 def test_warm_up_and_reset():
     grads = gradients((12, 17), 5)
     step = LastStep((12, 17), grads, beta_warmup=10)
