@@ -15,6 +15,7 @@ from ds_mofa.peers.fira import Fira
 from ds_mofa.peers.galore import GaLore
 from ds_mofa.peers.gum import GUM
 from ds_mofa.peers.mlorc import MLorc
+from ds_mofa.peers.mofasgd_lab import MoFaSGDLab
 from ds_mofa.peers.peer import Peer
 from ds_mofa.peers.so import SO
 
@@ -41,6 +42,7 @@ _METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "MLorc": MLorc,
     "GUM": GUM,
     "SO": SO,
+    "MoFaSGD-lab": MoFaSGDLab,
 }
 # With the others a reset would repeat the random numbers of the first steps; GUM's momentum restarts by itself.
 _RESETTABLE = ("AdamW", "GaLore", "Fira")

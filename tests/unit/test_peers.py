@@ -480,6 +480,7 @@ SETTINGS = {
     "MLorc": {},
     "GUM": {"period": 3, "q": 0.5},
     "SO": {"density": 0.1, "refresh_every": 3},
+    "MoFaSGD-lab": {"balance": 1.0, "probes": 1, "explore": 1, "second_moment": "update", "rank_budget": 3},
     "MoFaSGD": {},
 }
 NAMES = pytest.mark.parametrize("name", list(SETTINGS))
@@ -637,6 +638,9 @@ def _expected_bytes(name, optimizer, r=2):
         sampled = [is_sampled(0.5, 0, 1, index) for index in range(3)]
         assert 0 < sum(sampled) < 3  # both branches are counted
         return sum(4 * (s * r + (s if full else r) * l) for (s, l), full in zip(small_large, sampled))
+    if name == "MoFaSGD-lab":  # at twice the rank, with its ranks, spectra and second moments
+        caps = [(m, n, min(2 * r, m, n)) for m, n in shapes]
+        return sum(4 * (cap * (m + n + 2) + m + n) + 8 for m, n, cap in caps)
     # MoFaSGD: factors and, for fp32 weights, working copies of that size; each shape's is padded to 128 elements.
     return sum(8 * 128 * math.ceil(r * (m + n + 1) / 128) for m, n in shapes)
 
@@ -736,7 +740,7 @@ def test_a_model_of_matrices_alone_needs_no_adamw():
 @pytest.mark.parametrize(
     "name, settings, message",
     [
-        ("Galore", {}, r"no peer 'Galore'\. There are AdamW, Muon, GaLore, Fira, MLorc, GUM, SO, MoFaSGD"),
+        ("Galore", {}, r"no peer 'Galore'\. There are AdamW, Muon, GaLore, Fira, MLorc, GUM, SO, MoFaSGD-lab, MoFaSGD"),
         (
             "GaLore",
             {"lr": 1.0, "gamma": 2.0},
