@@ -61,11 +61,13 @@ Kept per m x n matrix: 4 r (m + n + 1) bytes, and what an option adds.
 """
 
 import math
+from collections.abc import Generator
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ds_mofa.batching import together
 from ds_mofa.factors import Factors, _leading_svd, live_directions, resized, start_factors
 from ds_mofa.options import AdjustLr, OptionError, Options, check_integer, check_number
 from ds_mofa.orthonormal import Basis, Side, complements
@@ -291,17 +293,38 @@ def _by_sketches(batches: list[_Batch], s: dict[str, Any]) -> list[Terms]:
         wide.append((Y, Z, H, J, W))
         sides += [Side(U, torch.cat([Y, H], dim=-1)), Side(V, torch.cat([Z, J], dim=-1))]
     bases = complements(sides)
-    moves = []
+    works = []
     for batch, factors, sketches, left, right in zip(batches, old, wide, bases[::2], bases[1::2]):
         _observe_rows(batch, sketches[0], sketches[1], s)
-        moves.append(_turned(batch, factors, sketches, left, right, s))
-    return moves
+        works.append(_turned(batch, factors, sketches, left, right, s))
+    return _with_svds(works)
+
+
+SVDs = Generator[tuple[Tensor, int], tuple[Tensor, Tensor, Tensor], Terms]
+
+
+def _with_svds(works: list[SVDs]) -> list[Terms]:
+    """What each returns, given the leading singular triplets that it asks for; on a GPU few calls count, so all are
+    served at once. They ask equally often.
+    """
+    results = []
+    answers: list[Any] = [None] * len(works)
+    while len(results) < len(works):
+        asked = []
+        for work, answer in zip(works, answers):
+            try:
+                asked.append(work.send(answer))
+            except StopIteration as done:
+                results.append(done.value)
+        if asked:
+            answers = together([K for K, _ in asked], _leading_svd, [r for _, r in asked])
+    return results
 
 
 def _turned(
     batch: _Batch, old: Factors, sketches: tuple[Tensor, ...], left: Basis, right: Basis, s: dict[str, Any]
-) -> Terms:
-    """Move the factors of ``batch``; the terms of its direction."""
+) -> SVDs:
+    """Move the factors of ``batch``; the terms of its direction. Asks for SVDs."""
     (U, sigma, V), (Y, _, H, J, W) = old, sketches
     c, beta = sigma.shape[-1], _beta(s, batch.t)
     gamma = 1 - beta
@@ -315,7 +338,7 @@ def _turned(
     wanted = c
     if s["shrink"] or (s["update_rank"] > 1 and not s["nesterov"]):
         wanted = min(K.shape[-2:])
-    P, spectrum, Q = _leading_svd(K, wanted)
+    P, spectrum, Q = yield K, wanted
     still = (spectrum[..., :1] == 0).unsqueeze(-1)  # any orthonormal P and Q diagonalise a zero core
     new = Factors(
         torch.where(still, U, left.turned(P[..., :c])),
@@ -336,7 +359,7 @@ def _turned(
     count = _count(s, batch.shape)
     if s["nesterov"]:
         kept = P[..., :c] * new.sigma.unsqueeze(-2) @ Q[..., :c].mT
-        P, spectrum, Q = _leading_svd(beta * kept.to(T.dtype) + gamma * T, min(count, *K.shape[-2:]))
+        P, spectrum, Q = yield beta * kept.to(T.dtype) + gamma * T, min(count, *K.shape[-2:])
     if s["nesterov"] or count > c:
         chosen = P[..., :count], spectrum[..., :count], Q[..., :count]
         move = Terms(left.turned(chosen[0]), chosen[1], right.turned(chosen[2]))
@@ -349,7 +372,7 @@ def _turned(
         if count < c and ranks is None:  # oversampled
             move, live = Terms(*(part[..., :count] for part in move)), live[..., :count]
     move = Terms(move.U, softened(move.coefficients, live, s["soft"]), move.V)
-    return _explored(batch, old, move, s)
+    return (yield from _explored(batch, old, move, s))
 
 
 def _core(U: Tensor, Y: Tensor, left: Basis, right: Basis, c: int) -> Tensor:
@@ -402,14 +425,14 @@ def range_estimate(H: Tensor, J: Tensor, W: Tensor) -> Tensor:
     return (H.double() @ X).to(H.dtype)
 
 
-def _explored(batch: _Batch, old: Factors, move: Terms, s: dict[str, Any]) -> Terms:
+def _explored(batch: _Batch, old: Factors, move: Terms, s: dict[str, Any]) -> SVDs:
     k = s["explore"]
     if not k:
         return move
     E = _orthonormal_beside(old.V, batch.gaussian(k, s["seed"] + 2, 0))
     H = _beside(old.U, batch.G @ E)
     [basis] = complements([Side(H[..., :0], H)])
-    P, sigma, Q = _leading_svd(basis.R.to(H.dtype), min(k, *basis.R.shape[-2:]))
+    P, sigma, Q = yield basis.R.to(H.dtype), min(k, *basis.R.shape[-2:])
     more = Terms(basis.turned(P), s["explore_scale"] * live_directions(sigma), (E.double() @ Q).to(E.dtype))
     return Terms(*(torch.cat(parts, dim=-1) for parts in zip(move, more)))
 
