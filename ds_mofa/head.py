@@ -159,17 +159,14 @@ def _cross_entropy(logits: Tensor, targets: Tensor, factors: Tensor | None) -> T
     if factors is not None:
         wide.exp_()
         wide.scatter_(1, at, wide.gather(1, at) - 1)
-        logits.copy_(wide.mul_(factors[:, None]))
+        torch.mul(wide, factors[:, None], out=logits)  # rounded as it is written
     return losses
 
 
 def _scale(tensor: Tensor, scale: Tensor) -> None:
-    """tensor *= scale, whose dtype may hold what the tensor's does not."""
-    if tensor.dtype == scale.dtype:
-        tensor.mul_(scale)
-        return
-    for part in tensor.view(-1).split(BLOCK_BYTES // scale.element_size()):
-        part.copy_(part.to(scale.dtype).mul_(scale))
+    """tensor *= scale, a scalar that the tensor's dtype may not hold: its product is taken in the scale's."""
+    for part in tensor.view(-1).split(BLOCK_BYTES // scale.element_size()):  # a CPU makes a wide copy of what it scales
+        part.mul_(scale.view(1))
 
 
 def _chunks(count: int, most: int) -> list[slice]:
