@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_mofa.head import FusedHead
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import Split, split_parameters
 from ds_mofa.partition import Exchange
@@ -59,6 +60,7 @@ class MoFaSGD(torch.optim.Optimizer):
             )
         parsed, _ = Options.from_config(options)
         split = split_parameters(model, params, parsed)
+        head = FusedHead(model) if parsed.fused_head else None
         adamw = None
         device = split.matrices[0].param.device
         if split.adamw_groups:
@@ -68,7 +70,8 @@ class MoFaSGD(torch.optim.Optimizer):
                 eps=parsed.adamw_eps,
                 fused=True if device.type == "cuda" else None,  # a third of the time of the default there
             )
-        self._assemble(split, parsed, adamw, MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device))
+        matrices = MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device, head=head)
+        self._assemble(split, parsed, adamw, matrices)
 
     @classmethod
     def from_parts(

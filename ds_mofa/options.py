@@ -53,6 +53,9 @@ class Options:
         include: regular expressions, searched in parameter names: 2-D parameters to make matrices although
             they are embeddings or output heads.
         exclude: likewise: parameters to leave to AdamW. Wins over ``include``.
+        fused_head: compute the loss of a Hugging Face causal language model in its output head, by chunks of tokens
+            (:mod:`ds_mofa.head`): in training no tensor holds all logits, and the output's ``logits`` are None. A head
+            that ``include`` makes a matrix has no weight gradient either, only sketches.
         update_bytes: most bytes of temporaries of the factor update, on each rank, > 0: it works on so many matrices at
             a time, one at least. With the default all 224 matrices of LLaMA-8B at rank 32 are one batch on one GPU.
             Half of it takes half the memory and twice the kernel launches, and may round otherwise.
@@ -91,6 +94,7 @@ class Options:
     capture: CaptureMode = "linear"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    fused_head: bool = False
     update_bytes: float = 2e9
     seed: int = 0
     diagnostics_every: int = 0
@@ -112,8 +116,9 @@ class Options:
                 check_number(name, getattr(self, name), low=0)
         for name in ("rank", "seed", "diagnostics_every"):
             check_integer(name, getattr(self, name), low=1 if name == "rank" else 0, high=2**31)
-        if not isinstance(self.master_weights, bool):
-            raise OptionError(f"master_weights={self.master_weights!r} must be true or false")
+        for name in ("master_weights", "fused_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r} must be true or false")
         for name, hint in get_type_hints(Options).items():
             choices = get_args(hint)
             if choices and all(isinstance(choice, str) for choice in choices) and getattr(self, name) not in choices:

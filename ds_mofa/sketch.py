@@ -18,11 +18,11 @@ from ds_mofa.options import CaptureMode, OptionError
 from ds_mofa.parameters import Matrix
 from ds_mofa.phases import phase
 
-__all__ = ["Sketch", "Queue", "attach", "SketchedLinear"]
+__all__ = ["Sketch", "Queue", "attach", "SketchedLinear", "OURS", "add_product", "plain_linear"]
 
 # zero.Init replaces F.linear for the whole process by one that computes weight gradients.
-_linear = torch._C._nn.linear
-_OURS = "ds_mofa_forward"
+plain_linear = torch._C._nn.linear
+OURS = "ds_mofa_forward"  # marks a forward that this package has put in
 
 
 class Sketch:
@@ -50,25 +50,29 @@ class Sketch:
             return
         with phase("capture"):
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            _add_product(self.Y, dy.mT, x @ self.V.to(x.dtype))
-            _add_product(self.Z, x.mT, dy @ self.U.to(dy.dtype))
+            add_product(self.Y, dy.mT, x @ self.V.to(x.dtype))
+            add_product(self.Z, x.mT, dy @ self.U.to(dy.dtype))
+
+    def emptied(self) -> "Sketch":
+        """One with the same factors, and sums of its own that are zero."""
+        return Sketch(torch.zeros_like(self.Y), torch.zeros_like(self.Z), self.U, self.V)
 
     @torch.no_grad()
     def add_gradient(self, grad: Tensor) -> None:
         """Add a gradient that exists. grad: (m, n)."""
         grad = grad.to_dense() if grad.is_sparse else grad
-        _add_product(self.Y, grad, self.V.to(grad.dtype))
-        _add_product(self.Z, grad.mT, self.U.to(grad.dtype))
+        add_product(self.Y, grad, self.V.to(grad.dtype))
+        add_product(self.Z, grad.mT, self.U.to(grad.dtype))
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, summed in out's precision where the device's GEMM can."""
+def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """out += alpha a @ b, summed in out's precision where the device's GEMM can."""
     if a.dtype == out.dtype:
-        out.addmm_(a, b)
+        out.addmm_(a, b, alpha=alpha)
     elif out.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, alpha=alpha, out_dtype=out.dtype, out=out)
     else:
-        out.add_(a @ b)
+        out.add_(a @ b, alpha=alpha)
 
 
 class Queue:
@@ -131,7 +135,7 @@ class SketchedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Sketch, gathered) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sketch, ctx.gathered, ctx.has_bias = sketch, gathered, bias is not None
-        return _linear(x, _as(weight, x.dtype), None if bias is None else _as(bias, x.dtype))
+        return plain_linear(x, _as(weight, x.dtype), None if bias is None else _as(bias, x.dtype))
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -204,7 +208,7 @@ class Attachment:
         self._hooks = []
 
     def replace_forward(self, module: nn.Linear, sketch: Sketch, gathered) -> None:
-        if "forward" in vars(module) and not hasattr(module.forward, _OURS):
+        if "forward" in vars(module) and not hasattr(module.forward, OURS):
             other = getattr(module.forward, "__qualname__", repr(module.forward))
             raise OptionError(
                 f'the forward of {module} has been replaced by {other}, which capture "linear" would undo: build '
@@ -216,7 +220,7 @@ class Attachment:
                 return nn.Linear.forward(self, x)
             weight, bias = self.weight, self.bias
             if not torch.is_grad_enabled() or not weight.requires_grad:
-                return _linear(x, weight, bias)
+                return plain_linear(x, weight, bias)
             device = x.device.type
             if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
                 x = x.to(torch.get_autocast_dtype(device))
@@ -224,7 +228,7 @@ class Attachment:
                     return _sketched_linear(x, weight, bias, sketch, gathered)
             return _sketched_linear(x, weight, bias, sketch, gathered)
 
-        setattr(forward, _OURS, True)
+        setattr(forward, OURS, True)
         module.forward = types.MethodType(forward, module)
         self._forwards.append((module, module.forward))
 

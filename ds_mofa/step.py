@@ -27,6 +27,7 @@ from ds_mofa.factors import (
     start_factors,
     update_many,
 )
+from ds_mofa.head import FusedHead
 from ds_mofa.host_weights import write_wherever
 from ds_mofa.kernels import triton_serves
 from ds_mofa.options import Options
@@ -78,6 +79,7 @@ class MatrixStep:
         shard_of: this rank's part of a matrix; asked anew in every step.
         gathered: see :func:`ds_mofa.sketch.attach`.
         host: where to keep the fp32 factors and masters; None for ``device``.
+        head: to change the model by, where the options say ``fused_head``.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class MatrixStep:
         shard_of: Callable[[Matrix], Shard] = whole_matrix,
         gathered=None,
         host: HostMemory | None = None,
+        head: FusedHead | None = None,
     ):
         self.matrices, self.options, self.exchange, self._shard_of = list(matrices), options, exchange, shard_of
         self._device, self._host, self._staging = device, host, Staging(device)
@@ -124,6 +127,10 @@ class MatrixStep:
         self._queue = sketching.Queue.serving(self.working, self.sketches, options.rank)
         sketches = [sketching.Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
         self._attachment = sketching.attach(self.matrices, sketches, options.capture, gathered)
+        self._head = head
+        if head is not None:
+            captured = zip(self.matrices, sketches) if options.capture == "linear" else ()
+            head.attach(next((sketch for matrix, sketch in captured if matrix.param is head.weight), None))
 
     # ------------------------------------------------------------------ the step, in its order
 
@@ -242,6 +249,8 @@ class MatrixStep:
 
     def detach(self) -> None:
         """Put the model back as it was before this object."""
+        if self._head is not None:
+            self._head.remove()
         self._attachment.remove()
 
     # ------------------------------------------------------------------ state

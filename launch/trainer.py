@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -41,6 +42,25 @@ class FineTuner(SFTTrainer):
         if self._interval_start is None:
             self._interval_start = time.perf_counter()
         return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs or not self.loss_is_in_head(model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # TRL computes loss, entropy and accuracy around the head; HF's Trainer takes the loss that the model gives.
+        inputs = {**inputs, "use_cache": False}
+        loss = Trainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].size(1)
+        tokens = torch.as_tensor(tokens, device=loss.device)
+        self._total_train_tokens += self.accelerator.gather_for_metrics(tokens).sum().item()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
+    def loss_is_in_head(self, model) -> bool:
+        """Whether MoFaSGD's ``fused_head`` computes this loss; TRL's other losses, and an evaluation's, it does not."""
+        mofa = optimizer_of(self.model_wrapped)
+        plain = self.args.loss_type == "nll" and self.label_smoother is None and self.compute_loss_func is None
+        fused = mofa is not None and mofa.options.fused_head
+        return fused and model.training and plain and not self.aux_loss_enabled
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         self._eval_sums.zero_()

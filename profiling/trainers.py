@@ -12,7 +12,7 @@ import ds_mofa
 
 OPTIONS = {
     "r", "capture", "states", "bucket", "contiguous", "overlap", "leaf", "prefetch", "checkpointing", "liger",
-    "offload", "head", "embed", "card",
+    "offload", "head", "head_loss", "embed", "card",
 }  # fmt: skip
 
 # What a process takes of a GPU beyond what PyTorch's allocator will ever show, once its libraries have loaded.
@@ -58,7 +58,9 @@ def build_model(path: str, options: dict, device: torch.device):
     if options.get("liger") == "1":
         from transformers.integrations.liger import apply_liger_kernel
 
-        apply_liger_kernel(model, None)
+        apply_liger_kernel(
+            model, {"fused_linear_cross_entropy": False} if options.get("head_loss") == "fused" else None
+        )
     if options.get("embed") == "frozen":
         model.get_input_embeddings().weight.requires_grad_(False)
     if options.get("checkpointing") == "1":
@@ -68,10 +70,14 @@ def build_model(path: str, options: dict, device: torch.device):
 
 def optimizer_params(optimizer: str, options: dict) -> dict:
     if optimizer.lower() != "mofasgd":
+        if options.get("head_loss") == "fused":
+            raise ValueError(f"head_loss=fused is an option of MoFaSGD, not of {optimizer}")
         return {"lr": 1e-5}
     chosen = {"capture": options["capture"]} if "capture" in options else {}
     if options.get("head") == "matrix":
         chosen["include"] = ["lm_head"]
+    if options.get("head_loss") == "fused":
+        chosen["fused_head"] = True
     return {"lr": 3e-3, "adamw_lr": 1e-5, "rank": int(options.get("r", 8)), **chosen}
 
 

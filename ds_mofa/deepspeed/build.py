@@ -13,6 +13,7 @@ from ds_mofa.deepspeed.matrices import mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import ReplicatedMoFaSGD
 from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.diagnostics import Report
+from ds_mofa.head import FusedHead
 from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import full_shape, split_parameters
@@ -38,6 +39,7 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
     _refuse_unsupported(engine)
     options, passed_on = read_options(engine._config._param_dict["optimizer"])
     split = split_parameters(engine.module, model_parameters, options, names=engine.param_names)
+    head = FusedHead(engine.module) if options.fused_head else None
 
     replicated_fp32 = not engine.zero_optimization() and not (engine.fp16_enabled() or engine.bfloat16_enabled())
     adamw = None
@@ -61,6 +63,7 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         shard_of=shard_of,
         gathered=GatheredWeight if engine.zero_optimization_partition_weights() else None,
         host=HostMemory(engine.zero_offload_optimizer().pin_memory) if engine.zero_cpu_offload() else None,
+        head=head,
     )
     matrices.on_report = functools.partial(_write_to_monitor, engine)
     mark_matrices(split.matrices)

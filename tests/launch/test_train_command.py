@@ -283,6 +283,27 @@ def test_options_that_change_the_step(tmp_path, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
+def test_a_fused_head_trains_the_same(tmp_path, finished, stage):
+    make_inputs(tmp_path)
+    config = json.loads((ROOT / f"configs/zero{stage}_mofasgd.json").read_text())
+    config["optimizer"]["params"] |= {"fused_head": True}
+    (tmp_path / "fused.json").write_text(json.dumps(config))
+    output = succeeded(
+        train(tmp_path, "--output_dir", "model", "--save_strategy", "steps", "--deepspeed", "fused.json")
+    )
+    assert "fused_head does nothing" not in output
+    if stage == 3:  # draws other random weights
+        assert losses_in(output)[1] < losses_in(output)[0] - 0.1
+        return
+    histories = (log_history(f / f"model/checkpoint-{STEPS}") for f in (tmp_path, finished[0]))
+    for ours, theirs in zip(*histories, strict=True):
+        for key in ours.keys() & {"loss", "grad_norm", "num_tokens", "eval_loss"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+        assert "loss" not in ours or "entropy" not in ours, "TRL's own loss was taken"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_saved_model_is_trained_further(tmp_path, finished, stage):
     make_inputs(tmp_path)
     model = str(finished[0] / "model")

@@ -38,6 +38,7 @@ BAD = [
     ("inverse_sigma_clamp", 0, "> 0"),
     ("rounding", "bf16", "'stochastic', 'nearest'"),
     ("master_weights", 1, "true or false"),
+    ("fused_head", "true", "true or false"),
     ("master_weights", "false", "true or false"),
     ("capture", "hooks", "'linear', 'hook'"),
     ("include", "lm_head", '["lm_head"]'),
