@@ -82,7 +82,7 @@ class Left:
 class Refreshed(Left):
     """U anew every so many steps, from the SVD of the gradient at hand, as GaLore does.
 
-    The momentum is projected onto the new U; GaLore itself reads the old coordinates in the new basis, which is worse.
+    The momentum is projected onto the new U, where GaLore itself reads the old coordinates in the new basis.
     """
 
     def __init__(self, start: Factors, every: int = REFRESH_EVERY):

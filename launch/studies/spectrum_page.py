@@ -1,6 +1,6 @@
 """The page and the figures of the study of the momentum's spectrum."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -89,34 +89,34 @@ def _betas(result: Mapping[str, Any]) -> list[str]:
 def _overall(result: Mapping[str, Any], tops: Sequence[int]) -> Table:
     rows = []
     for task, observed in result["tasks"].items():
+        matrices, places = observed["matrices"], [observed["tops"].index(k) for k in tops]
         for beta in _betas(result):
-            looks = observed["betas"][beta]
-            shares = [share for look in looks for share in look["share"]]
-            directions = fmean(count for look in looks for count in look["directions"])
-            cells = [_spread([share[observed["tops"].index(k)] for share in shares]) for k in tops]
-            rows.append([task, beta, *cells, f"{directions:.1f}"])
-        noise = [matrix["noise"] for matrix in observed["matrices"]]
-        rows.append([task, "white noise", *(_spread([s[observed["tops"].index(k)] for s in noise]) for k in tops), "-"])
+            shares, counts = _values(observed["betas"][beta], range(len(matrices)))
+            cells = [_spread([share[k] for share in shares]) for k in places]
+            rows.append([task, beta, *cells, f"{fmean(counts):.1f}"])
+        noise = [_spread([matrix["noise"][k] for matrix in matrices]) for k in places]
+        rows.append([task, "white noise", *noise, "-"])
     return Table(["momentum of", "beta", *(f"top {k}" for k in tops), "80 %"], rows)
 
 
 def _by_role(result: Mapping[str, Any], tops: Sequence[int]) -> Table:
     rows = []
     for task, observed in result["tasks"].items():
-        matrices = observed["matrices"]
+        matrices, places = observed["matrices"], [observed["tops"].index(k) for k in tops]
         for beta in _betas(result):
-            looks = observed["betas"][beta]
             for role in dict.fromkeys(matrix["role"] for matrix in matrices):
                 own = [i for i, matrix in enumerate(matrices) if matrix["role"] == role]
                 sides = sorted({min(matrices[i]["shape"]) for i in own})
-
-                def mean(value: Callable[[Mapping[str, Any], int], float]) -> float:
-                    return fmean(value(look, i) for look in looks for i in own)
-
-                cells = [f"{100 * mean(lambda look, i: look['share'][i][observed['tops'].index(k)]):.1f}" for k in tops]
-                count = mean(lambda look, i: look["directions"][i])
-                rows.append([task, beta, role, ", ".join(map(str, sides)), *cells, f"{count:.1f}"])
+                shares, counts = _values(observed["betas"][beta], own)
+                cells = [f"{100 * fmean(share[k] for share in shares):.1f}" for k in places]
+                rows.append([task, beta, role, ", ".join(map(str, sides)), *cells, f"{fmean(counts):.1f}"])
     return Table(["momentum of", "beta", "role", "side", *(f"top {k}" for k in tops), "80 %"], rows)
+
+
+def _values(looks: Sequence[Mapping[str, Any]], own: Iterable[int]) -> tuple[list[Sequence[float]], list[int]]:
+    """The shares of these matrices, and how many directions hold 80 %, at every look."""
+    own = list(own)
+    return [look["share"][i] for look in looks for i in own], [look["directions"][i] for look in looks for i in own]
 
 
 def _over_time(result: Mapping[str, Any], tops: Sequence[int]) -> Table:
