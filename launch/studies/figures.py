@@ -49,12 +49,12 @@ def draw_cost(costs: Sequence[Mapping[str, Any]], lines: Sequence[tuple[str, flo
         axes.plot(x, y, "o-", color=color, linewidth=1.6, ms=6, label=label)
         for point, left, up in zip(own, x, y):
             name = "full rank" if point["rank"] is None else f"r = {point['rank']}"
-            axes.annotate(name, (left, up), xytext=(0, -13), textcoords="offset points", ha="center", fontsize=9)
+            axes.annotate(name, (left, up), xytext=(-9, -4), textcoords="offset points", ha="right", fontsize=9)
     for color, (label, value) in zip(COLORS[::-1], lines):
         axes.axhline(value, color=color, linestyle="--", linewidth=1.4, label=label)
     axes.set_xlabel("energy of the exact momentum that the top r directions hold, %")
     axes.set_ylabel(y_label)
-    axes.margins(y=0.12)
+    axes.margins(x=0.1, y=0.12)
     _plain(axes)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return _saved(figure, path)

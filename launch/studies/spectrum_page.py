@@ -155,7 +155,7 @@ def _cost(result: Mapping[str, Any], task: str, costs: Sequence[Mapping[str, Any
             [
                 point["label"],
                 "full" if point["rank"] is None else str(point["rank"]),
-                f"{100 * point['captured']:.1f}",
+                f"{100 * point['captured']:.2f}",
                 _loss(best),
                 "-" if best is None else f"{best - min(finals):+.4f}",
                 f"{point['best']}{edge}" if point["best"] is not None else "-",
