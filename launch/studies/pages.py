@@ -43,8 +43,9 @@ def write_study(result: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['study']}.json"
     text = json.dumps(result, indent=1, allow_nan=False)
-    # One line for each list of numbers.
-    text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+    # One line for each list of numbers, and for each list of such lists.
+    for pattern in (r"\[[^\[\]{}]*\]", r"\[(\s*\[[^\[\]{}]*\],?)+\s*\]"):
+        text = re.sub(pattern, lambda found: re.sub(r"\s+", " ", found[0]), text)
     path.write_text(text + "\n", encoding="utf-8")
     return [path, *write_pages(result, folder)]
 
