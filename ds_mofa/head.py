@@ -14,11 +14,11 @@ gradient added up in place.
 LLaMA-8B at 1024 tokens, in bf16: 1.46 GB with AdamW on the head, 0.42 GB with the head a matrix of rank 16.
 
 **Precision.** The softmax is fp32. Gradients are of the sum over tokens, over a number in [1/2, 1) that makes what is
-left for the backward a power of two: in 16 bits they are rounded where unfused ones are. In fp16 they enter the products
-1024 times as large, for small probabilities would else be subnormal, and leave them as they are. In 16 bits a weight
-gradient is rounded once a chunk, which is why chunks are large: up to 1046 tokens of a vocabulary of 128 k are one. On a
-problem of 1024 tokens and 8192 x 512 weights in bf16 its distance from float64 is 0.17 % in one chunk, as it is unfused,
-0.20 % in two, 0.26 % in four, 0.32 % in eight and 0.47 % in 32. Sketches are fp32 and know no such error.
+left for the backward a power of two: in 16 bits they are rounded where unfused ones are. In fp16 they enter the
+products 1024 times as large, for small probabilities would else be subnormal, and leave them as they are. In 16 bits a
+weight gradient is rounded once a chunk, which is why chunks are large: up to 1046 tokens of a vocabulary of 128 k are
+one. On a problem of 1024 tokens and 8192 x 512 weights in bf16 its distance from float64 is 0.17 % in one chunk, as it
+is unfused, 0.20 % in two, 0.26 % in four, 0.32 % in eight and 0.47 % in 32. Sketches are fp32 and know no such error.
 """
 
 import contextlib
@@ -387,8 +387,8 @@ def _model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
                 _check(module, head)
                 return module, head
     raise OptionError(
-        f"fused_head needs a causal language model of Hugging Face's, with get_output_embeddings() and a loss_function; "
-        f'{type(model).__name__} has none: set "fused_head": false'
+        "fused_head needs a causal language model of Hugging Face's, with get_output_embeddings() and a "
+        f'loss_function; {type(model).__name__} has none: set "fused_head": false'
     )
 
 
@@ -402,8 +402,8 @@ def _check(model: nn.Module, head: nn.Module) -> None:
         )
     if type(head) is not nn.Linear or "forward" in vars(head) and not hasattr(head.forward, OURS):
         raise OptionError(
-            f"fused_head needs an output head that is a plain nn.Linear; {name} has {type(head).__name__}, or something "
-            'has replaced its forward: keep adapters and quantization off the head, or set "fused_head": false'
+            f"fused_head needs an output head that is a plain nn.Linear; {name} has {type(head).__name__}, or "
+            'something has replaced its forward: keep adapters and quantization off the head, or set "fused_head": false'
         )
     if getattr(before, "__name__", None) != "ForCausalLMLoss":
         raise OptionError(
