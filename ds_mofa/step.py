@@ -42,6 +42,7 @@ from ds_mofa.weights import Rounding, Shard, rounding_key
 __all__ = ["MatrixStep", "whole_matrix"]
 
 _SLICE = 1 << 24  # elements of a rank's factors that are gathered at a time
+_MOST_BALANCED = 10.0  # a matrix without new gradients, an expert that no token goes to, has ever less momentum
 _LARGEST_NORM = 1e18  # the square of more overflows in fp32, in which DeepSpeed adds the norms up
 _NO_NUMBER = (
     f"the gradient holds a NaN or Inf, or its norm is above {_LARGEST_NORM:g}. In fp16 a few such steps are how the "
@@ -377,6 +378,7 @@ class MatrixStep:
         Args:
             flat: the factors of this rank's segment, on any device.
         """
+        level = self._level(flat) if self.options.balance else None
         for block in self._mine:
             left, right, coefficients = block.views(self.working)
             if flat is None:
@@ -385,7 +387,18 @@ class MatrixStep:
             U, V, sigma = block.views(flat, self._segment_start)
             left.copy_(U)
             right.copy_(V)
-            coefficients.copy_(self._coefficients(sigma.to(self._device)))
+            coefficients.copy_(self._coefficients(sigma.to(self._device), level))
+
+    def _level(self, flat: Tensor | None) -> Tensor:
+        """The mean of log |sigma| over all matrices with momentum. Collective."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        if flat is not None and self._mine:
+            sigmas = [block.views(flat, self._segment_start)[2] for block in self._mine]
+            norms = torch.cat([sigma.norm(dim=-1) for sigma in sigmas]).to(self._device, torch.float64)
+            moving = norms > 0
+            sums = torch.stack([torch.where(moving, norms, 1.0).log().sum(), moving.sum().double()])
+        total, count = self.exchange.sum(sums)
+        return total / count.clamp_min(1)
 
     def _an_owner_failed(self) -> bool:
         if self.started and triton_serves(self.working):
@@ -428,11 +441,16 @@ class MatrixStep:
         if self.on_report is not None:
             self.on_report(self.report)
 
-    def _coefficients(self, sigma: Tensor) -> Tensor:
-        live = live_directions(sigma)
-        if self.options.update_rule == "spectral":
-            return live
-        return live * sigma.reciprocal().clamp_max(self.options.inverse_sigma_clamp)
+    def _coefficients(self, sigma: Tensor, level: Tensor | None) -> Tensor:
+        """What the columns of U are multiplied by in the update, (B, r); ``level`` where matrices are balanced."""
+        coefficients = live_directions(sigma)
+        if self.options.update_rule == "inverse_sigma":
+            coefficients = coefficients * sigma.reciprocal().clamp_max(self.options.inverse_sigma_clamp)
+        if level is not None:
+            norm = sigma.norm(dim=-1, keepdim=True)
+            factor = (self.options.balance * (level - norm.double().log())).exp()  # without momentum nothing moves
+            coefficients = coefficients * factor.clamp(1 / _MOST_BALANCED, _MOST_BALANCED).to(sigma.dtype)
+        return coefficients
 
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
         if self._wants_masters and self._masters is None:

@@ -95,6 +95,7 @@ class Reference:
         adamw_eps: float = 1e-8,
         no_decay=(),
         clip: float = 0.0,
+        balance: float = 0.0,
     ):
         self.model = model.double()
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -105,7 +106,7 @@ class Reference:
         self.lr = lr if callable(lr) else lambda step: lr
         self.adamw_lr = adamw_lr if callable(adamw_lr) else lambda step: self.lr(step) / 10
         self.beta, self.weight_decay, self.eps, self.clip = beta, weight_decay, adamw_eps, clip
-        self.no_decay = set(no_decay)
+        self.no_decay, self.balance = set(no_decay), balance
         self.steps = 0
         self.norm = None
 
@@ -118,6 +119,8 @@ class Reference:
         clip = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
         self.steps += 1
         with torch.no_grad():
+            for name, momentum in self.momenta.items():
+                momentum.move(grads[name] * clip, self.beta)
             for name, param in self.params.items():
                 move = self._move_matrix if name in self.momenta else self._move_by_adamw
                 move(name, param, grads[name] * clip)
@@ -140,9 +143,12 @@ class Reference:
 
     def _move_matrix(self, name: str, param: Tensor, grad: Tensor) -> None:
         lr, momentum = self.lr(self.steps), self.momenta[name]
-        momentum.move(grad, self.beta)
+        sizes = [float(other.M.norm()) for other in self.momenta.values()]
+        mean = math.prod(size for size in sizes if size) ** (1 / max(1, sum(size > 0 for size in sizes)))
+        factor = (mean / float(momentum.M.norm() or mean)) ** self.balance
         param.mul_(1 - lr * self.weight_decay)
-        param.sub_(lr * 0.2 * math.sqrt(max(param.shape)) * momentum.direction())
+        factor = min(10.0, max(0.1, factor))
+        param.sub_(factor * lr * 0.2 * math.sqrt(max(param.shape)) * momentum.direction())
 
     def _move_by_adamw(self, name: str, param: Tensor, grad: Tensor) -> None:
         lr, decay = self.adamw_lr(self.steps), 0.0 if name in self.no_decay else self.weight_decay

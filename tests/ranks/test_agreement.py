@@ -17,6 +17,10 @@ def reduced_often(micro: int) -> dict:
     return train(config(2, micro=micro, options={"adamw_reduce": "micro_batch"}), STEPS)
 
 
+def balanced(stage: int) -> dict:
+    return train(config(stage, options={"balance": 0.5}), STEPS)
+
+
 def built_in_shards() -> dict:
     settings = config(3)
     torch.manual_seed(0)
@@ -56,6 +60,13 @@ def test_agrees_with_the_dense_reference(ran):
 @on_ranks(reduced_often, world=[2, 3], micro=[3])
 def test_agrees_where_adamws_gradients_are_sent_with_every_micro_batch(ran):
     assert_same(ran, dense())
+
+
+@on_ranks(balanced, world=[2, 3], stage=[0, 2, 3])
+def test_balanced_matrices_agree_with_the_reference(ran):
+    assert_same(ran, dense(balance=0.5))
+    with pytest.raises(AssertionError):
+        assert_same(ran, dense())
 
 
 @on_ranks(built_in_shards, world=[1, 2, 3])

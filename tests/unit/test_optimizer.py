@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import statistics
 import warnings
 
 import pytest
@@ -98,11 +99,11 @@ def factors_of(optimizer):
 @CAPTURE
 @RULE
 @pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "none"])
-def test_a_step_is_the_dense_one(capture, update_rule, micro_batches, adjust_lr_fn):
+@pytest.mark.parametrize("adjust_lr_fn, balance", [("match_rms_adamw", 0.0), ("none", 0.0), ("match_rms_adamw", 0.5)])
+def test_a_step_is_the_dense_one(capture, update_rule, micro_batches, adjust_lr_fn, balance):
     """Every step after the first, which starts the momentum, from nothing but whole matrices and an SVD."""
     options = {"weight_decay": 0.1, "adamw_lr": 2e-3, "update_rule": update_rule, "adjust_lr_fn": adjust_lr_fn}
-    options |= {"beta": 0.7, "inverse_sigma_clamp": 200.0}
+    options |= {"beta": 0.7, "inverse_sigma_clamp": 200.0, "balance": balance}
     model = build()
     optimizer = optimizer_of(model, capture=capture, **options)
     train(model, optimizer, range(2))
@@ -128,9 +129,13 @@ def test_a_step_is_the_dense_one(capture, update_rule, micro_batches, adjust_lr_
             M = next_momentum(momentum[name], weight.grad[None], beta=0.7, gamma=0.3)
             P, sigma, Qt = torch.linalg.svd(M, full_matrices=False)
             momentum[name] = Factors(P[..., :RANK], sigma[..., :RANK], Qt[..., :RANK, :].mT)
+        norms = {name: float(momentum[name].sigma.norm()) for name in MATRICES}
+        for name in MATRICES:
+            weight = plain.get_parameter(name)
             U, sigma, V = momentum[name]
             scale = torch.ones_like(sigma) if update_rule == "spectral" else (1 / sigma).clamp_max(200.0)
             factor = 0.2 * math.sqrt(max(weight.shape)) if adjust_lr_fn == "match_rms_adamw" else 1.0
+            factor *= (statistics.geometric_mean(norms.values()) / norms[name]) ** balance
             with torch.no_grad():
                 weight.mul_(1 - 1e-2 * 0.1).sub_((U * scale.unsqueeze(-2) @ V.mT)[0], alpha=1e-2 * factor)
         for name, expected in plain.named_parameters():
@@ -154,6 +159,22 @@ def test_the_first_step_starts_from_the_gradient(capture):
     P, _, Qt = torch.linalg.svd(G, full_matrices=False)
     # The two directions without momentum move nothing.
     assert relative_error(model[0].weight, before - 0.1 * P[:, :2] @ Qt[:2]) < 1e-10
+
+
+def test_balance_is_bounded_and_nothing_moves_without_momentum():
+    """Two matrices whose gradients are 10^8 apart, and one without: 10 times the length is the most that one gets."""
+    moved = {}
+    for balance in (0.0, 1.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3))).double()
+        before = [layer.weight.detach().clone() for layer in model]
+        optimizer = MoFaSGD(model, rank=4, lr=0.1, balance=balance)
+        x = torch.randn(5, 8).double()
+        (model[0](x) * 1e4).square().sum().add((model[1](x) * 1e-4).square().sum()).backward()
+        optimizer.step()
+        moved[balance] = [float((layer.weight.detach() - weight).norm()) for layer, weight in zip(model, before)]
+    large, small, none = (with_it / max(without, 1e-300) for with_it, without in zip(moved[1.0], moved[0.0]))
+    assert (large, small) == pytest.approx((0.1, 10.0), rel=1e-6) and moved[1.0][2] == none == 0
 
 
 def test_the_first_step_ignores_weights_and_global_randomness():

@@ -36,6 +36,8 @@ BAD = [
     ("update_rule", "Spectral", "'spectral', 'inverse_sigma'"),
     ("update_rule", ["spectral"], "'spectral', 'inverse_sigma'"),
     ("inverse_sigma_clamp", 0, "> 0"),
+    ("balance", -0.5, ">= 0"),
+    ("balance", 1.5, "from 0 to 1"),
     ("rounding", "bf16", "'stochastic', 'nearest'"),
     ("master_weights", 1, "true or false"),
     ("fused_head", "true", "true or false"),
