@@ -35,7 +35,8 @@ second_moment = "gradient": x (m), z (n) = the averages (decay ``beta2``, debias
     mean row's. Price: m + n numbers ("rows": m, "columns": n), with the owner.
 explore = k: D <- D + explore_scale polar(H) E^T, H = (1 - U U^T) G E, E (n x k) = orth((1 - V V^T) Omega), Omega
     Gaussian, new in each step: directions without momentum that nobody chose. Price: k columns in Y and in what is
-    gathered; Omega comes from the seed.
+    gathered; Omega comes from the seed, and E is there during backward. explore_by = "coordinates": E is k columns of
+    the unit matrix, H = (1 - U U^T) G (1 - V V^T) E: D moves k columns of W, and instead of E there are k numbers.
 
 *What the momentum learns*:
 
@@ -82,6 +83,7 @@ BalanceBy = Literal["momentum", "gradient"]
 ProbeRule = Literal["range", "random"]
 RankRule = Literal["gain", "share"]
 SecondMoment = Literal["none", "gradient", "update"]
+ExploreBy = Literal["gaussian", "coordinates"]
 Sides = Literal["both", "rows", "columns"]
 Oracle = Literal["none", "gradient", "momentum"]
 
@@ -147,8 +149,8 @@ class MoFaSGDLab(MatrixMethod):
         adjust_lr_fn: f, as for :class:`ds_mofa.options.Options`.
         seed: of the start's test matrices and of all other random columns.
         balance, balance_by, rank_scale: what multiplies D.
-        nesterov, update_rank, soft, second_moment, second_moment_power, second_moment_sides, explore, explore_scale:
-            what D is made of.
+        nesterov, update_rank, soft, second_moment, second_moment_power, second_moment_sides, explore, explore_scale,
+            explore_by: what D is made of.
         probes, probe_rule, probe_weight, rank_budget, rank_rule, shrink, beta_warmup, momentum_reset:
             what the momentum learns.
         beta2: decay of the second moments.
@@ -175,6 +177,7 @@ class MoFaSGDLab(MatrixMethod):
         beta2: float = 0.95,
         explore: int = 0,
         explore_scale: float = 1.0,
+        explore_by: ExploreBy = "gaussian",
         probes: int = 0,
         probe_rule: ProbeRule = "range",
         probe_weight: float = 1.0,
@@ -429,8 +432,13 @@ def _explored(batch: _Batch, old: Factors, move: Terms, s: dict[str, Any]) -> SV
     k = s["explore"]
     if not k:
         return move
-    E = _orthonormal_beside(old.V, batch.gaussian(k, s["seed"] + 2, 0))
-    H = _beside(old.U, batch.G @ E)
+    if s["explore_by"] == "coordinates":
+        chosen = batch.gaussian(1, s["seed"] + 2, 0).squeeze(-1).argsort(-1)[:, :k]
+        E = torch.nn.functional.one_hot(chosen, batch.shape[1]).mT.to(batch.G)
+        H = _beside(old.U, batch.G @ _beside(old.V, E))
+    else:
+        E = _orthonormal_beside(old.V, batch.gaussian(k, s["seed"] + 2, 0))
+        H = _beside(old.U, batch.G @ E)
     [basis] = complements([Side(H[..., :0], H)])
     P, sigma, Q = yield basis.R.to(H.dtype), min(k, *basis.R.shape[-2:])
     more = Terms(basis.turned(P), s["explore_scale"] * live_directions(sigma), (E.double() @ Q).to(E.dtype))
@@ -648,6 +656,7 @@ def _check(s: dict[str, Any]) -> None:
 
 _CHOICES = {
     "balance_by": BalanceBy,
+    "explore_by": ExploreBy,
     "probe_rule": ProbeRule,
     "rank_rule": RankRule,
     "second_moment": SecondMoment,

@@ -149,6 +149,16 @@ def test_exploring_adds_random_directions_that_the_momentum_does_not_have():
     assert (more * step.G).sum() > 0  # downhill
 
 
+def test_exploring_by_coordinates_moves_few_columns():
+    grads = gradients((12, 17), 4)
+    step, plain = LastStep((12, 17), grads, explore=2, explore_by="coordinates"), LastStep((12, 17), grads)
+    more = step.D - plain.D
+    moved = more.norm(dim=-2)[0] > 1e-9
+    assert int(moved.sum()) == 2
+    missed = step.G - next_momentum(step.old, step.G, 0.0, 1.0)
+    assert close(more[..., moved], polar(missed[..., moved], 2))
+
+
 # ---------------------------------------------------------------------- the momentum
 
 
