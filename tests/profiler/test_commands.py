@@ -106,6 +106,8 @@ def test_verdicts():
     assert over[limit]["verdict"] == "fails by 1.84 GB (6.3%)" and over[limit]["holds"] is False
     assert over[f"{ours}: no full-rank gradient lives"]["holds"] is False
     assert over[f"{ours}: the profiler costs less than 2 % of the step"]["holds"] is False
+    sharded = by_claim({"zero3:MoFaSGD:r=4": fake_run(28_000_000_000, 33_000_000_000, kept=90)})
+    assert sharded["zero3:MoFaSGD:r=4: no full-rank gradient lives"]["verdict"] == "not shown"
     elsewhere = by_claim({ours: fake_run(28_000_000_000, 33_000_000_000, shape="512x8")})
     assert elsewhere[limit]["holds"] is None
 
