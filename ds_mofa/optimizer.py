@@ -196,7 +196,7 @@ class MoFaSGD(torch.optim.Optimizer):
         """The whole state around the matrices', which it takes a collective to gather."""
         return {
             "mofasgd": matrices,
-            "masters": self.matrices.master_state(),
+            "masters": self.matrices.masters.state_dict(),
             "matrix_groups": self.group_settings(),
             "adamw": self.adamw.state_dict() if self.adamw is not None else None,
         }
@@ -212,7 +212,7 @@ class MoFaSGD(torch.optim.Optimizer):
         self.load_group_settings(state_dict["matrix_groups"])
         if self.adamw is not None:
             self.adamw.load_state_dict(state_dict["adamw"])
-        self.matrices.load_master_state(state_dict["masters"])
+        self.matrices.masters.load_state_dict(state_dict["masters"])
 
     def group_settings(self) -> list[dict[str, Any]]:
         """What the matrix groups say besides their parameters."""

@@ -30,6 +30,7 @@ from ds_mofa.factors import (
 from ds_mofa.head import FusedHead
 from ds_mofa.host_weights import write_wherever
 from ds_mofa.kernels import triton_serves
+from ds_mofa.masters import Masters
 from ds_mofa.options import Options
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition import Exchange, Layout
@@ -118,9 +119,8 @@ class MatrixStep:
         self.on_report: Callable[[Report], None] | None = None
         self._draw_test_matrices()
 
-        # Made in the first step: a backend may partition the weights after it has built this.
-        self._wants_masters = options.master_weights and compute in (torch.bfloat16, torch.float16)
-        self._masters: list[Tensor] | None = None
+        wanted = options.master_weights and compute in (torch.bfloat16, torch.float16)
+        self.masters = Masters(wanted, self.matrices, exchange, device, shard_of, self._state_zeros)
 
         views = [
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
@@ -291,53 +291,9 @@ class MatrixStep:
         else:
             self._draw_test_matrices()
 
-    def master_state(self) -> dict[str, Tensor]:
-        """This rank's fp32 masters by the names of their matrices, on the CPU: its shards in stage 3; all of them on
-        rank 0, and nothing elsewhere, where every rank has the same. Empty without masters or before the first step.
-        """
-        if self._masters is None:
-            return {}
-        return {
-            matrix.name: master.to("cpu", copy=True)
-            for matrix, master in zip(self.matrices, self._masters)
-            if self.exchange.rank == 0 or not self._is_whole(matrix)
-        }
-
-    @torch.no_grad()
-    def load_master_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Take over masters from the same rank of a world of the same size; what is missing is read from the weights.
-
-        Collective. The weights must have been loaded before.
-        """
-        if not self._wants_masters:
-            return
-        self._make_masters()
-        for matrix, master in zip(self.matrices, self._masters):
-            if matrix.name in saved:
-                master.copy_(saved[matrix.name])
-            if self._is_whole(matrix):
-                whole = master.to(self._device)  # where the collectives are
-                self.exchange.broadcast(whole, 0)
-                master.copy_(whole)
-
-    def refresh_masters(self) -> None:
-        """Read the fp32 masters anew from the weights, after something else has written those."""
-        if self._masters is not None:
-            self._make_masters()
-
-    def _make_masters(self) -> None:
-        weights = [self._shard_of(matrix).flat for matrix in self.matrices]
-        if self._masters is None:
-            self._masters = [self._state_zeros(flat.numel(), torch.float32, flat.device) for flat in weights]
-        for master, flat in zip(self._masters, weights):
-            master.copy_(flat)
-
     def _state_zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for what offloading moves to the host, or on ``device``."""
         return torch.zeros(numel, dtype=dtype, device=device) if self._host is None else self._host.zeros(numel, dtype)
-
-    def _is_whole(self, matrix: Matrix) -> bool:
-        return self._shard_of(matrix).flat.numel() == math.prod(matrix.shape)
 
     # ------------------------------------------------------------------ parts
 
@@ -453,8 +409,6 @@ class MatrixStep:
         return coefficients
 
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        if self._wants_masters and self._masters is None:
-            self._make_masters()
         rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
         for block in self.layout.blocks:
             U, V, coefficients = block.views(self.working)
@@ -469,7 +423,7 @@ class MatrixStep:
                 step_size=float(group["lr"]) * self.options.shape_factor(*block.shape),
                 decay=1.0 - float(group["lr"]) * group["weight_decay"],
                 rounding=rounding,
-                masters=None if self._masters is None else [self._masters[index] for index in block.members],
+                masters=self.masters.of(block.members),
             )
 
     def _draw_test_matrices(self) -> None:

@@ -108,7 +108,7 @@ class Stage3Accessors:
         with GatheredParameters([param], modifier_rank=0):
             if dist.get_rank(param.ds_process_group) == 0:
                 param.data.copy_(value.view_as(param))
-        self.mofa.matrices.refresh_masters()
+        self.mofa.matrices.masters.refresh()
 
     def get_local_fp32_param(self, param, optim_state_key=None):
         if not is_matrix(param):
@@ -122,7 +122,7 @@ class Stage3Accessors:
             _no_such(optim_state_key)
         shard = local_shard(param).flat
         shard.copy_(value.flatten()[: shard.numel()])
-        self.mofa.matrices.refresh_masters()
+        self.mofa.matrices.masters.refresh()
 
     def get_fp32_grad_for_param(self, param):
         return None if is_matrix(param) else super().get_fp32_grad_for_param(param)

@@ -79,4 +79,4 @@ class Bf16ReplicatedMixin(MatrixMixin):
         if load_optimizer_states:
             self.load_matrices(state_dict)
         else:
-            self.mofa.matrices.refresh_masters()
+            self.mofa.matrices.masters.refresh()

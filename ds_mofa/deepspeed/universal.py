@@ -189,7 +189,7 @@ def restore(engine, mofa: MoFaSGD, folder: Path, with_state: bool) -> None:
     for name, buffer in source.buffers():
         engine.module.get_buffer(name).copy_(buffer)
     if not with_state:
-        mofa.matrices.refresh_masters()
+        mofa.matrices.masters.refresh()
         return
     engine.optimizer.load_matrices(state, masters)
     _restore_groups(engine.optimizer.optimizer, state["param_groups"])

@@ -128,7 +128,7 @@ class MatrixMixin:
         matrices = self.mofa.matrices
         state["mofasgd"] = {
             "matrices": self.matrix_state or {},
-            "masters": matrices.master_state(),
+            "masters": matrices.masters.state_dict(),
             "groups": self.mofa.group_settings(),
         }
         return state
@@ -148,7 +148,7 @@ class MatrixMixin:
         self.mofa.check_group_settings(saved["groups"])
         self.mofa.matrices.load_state_dict(saved["matrices"])
         self.mofa.load_group_settings(saved["groups"])
-        self.mofa.matrices.load_master_state(saved["masters"] if masters is None else masters)
+        self.mofa.matrices.masters.load_state_dict(saved["masters"] if masters is None else masters)
 
     def destroy(self) -> None:
         self.mofa.matrices.detach()
@@ -159,7 +159,7 @@ class MatrixMixin:
     def bind_accessors(self) -> None:
         """Answer ``deepspeed.utils.safe_get_full_fp32_param`` and its like for matrices."""
         for matrix in self.mofa.split.matrices:
-            answer_for_whole(matrix.param, written=self.mofa.matrices.refresh_masters)
+            answer_for_whole(matrix.param, written=self.mofa.matrices.masters.refresh)
 
 
 class ZeroMixin(MatrixMixin):
@@ -172,7 +172,7 @@ class ZeroMixin(MatrixMixin):
         if load_optimizer_states:
             self.load_matrices(state_dict_list[dist.get_rank(self.dp_process_group)])
         else:
-            self.mofa.matrices.refresh_masters()
+            self.mofa.matrices.masters.refresh()
 
 
 class Stage12Mixin(GradientMixin, ZeroMixin):

@@ -22,7 +22,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def _kept(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     if isinstance(optimizer, MoFaSGD):
         yield from (optimizer.matrices.factors, optimizer.matrices.working)
-        yield from optimizer.matrices.master_state().values()
+        yield from optimizer.matrices.masters.state_dict().values()
         optimizer = optimizer.adamw
     if optimizer is not None:
         for state in optimizer.state.values():

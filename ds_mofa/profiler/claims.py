@@ -44,7 +44,9 @@ def judge(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _no_gradient_lives(name: str, found: tuple[bool, str]) -> dict[str, Any]:
     claim, (holds, text) = f"{name}: no full-rank gradient lives", found
     if name.startswith("zero3"):  # weights that a backward has gathered are pieces of it like any other
-        text += ". In stage 3 gathered weights, of the same sizes, are among what is alive: the pieces show nothing here"
+        text += (
+            ". In stage 3 gathered weights, of the same sizes, are among what is alive: the pieces show nothing here"
+        )
         return _claim(claim, text, None, "not shown")
     return _claim(claim, text, holds)
 

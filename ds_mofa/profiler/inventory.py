@@ -108,7 +108,7 @@ def tensors(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str, Any]
     if matrices is not None:
         yield "sketches", [matrices.sketches, matrices._pending]
         yield "factors", [matrices.factors, matrices.working]
-        yield "master weights", matrices._masters
+        yield "master weights", matrices.masters.tensors
     for base in _base_optimizers(optimizer):
         adam = "adam" in type(base).__name__.lower()
         yield "AdamW states" if adam else "other optimizer states", list(base.state.values())

@@ -241,7 +241,7 @@ def test_factors_on_the_host_change_no_bit(dtype, update_bytes, masters, pin):
     for a, b in zip(one.parameters(), other.parameters()):
         assert torch.equal(a, b)
     if masters and dtype == torch.bfloat16:
-        for a, b in zip(here._masters, there._masters):
+        for a, b in zip(here.masters.tensors, there.masters.tensors):
             assert b.is_pinned() == pin and torch.equal(a.cpu(), b)
 
 

@@ -73,7 +73,7 @@ def state_of(engine) -> dict:
 
 def masters_of(engine) -> dict:
     """This rank's part."""
-    return {name: part.flatten() for name, part in engine.basic_optimizer.matrices.master_state().items()}
+    return {name: part.flatten() for name, part in engine.basic_optimizer.matrices.masters.state_dict().items()}
 
 
 def saved(stage: int, dtype: str = "fp32", universal: bool = True, **rest) -> dict:

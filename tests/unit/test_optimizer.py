@@ -614,7 +614,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(at, dtype, options):
     assert same(weights_of(resumed), weights_of(whole))
     for name, factors in resumed_optimizer.state_dict()["mofasgd"]["matrices"].items():
         assert same(factors, optimizer.state_dict()["mofasgd"]["matrices"][name])
-    assert same(resumed_optimizer.matrices.master_state(), optimizer.matrices.master_state())
+    assert same(resumed_optimizer.matrices.masters.state_dict(), optimizer.matrices.masters.state_dict())
 
 
 def test_a_state_is_a_copy():
