@@ -107,7 +107,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _memory(summary: Summary) -> tuple[str, str]:
-    on_gpu = summary.outcomes[0].rows[0]["peak_allocated"] is not None
+    on_gpu = all(outcome.median("peak_allocated") is not None for outcome in summary.outcomes)
     return ("peak_allocated", "peak allocated, GB") if on_gpu else ("peak_resident", "peak resident, GB")
 
 

@@ -113,6 +113,18 @@ def test_runs_of_two_machines_are_noted(tmp_path):
     assert any("the same device (CPU, 1 threads; NVIDIA H200)" in note for note in notes(summarise(plan, rows)))
 
 
+def test_seeds_of_a_gpu_and_of_a_cpu_make_one_table(tmp_path):
+    plan = language_plan(tmp_path, seeds=[0, 1])
+    on_gpu = {"dev": 1.0, "peak_allocated": 2_500_000_000}
+    rows = outcomes(plan, {(s, seed): on_gpu if seed else {"dev": 1.0} for s in range(3) for seed in range(2)})
+    table = best_table(summarise(plan, rows))
+    assert dict(zip(table.header, table.rows[0]))["peak allocated, GB"] == "2.50"
+    first = rows[plan.run(plan.settings[0], 1).key]
+    first["peak_allocated"] = None  # now one setting has none at all
+    table = best_table(summarise(plan, rows))
+    assert dict(zip(table.header, table.rows[0]))["peak resident, GB"] == "1.50"
+
+
 def test_the_order_in_which_runs_ended_does_not_matter(tmp_path):
     plan = language_plan(tmp_path)
     rows = outcomes(plan, {(s, k): {"dev": 1.0 + s + k, "jobs": 3} for s in range(3) for k in range(2)})
