@@ -1,7 +1,8 @@
 """Offload in the prediction: what DeepSpeed (0.19) still has on the GPU when state is on the host, and what there.
 
 Gradients do not stay: each is added up on the host, and in the step's last micro-batch normed and converted on the GPU
-on its way there, by DeepSpeed in whole, by :mod:`ds_mofa.deepspeed.gradients` in pieces (stages 1 and 2). Sizes in bytes, of one rank.
+on its way there, by DeepSpeed in whole, by :mod:`ds_mofa.deepspeed.gradients` in pieces (stages 1 and 2).
+Sizes in bytes, of one rank.
 """
 
 from collections.abc import Sequence
