@@ -1,8 +1,10 @@
-"""How the gradients of AdamW's part travel in ZeRO stages 1 and 2: once a step, and the large ones without detours.
+"""How the gradients of AdamW's part travel in ZeRO stages 1 and 2: once a step, large ones without detours or copies.
 
 What is left without the matrices is few but large, an embedding and an output head. Each has a param group of its own
 (:mod:`ds_mofa.deepspeed.build`), so every rank's partition has a piece of it.
 """
+
+from collections.abc import Iterator
 
 import torch
 from deepspeed import comm as dist
@@ -13,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["GradientMixin"]
 
-_PIECE = 1 << 24  # elements
+_PIECE = 1 << 24  # elements that a norm is taken of, or that pass to the host, at a time: 64 MiB in fp32
 
 
 class GradientMixin:
@@ -31,6 +33,11 @@ class GradientMixin:
 
     *Without float64 copies.* DeepSpeed takes the norm of a gradient from a float64 copy of it, 4.2 GB for an output head
     of 525 M parameters: the highest peak there is where activations are checkpointed. Here it is taken in pieces.
+
+    *In pieces to the host.* With ``offload_optimizer`` DeepSpeed converts a whole gradient to fp32 on the GPU before it
+    goes, 2.1 GB for that head, and keeps a buffer there, as large as the largest parameter, in which what the host has
+    added up comes back to the gradient of the next micro-batch. Here both go by pieces of 64 MiB at most, in the same
+    stream and order, so each number is converted and added as it was.
 
     Attributes:
         reduces_once: see above; stage 1 needs no help with it.
@@ -53,6 +60,9 @@ class GradientMixin:
         self._scattered_in_this_backward: set[int] = set()
         groups = range(len(self.bit16_groups)) if last_only and self.reduce_scatter else ()
         self.scattered = frozenset(i for i in groups if self._covered_by_partitions(i))
+        if self.cpu_offload:  # DeepSpeed has made one of the largest parameter
+            buffer = self.temp_grad_buffer_for_gpu_offload
+            self.temp_grad_buffer_for_gpu_offload = buffer.new_empty(min(_PIECE, buffer.numel()))
 
     def _covered_by_partitions(self, i: int) -> bool:
         if len(self.bit16_groups[i]) != 1 or self.real_dp_process_group[i] is not self.dp_process_group:
@@ -106,7 +116,74 @@ class GradientMixin:
         _, start, _, count = self.grad_position[self.get_param_id(param)]
         self.norm_for_param_grads[self.get_param_id(param)] = _norm(grad.view(-1).narrow(0, start, count))
 
+    # ------------------------------------------------------------------ DeepSpeed's methods of offload_optimizer
+
+    def async_inplace_copy_grad_to_fp32_buffer_from_gpu(self, param):
+        i, start, place, count = self.grad_position[self.get_param_id(param)]
+        if count <= _PIECE:
+            return super().async_inplace_copy_grad_to_fp32_buffer_from_gpu(param)
+        grad = self.get_param_gradient_attribute(param)
+        here = get_accelerator().current_stream()
+        if self._offload_gradient_safety_enabled:  # copies of other streams to the same place
+            for stream, copied in self._pending_offload_events.items():
+                if stream != here:
+                    here.wait_event(copied)
+        masters = self.single_partition_of_fp32_groups[i].grad.view(-1).narrow(0, place, count)
+        for target, piece in _pieces(masters, grad.view(-1).narrow(0, start, count)):
+            target.copy_(piece.to(self.master_weights_and_grads_dtype), non_blocking=True)
+        self._record_gradient_stream(grad, here)
+        self._record_offload_copy()
+        self.clear_grad_attribute(param)
+
+    def async_accumulate_grad_in_cpu_via_gpu(self, param):
+        buffer = self.temp_grad_buffer_for_gpu_offload
+        if param.numel() <= buffer.numel():
+            return super().async_accumulate_grad_in_cpu_via_gpu(param)
+        if self._offload_gradient_safety_enabled:  # the buffer, and what the host has, may be in use
+            self._wait_for_offload_copies()
+        grad = self._part_kept_on_host(param, self.get_param_gradient_attribute(param).data)
+        for kept, piece in _pieces(self._kept_on_host(param), grad):
+            if self.micro_step_id > 0:
+                came = buffer.narrow(0, 0, kept.numel())
+                came.copy_(kept, non_blocking=True)
+                piece.add_(came)
+            kept.copy_(piece, non_blocking=True)
+        self._record_offload_copy()
+
+    def _restore_cpu_offload_grad_to_gpu(self, param):
+        buffer = self.temp_grad_buffer_for_gpu_offload
+        if param.numel() <= buffer.numel():
+            return super()._restore_cpu_offload_grad_to_gpu(param)
+        if self._offload_gradient_safety_enabled:
+            self._wait_for_offload_copies()
+        grad = buffer.new_zeros(param.shape)
+        self._part_kept_on_host(param, grad).copy_(self._kept_on_host(param), non_blocking=True)
+        if self.use_grad_accum_attribute:
+            param.grad_accum = grad
+        else:
+            param.grad = grad
+
     # ------------------------------------------------------------------ parts
+
+    def _kept_on_host(self, param) -> Tensor:
+        """Where the host adds the gradient up, flat: whole, or with low-precision masters where their gradient is."""
+        param_id = self.get_param_id(param)
+        if param_id not in self.accumulated_grads_in_cpu:
+            if self.low_precision_master_weights_and_grads:
+                i, _, place, count = self.grad_position[param_id]
+                kept = self.single_partition_of_fp32_groups[i].grad.view(-1).narrow(0, place, count)
+            else:
+                kept = torch.zeros(param.numel(), dtype=param.dtype, device=self.device)
+                kept = get_accelerator().pin_memory(kept) if self.cpu_offload_pin_memory else kept
+            self.accumulated_grads_in_cpu[param_id] = kept
+        return self.accumulated_grads_in_cpu[param_id].view(-1)
+
+    def _part_kept_on_host(self, param, grad: Tensor) -> Tensor:
+        """What of ``grad`` belongs there."""
+        if not self.low_precision_master_weights_and_grads:
+            return grad.view(-1)
+        _, start, _, count = self.grad_position[self.get_param_id(param)]
+        return grad.view(-1).narrow(0, start, count)
 
     def _holds_back(self) -> bool:
         return self.reduces_once and not self.is_gradient_accumulation_boundary()
@@ -134,6 +211,11 @@ class GradientMixin:
         else:  # in the place of one that no step has taken
             self.averaged_gradients[i] = GradPartitionBufferGroup([part], part)
             self._scattered_in_this_backward.add(i)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat tensors of one length, piece by piece."""
+    return zip(*(tensor.split(_PIECE) for tensor in tensors), strict=True)
 
 
 def _norm(tensor: Tensor) -> Tensor:

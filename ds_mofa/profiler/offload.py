@@ -1,7 +1,8 @@
 """Offload in the prediction: what DeepSpeed (0.19) still has on the GPU when state is on the host, and what there.
 
 Gradients do not stay: each is added up on the host, and in the step's last micro-batch normed and converted on the GPU
-on its way there. Sizes in bytes, of one rank.
+on its way there, by DeepSpeed in whole, by :mod:`ds_mofa.deepspeed.gradients` in pieces (stages 1 and 2).
+Sizes in bytes, of one rank.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from ds_mofa.profiler.zero import Candidate, ZeroSettings, norm_bytes, partition
 __all__ = ["host_bytes", "offloaded_candidates"]
 
 _NORM_PIECE = 250_000_000  # elements: stage 3 takes a norm of so many at a time
+_PIECE = 1 << 24  # elements: ds_mofa.deepspeed.gradients moves so many at a time
 
 
 def offloaded_candidates(
@@ -21,8 +23,9 @@ def offloaded_candidates(
     """Moments of a rank's backward and step with ``offload_optimizer``, stages 1 to 3.
 
     A gradient is reduced when the next one does not fit into its bucket; one larger than the bucket waits until then
-    where it is, in stages 1 and 2 as a copy, for which there is also a buffer of the largest parameter that brings what
-    the host has added up. In stage 3 that copy is of a shard.
+    where it is, in stages 1 and 2 as a copy, which is made while autograd still holds the original. There is also a
+    buffer of the largest parameter, or of a piece, that brings what the host has added up. In stage 3 that copy is of a
+    shard.
     """
     trained = {p.name: p for group in groups for p in group}
     mine = dict(partitioned(groups, zero.world_size)[0][rank])
@@ -31,7 +34,7 @@ def offloaded_candidates(
         always = {"communication buffers": 2 * zero.reduce_bucket_size + gathered(zero, batch.parameters).at_loss}
     else:
         buckets = (2 if zero.overlap_comm else 1) * 2 * zero.reduce_bucket_size
-        always = {"communication buffers": buckets + 2 * max(p.numel for p in trained.values())}
+        always = {"communication buffers": buckets + 2 * _at_a_time(zero, max(p.numel for p in trained.values()))}
     accumulated = zero.stage == 1 and micro_batches > 1
     candidates: list[Candidate] = []
     whole = 2 * sum(p.numel for p in trained.values()) if accumulated else 0
@@ -57,15 +60,25 @@ def offloaded_candidates(
             reduce(moment)
         bucket.append(name)
         whole -= 2 * trained[name].numel if accumulated else 0
-        candidate(f"backward ({name})", moment, whole + waiting())
+        candidate(f"backward ({name})", moment, whole + waiting(), _original(zero, trained[name].numel))
     if bucket:
         reduce(batch.at_completion[-1])
     return [*candidates, Candidate("step", {} if zero.stage == 3 else always)]
 
 
+def _original(zero: ZeroSettings, elements: int) -> int:
+    """What autograd holds of a gradient, while its copy is made."""
+    return 2 * elements if zero.stage != 3 and elements > zero.reduce_bucket_size else 0
+
+
+def _at_a_time(zero: ZeroSettings, elements: int) -> int:
+    """Of a gradient or parameter, what is moved at once."""
+    return min(elements, _PIECE) if zero.host_in_pieces else elements
+
+
 def _passing(zero: ZeroSettings, elements: int) -> int:
     """Of one gradient on its way: what its norm is taken of, or its conversion to the masters' dtype."""
-    converted = zero.state_bytes * elements if zero.state_bytes != 2 else 0
+    converted = zero.state_bytes * _at_a_time(zero, elements) if zero.state_bytes != 2 else 0
     if zero.stage == 3:
         return 2 * elements + max(norm_bytes(min(elements, _NORM_PIECE)), converted)
     return max(0 if zero.norm_in_pieces else norm_bytes(elements), converted)

@@ -227,6 +227,7 @@ def _zero(setting: Setting) -> ZeroSettings:
         reduces_once=once and setting.micro_batches > 1,
         scatters=ours and once,
         norm_in_pieces=ours,
+        host_in_pieces=ours,
         state_bytes=4 if setting.states == "fp32" else 2,
         reduce_bucket_size=setting.bucket,
         contiguous_gradients=setting.contiguous,

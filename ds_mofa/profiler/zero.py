@@ -23,13 +23,14 @@ __all__ = [
 class ZeroSettings:
     """Of ``zero_optimization`` in DeepSpeed's JSON, under their names there; sizes in elements.
 
-    Three are not DeepSpeed's, but of :mod:`ds_mofa.deepspeed.gradients`.
+    Four are not DeepSpeed's, but of :mod:`ds_mofa.deepspeed.gradients`.
 
     Attributes:
         reduces_once: gradients add up whole, where autograd puts them, until the last micro-batch of a step of several.
             So they do in stage 1, and in stage 2 those that ds_mofa holds back (its option ``adamw_reduce``).
         scatters: a parameter that fills its group and divides evenly is reduced straight into the partitions.
         norm_in_pieces: the norm of the gradients is taken without a copy of them (stages 1 and 2).
+        host_in_pieces: with offload, gradients go to the host and come back by pieces (stages 1 and 2).
     """
 
     stage: int
@@ -37,6 +38,7 @@ class ZeroSettings:
     reduces_once: bool = False
     scatters: bool = False
     norm_in_pieces: bool = False
+    host_in_pieces: bool = False
     state_bytes: int = 4  # of one number of the master weights and of each moment: 4, or 2 for bf16 states
     reduce_bucket_size: int = 100_000_000
     stage3_max_live_parameters: int = 1_000_000_000

@@ -29,6 +29,11 @@ FILLED = {
 }
 
 
+def offloads(name: str) -> bool:
+    """By its name: a card that is too small for a run is made to hold it by moving things to the host."""
+    return "offload" in name or name.startswith("single_")
+
+
 def load(name: str) -> dict:
     return json.loads((CONFIGS / f"{name}.json").read_text())
 
@@ -50,7 +55,7 @@ def test_deepspeed_accepts_it(name):
     assert parsed.optimizer_name.lower() == config["optimizer"]["type"].lower()
     assert parsed.zero_optimization_stage == config["zero_optimization"]["stage"]
     offload = parsed.zero_config.offload_optimizer
-    assert (offload is not None and offload.device == "cpu") == ("offload" in name)
+    assert (offload is not None and offload.device == "cpu") == offloads(name)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("zero")])
@@ -71,7 +76,7 @@ def test_the_adamw_twin_differs_in_the_optimizer_alone(name):
 def test_mofasgd_accepts_its_options(name):
     params = fill(load(name)["optimizer"]["params"])
     _, passed_on = Options.from_config(params, passed_on=["torch_adam"])
-    assert passed_on == ({} if "offload" in name else {"torch_adam": True})
+    assert passed_on == ({} if offloads(name) else {"torch_adam": True})
 
 
 def test_stage_3_gathers_the_weights_for_saving():
@@ -79,6 +84,16 @@ def test_stage_3_gathers_the_weights_for_saving():
         zero = load(name)["zero_optimization"]
         if zero["stage"] == 3:
             assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_the_cards_settings():
+    """As they were measured: what differs is where the weights are."""
+    small, large = load("single_16gb_offload"), load("single_24gb")
+    assert "offload_param" in small["zero_optimization"] and "offload_param" not in large["zero_optimization"]
+    for config in (small, large):
+        assert config["zero_optimization"]["reduce_bucket_size"] == 20_000_000
+        assert config["optimizer"]["params"]["rank"] == 16
+    assert large["zero_optimization"]["stage"] == 2 and large["optimizer"]["params"]["fused_head"] is True
 
 
 def test_the_paper_settings():

@@ -4,6 +4,7 @@ On a CPU the host is the device. What offloading changes is still done: factors 
 factors go through the buffers, and where a scene says so the weights do.
 """
 
+import contextlib
 import itertools
 from unittest import mock
 
@@ -11,16 +12,20 @@ import pytest
 import torch
 from comparing import STEPS, assert_same, dense, distances
 from deepspeed import comm as dist
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+from deepspeed.utils import safe_get_full_grad
 from launching import on_ranks
 from test_clipping import TIGHT
 from test_faults import matrices_of
 from test_resume import end_of, equal, saved_and_resumed
-from toys import batches
-from training import config, engine_for, toy, train, train_step
+from toys import batches, micro_batches
+from training import config, engine_for, mean_over_ranks, toy, train, train_step
 
 from ds_mofa import host_weights
 from ds_mofa import step as step_module
+from ds_mofa.deepspeed import gradients as gradients_module
+from ds_mofa.deepspeed.gradients import GradientMixin
 
 CPU = {"device": "cpu", "pin_memory": False}
 PINNED = {"device": "cpu", "pin_memory": True}
@@ -284,6 +289,98 @@ def test_chunks_that_end_inside_a_row_are_the_whole_to_the_order_of_a_gemm_s_sum
     for result in ran.ranks:
         assert max(distances(result["staged"], {**dense(), "momenta": {}}).values()) < 1e-5
         assert result["staged"]["seen"] == 2 * 768  # 150 elements each, and no more of any weight
+
+
+# ---------------------------------------------------------------------- gradients to the host in pieces
+
+PIECE = 100  # elements; embedding and head have 1295
+ON_ITS_WAY = (
+    "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
+    "async_accumulate_grad_in_cpu_via_gpu",
+    "_restore_cpu_offload_grad_to_gpu",
+)
+
+
+def in_pieces_and_whole(stage: int, dtype: str, micro: int, managed: bool = True, masters: str = "fp32") -> dict:
+    """The same run with gradients that go to the host in pieces, and by DeepSpeed's own methods."""
+    extra = {"dtype": dtype, "micro": micro, "managed_gradient_accumulation": managed}
+    if dtype == "fp16":
+        extra["fp16"] = {"initial_scale_power": 24, "hysteresis": 1}
+    elif masters == "bf16":
+        extra["bf16"] = {"bf16_master_weights_and_grads": True}
+    where = {"offload_optimizer": CPU, "reduce_bucket_size": 500}  # less than embedding and head
+    settings = settings_of(stage, where, **extra)
+    return {"ours": going_to_host(settings, micro), "deepspeed's": going_to_host(settings, micro, whole=True)}
+
+
+def going_to_host(settings: dict, micro: int, whole: bool = False) -> dict:
+    sizes, asked, pieces, plan = [], [], gradients_module._pieces, GradientMixin.plan_reductions
+
+    def counted(*tensors):
+        made = list(pieces(*tensors))
+        sizes.append([target.numel() for target, _ in made])
+        return made
+
+    def keep_the_buffer(self, *args):
+        buffer = self.temp_grad_buffer_for_gpu_offload
+        plan(self, *args)
+        self.temp_grad_buffer_for_gpu_offload = buffer
+
+    def step(engine, batch):
+        total = torch.zeros(())
+        for number, part in enumerate(micro_batches(batch, dist.get_rank(), dist.get_world_size(), micro)):
+            loss = engine(*part)
+            engine.backward(loss)
+            if number == micro - 1:
+                found = [safe_get_full_grad(getattr(engine.module, name).weight) for name in ("embed", "head")]
+                asked.extend(grad.nan_to_num() for grad in found if grad is not None)
+            if engine.managed_gradient_accumulation() or number == micro - 1:
+                engine.step()
+            total += loss.detach().float() / micro
+        return mean_over_ranks(total)
+
+    with contextlib.ExitStack() as patches:
+        patch = lambda *args: patches.enter_context(mock.patch.object(*args))  # noqa: E731
+        patch(gradients_module, "_PIECE", PIECE)
+        patch(gradients_module, "_pieces", counted)
+        patch(stage_1_and_2, "DeepSpeedCPUAdam", torch.optim.AdamW)  # what DeepSpeed wants for 16-bit masters
+        if whole:
+            patch(GradientMixin, "plan_reductions", keep_the_buffer)
+            for name in ON_ITS_WAY:
+                patch(GradientMixin, name, getattr(stage_1_and_2.DeepSpeedZeroOptimizer, name))
+        look = lambda engine: engine.optimizer.temp_grad_buffer_for_gpu_offload.numel()  # noqa: E731
+        run = train(settings, 8 if "fp16" in settings else 2, look=look, step=step)
+    return {**run, "sizes": sizes, "asked": dict(enumerate(asked))}
+
+
+@on_ranks(
+    in_pieces_and_whole,
+    *({"stage": stage, "dtype": dtype, "micro": n} for stage in (1, 2) for dtype in ("fp32", "bf16") for n in (1, 3)),
+    {"stage": 1, "dtype": "fp16", "micro": 3},
+    {"stage": 2, "dtype": "fp16", "micro": 1},
+)
+def test_gradients_go_to_the_host_in_pieces_of_the_same_bits(ran):
+    assert_the_same_bits_in_pieces(ran)
+
+
+@on_ranks(in_pieces_and_whole, {"stage": 2, "dtype": "bf16", "micro": 3}, managed=[False])
+def test_so_do_those_of_a_caller_who_manages_the_accumulation(ran):
+    assert_the_same_bits_in_pieces(ran)
+
+
+@on_ranks(in_pieces_and_whole, {"dtype": "bf16", "micro": 3, "masters": "bf16"}, stage=[1, 2])
+def test_so_do_those_of_masters_in_16_bits(ran):
+    assert_the_same_bits_in_pieces(ran)
+
+
+def assert_the_same_bits_in_pieces(ran) -> None:
+    for result in ran.ranks:
+        ours, deepspeeds = result["ours"], result["deepspeed's"]
+        assert (ours["seen"], deepspeeds["seen"], deepspeeds["sizes"]) == (PIECE, 1295, [])
+        assert any(len(sizes) > 2 and 0 < sizes[-1] < PIECE for sizes in ours["sizes"])
+        assert all(0 < max(sizes) <= PIECE for sizes in ours["sizes"])
+        assert equal(*({key: run[key] for key in ("losses", "norms", "weights", "asked")} for run in result.values()))
+        assert len(ours["asked"]) and any(grad.any() for grad in ours["asked"].values())
 
 
 # ---------------------------------------------------------------------- against the dense reference
