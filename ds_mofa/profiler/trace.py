@@ -24,6 +24,7 @@ from ds_mofa.profiler.inventory import Known
 __all__ = ["Allocation", "CudaHistory", "Curve", "Span", "StorageTracker", "alive", "curve", "label", "new_gradients"]
 
 FOREVER = 1 << 62
+_GATHERING = "deepspeed/runtime/zero/partition_parameters.py"
 
 
 @dataclasses.dataclass(eq=False)
@@ -308,6 +309,11 @@ def new_gradients(allocations: Iterable[Allocation], began: int, moment: int) ->
     """What backward, which began at ``began``, has allocated and not freed by ``moment``, largest first.
 
     A kept weight gradient would be among it. What the inventory knows is not: AdamW's gradients, the buckets that they
-    are reduced in, output gradients that wait for their sketches.
+    are reduced in, output gradients that wait for their sketches. Nor are weights that stage 3 is gathering, which no
+    parameter has yet: those DeepSpeed's own lines have allocated.
     """
-    return [one for one in alive(allocations, moment) if one.born >= began and not one.owner]
+    return [
+        one
+        for one in alive(allocations, moment)
+        if one.born >= began and not one.owner and not any(_GATHERING in frame for frame in one.stack[:3])
+    ]
