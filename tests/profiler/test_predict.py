@@ -85,8 +85,10 @@ def test_scattered_gradients_take_what_was_measured(shape):
     reserved = found["allocated"] + found["categories"]["allocator slack"]
     allocated, at_most, nvml = (1e9 * gb for gb in SCATTERED[shape])
     assert found["allocated"] == pytest.approx(allocated, rel=0.001)
-    assert reserved == pytest.approx(at_most, rel=0.02)
-    assert found["total"] == pytest.approx(nvml, rel=0.02)
+    # The first was measured on a slow host, on which gradients wait longer for the stream that reduces them.
+    slow = shape == (1024, 8, False)
+    assert reserved == pytest.approx(at_most, rel=0.02 if slow else 0.006)
+    assert found["total"] == pytest.approx(nvml, rel=0.02 if slow else 0.01)
     # Neither one rank nor gradients that are sent after each micro-batch have anything to scatter.
     assert predictions._zero(dataclasses.replace(setting, adamw_reduce="micro_batch")).scatters is False
 
