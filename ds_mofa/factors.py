@@ -30,6 +30,7 @@ __all__ = [
     "gram_matrices",
     "projected_norm",
     "live_directions",
+    "leading_svd",
     "resized",
 ]
 
@@ -96,7 +97,7 @@ def update_many(
         for (factors, _, _), (gram, _), left, right in zip(batches, grams, left_bases, right_bases)
     ]
     r = batches[0][0].sigma.shape[-1]
-    turns = together(cores, functools.partial(_leading_svd, r=r))
+    turns = together(cores, functools.partial(leading_svd, r=r))
     return [
         _turned(factors, left, right, *turn)
         for (factors, _, _), left, right, turn in zip(batches, left_bases, right_bases, turns)
@@ -169,7 +170,7 @@ def live_directions(sigma: Tensor) -> Tensor:
     return (sigma > floor * sigma[..., :1]).to(sigma.dtype)
 
 
-def _leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """P (B, p, r), sigma (B, r), Q (B, q, r): the r leading singular triplets of K (B, p, q); P and Q in float64."""
     if not triton_serves(K):
         P, sigma, Qt = torch.linalg.svd(K, full_matrices=False)

@@ -40,7 +40,7 @@ from ds_mofa.state import packed, unpack
 from ds_mofa.subbatches import Part, split
 from ds_mofa.weights import Rounding, Shard, rounding_key
 
-__all__ = ["MatrixStep", "whole_matrix"]
+__all__ = ["MatrixStep", "full_fp32", "whole_matrix"]
 
 _SLICE = 1 << 24  # elements of a rank's factors that are gathered at a time
 _MOST_BALANCED = 10.0  # a matrix without new gradients, an expert that no token goes to, has ever less momentum
@@ -214,7 +214,7 @@ class MatrixStep:
             clip: factor on the gradient, <= 1, from clipping by the global norm.
         """
         new, grams = self._pending, self._grams
-        with phase("factor update"), _full_fp32():
+        with phase("factor update"), full_fp32():
             self._publish(new if self._update_factors(clip) else None)
         self.drop_pending()
         with phase("gather"):
@@ -456,7 +456,7 @@ class MatrixStep:
 
 
 @contextlib.contextmanager
-def _full_fp32() -> Iterator[None]:
+def full_fp32() -> Iterator[None]:
     """Within: fp32 products on a GPU are fp32. Scripts switch TF32 on for the model; it has three digits, and the
     factors would lose their orthonormality to it.
     """

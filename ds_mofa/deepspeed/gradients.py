@@ -13,9 +13,11 @@ from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor
 
+from ds_mofa.host_weights import CHUNK_BYTES
+
 __all__ = ["GradientMixin"]
 
-_PIECE = 1 << 24  # elements that a norm is taken of, or that pass to the host, at a time: 64 MiB in fp32
+_PIECE = CHUNK_BYTES // torch.float32.itemsize  # elements that a norm is taken of, or that pass to the host, at a time
 
 
 class GradientMixin:

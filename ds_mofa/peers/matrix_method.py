@@ -75,6 +75,11 @@ class MatrixMethod(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._move_all()
+        self._forget_captured()
+        return loss
+
+    def _move_all(self) -> None:
         for group in self.param_groups:
             lr, decay = group["lr"], group["weight_decay"]
             for p in group["params"]:
@@ -86,8 +91,6 @@ class MatrixMethod(torch.optim.Optimizer):
                 D = self.direction(G, state, group, self._places[p][1])
                 p.mul_(1 - lr * decay)
                 p.add_(like(D, p.shape), alpha=-lr * self.lr_factor(*p.shape))
-        self._forget_captured()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients since the last step, captured ones included."""

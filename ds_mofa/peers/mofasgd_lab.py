@@ -69,12 +69,12 @@ import torch
 from torch import Tensor, nn
 
 from ds_mofa.batching import together
-from ds_mofa.factors import Factors, _leading_svd, live_directions, resized, start_factors
+from ds_mofa.factors import Factors, leading_svd, live_directions, resized, start_factors
 from ds_mofa.options import AdjustLr, OptionError, Options, check_integer, check_number
 from ds_mofa.orthonormal import Basis, Side, complements
 from ds_mofa.peers.matrix_method import MatrixMethod
 from ds_mofa.peers.randomness import keyed_generator
-from ds_mofa.step import _full_fp32
+from ds_mofa.step import full_fp32
 from ds_mofa.weights import Rounding, rounding_key
 
 __all__ = ["MoFaSGDLab", "allotted_ranks", "range_estimate", "softened"]
@@ -193,16 +193,9 @@ class MoFaSGDLab(MatrixMethod):
         self._options = Options(adjust_lr_fn=adjust_lr_fn, beta=beta)
         super().__init__(params, **settings)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Move every matrix that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with _full_fp32():
+    def _move_all(self) -> None:
+        with full_fp32():
             self._step(self.param_groups[0])
-        return loss
 
     def _step(self, s: dict[str, Any]) -> None:
         batches = self._batches()
@@ -320,7 +313,7 @@ def _with_svds(works: list[SVDs]) -> list[Terms]:
             except StopIteration as done:
                 results.append(done.value)
         if asked:
-            answers = together([K for K, _ in asked], _leading_svd, [r for _, r in asked])
+            answers = together([K for K, _ in asked], leading_svd, [r for _, r in asked])
     return results
 
 

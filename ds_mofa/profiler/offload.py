@@ -7,6 +7,7 @@ Sizes in bytes, of one rank.
 
 from collections.abc import Sequence
 
+from ds_mofa.host_weights import CHUNK_BYTES
 from ds_mofa.profiler.gathering import gathered
 from ds_mofa.profiler.simulate import MicroBatch, Moment, Parameter
 from ds_mofa.profiler.zero import Candidate, ZeroSettings, norm_bytes, partitioned
@@ -14,7 +15,7 @@ from ds_mofa.profiler.zero import Candidate, ZeroSettings, norm_bytes, partition
 __all__ = ["host_bytes", "offloaded_candidates"]
 
 _NORM_PIECE = 250_000_000  # elements: stage 3 takes a norm of so many at a time
-_PIECE = 1 << 24  # elements: ds_mofa.deepspeed.gradients moves so many at a time
+_PIECE = CHUNK_BYTES // 4  # elements: ds_mofa.deepspeed.gradients moves so many at a time
 
 
 def offloaded_candidates(

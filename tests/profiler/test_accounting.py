@@ -166,13 +166,16 @@ def test_a_gradient_written_over_an_activation_is_one_until_then():
     waiting = [Known(1, 10, "workspace", "cpu"), Known(2, 20, "workspace", "cpu")]
     trace.label([activation, gradient], [(30, waiting)], spans, "cpu")
     assert (activation.category, gradient.category) == ("activations", "workspace")
+    assert trace.new_gradients([activation, gradient], 21, 30) == []  # both are known: no weight gradients
+
+
+def test_weights_that_stage_3_is_gathering_are_no_gradients():
     gathering = ("deepspeed/runtime/zero/partition_parameters.py:1343 _all_gather_dtype",)
     gathered, made = (
         trace.Allocation(3, 30, 25, stack=gathering),
         trace.Allocation(4, 40, 25, stack=("linear.py:9 backward",)),
     )
     assert trace.new_gradients([gathered, made], 21, 30) == [made]  # weights that no parameter has yet, in stage 3
-    assert trace.new_gradients([activation, gradient], 21, 30) == []  # both are known: no weight gradients
 
 
 def test_the_tracker_sees_births_and_deaths():
