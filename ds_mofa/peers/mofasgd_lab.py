@@ -37,6 +37,8 @@ explore = k: D <- D + explore_scale polar(H) E^T, H = (1 - U U^T) G E, E (n x k)
     Gaussian, new in each step: directions without momentum that nobody chose. Price: k columns in Y and in what is
     gathered; Omega comes from the seed, and E is there during backward. explore_by = "coordinates": E is k columns of
     the unit matrix, H = (1 - U U^T) G (1 - V V^T) E: D moves k columns of W, and instead of E there are k numbers.
+    "rows and columns": besides, explore_scale F polar(J)^T, J = (1 - V V^T) G^T (1 - U U^T) F, F k columns of the unit
+    matrix: D moves k rows as well. Price: k columns in Z too.
 
 *What the momentum learns*:
 
@@ -83,7 +85,7 @@ BalanceBy = Literal["momentum", "gradient"]
 ProbeRule = Literal["range", "random"]
 RankRule = Literal["gain", "share"]
 SecondMoment = Literal["none", "gradient", "update"]
-ExploreBy = Literal["gaussian", "coordinates"]
+ExploreBy = Literal["gaussian", "coordinates", "rows and columns"]
 Sides = Literal["both", "rows", "columns"]
 Oracle = Literal["none", "gradient", "momentum"]
 
@@ -422,20 +424,36 @@ def range_estimate(H: Tensor, J: Tensor, W: Tensor) -> Tensor:
 
 
 def _explored(batch: _Batch, old: Factors, move: Terms, s: dict[str, Any]) -> SVDs:
-    k = s["explore"]
+    k, by = s["explore"], s["explore_by"]
     if not k:
         return move
-    if s["explore_by"] == "coordinates":
-        chosen = batch.gaussian(1, s["seed"] + 2, 0).squeeze(-1).argsort(-1)[:, :k]
-        E = torch.nn.functional.one_hot(chosen, batch.shape[1]).mT.to(batch.G)
-        H = _beside(old.U, batch.G @ _beside(old.V, E))
-    else:
+    if by == "gaussian":
         E = _orthonormal_beside(old.V, batch.gaussian(k, s["seed"] + 2, 0))
         H = _beside(old.U, batch.G @ E)
+    else:
+        E = _unit_columns(batch, k, s["seed"] + 2, 0)
+        H = _beside(old.U, batch.G @ _beside(old.V, E))
+    P, coefficients, Q = yield from _polar(H, s["explore_scale"])
+    terms = [move, Terms(P, coefficients, (E.double() @ Q).to(E.dtype))]
+    if by == "rows and columns":
+        F = _unit_columns(batch, k, s["seed"] + 2, 1)
+        J = _beside(old.V, batch.G.mT @ _beside(old.U, F))
+        P, coefficients, Q = yield from _polar(J, s["explore_scale"])
+        terms.append(Terms((F.double() @ Q).to(F.dtype), coefficients, P))
+    return Terms(*(torch.cat(parts, dim=-1) for parts in zip(*terms)))
+
+
+def _polar(H: Tensor, scale: float) -> Generator[tuple[Tensor, int], tuple[Tensor, Tensor, Tensor], Terms]:
+    """P, c, Q with scale polar(H) = P diag(c) Q^T."""
     [basis] = complements([Side(H[..., :0], H)])
-    P, sigma, Q = yield basis.R.to(H.dtype), min(k, *basis.R.shape[-2:])
-    more = Terms(basis.turned(P), s["explore_scale"] * live_directions(sigma), (E.double() @ Q).to(E.dtype))
-    return Terms(*(torch.cat(parts, dim=-1) for parts in zip(move, more)))
+    P, sigma, Q = yield basis.R.to(H.dtype), min(H.shape[-1], *basis.R.shape[-2:])
+    return Terms(basis.turned(P), scale * live_directions(sigma), Q)
+
+
+def _unit_columns(batch: _Batch, k: int, seed: int, stream: int) -> Tensor:
+    """k random columns of the unit matrix of n rows for stream 0, of m for stream 1; (B, n or m, k)."""
+    chosen = batch.gaussian(1, seed, stream).squeeze(-1).argsort(-1)[:, :k]
+    return torch.nn.functional.one_hot(chosen, batch.shape[1 - stream]).mT.to(batch.G)
 
 
 def _by_oracle(batches: list[_Batch], s: dict[str, Any]) -> list[Terms]:

@@ -159,6 +159,17 @@ def test_exploring_by_coordinates_moves_few_columns():
     assert close(more[..., moved], polar(missed[..., moved], 2))
 
 
+def test_exploring_rows_and_columns_moves_both():
+    grads = gradients((12, 17), 4)
+    columns = LastStep((12, 17), grads, explore=2, explore_by="coordinates")
+    both = LastStep((12, 17), grads, explore=2, explore_by="rows and columns")
+    more = both.D - columns.D
+    moved = more.norm(dim=-1)[0] > 1e-9
+    assert int(moved.sum()) == 2
+    missed = both.G - next_momentum(both.old, both.G, 0.0, 1.0)
+    assert close(more[:, moved], polar(missed[:, moved], 2))
+
+
 # ---------------------------------------------------------------------- the momentum
 
 
