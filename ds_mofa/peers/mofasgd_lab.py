@@ -37,8 +37,9 @@ explore = k: D <- D + explore_scale polar(H) E^T, H = (1 - U U^T) G E, E (n x k)
     Gaussian, new in each step: directions without momentum that nobody chose. Price: k columns in Y and in what is
     gathered; Omega comes from the seed, and E is there during backward. explore_by = "coordinates": E is k columns of
     the unit matrix, H = (1 - U U^T) G (1 - V V^T) E: D moves k columns of W, and instead of E there are k numbers.
-    "rows and columns": besides, explore_scale F polar(J)^T, J = (1 - V V^T) G^T (1 - U U^T) F, F k columns of the unit
-    matrix: D moves k rows as well. Price: k columns in Z too.
+    "signs": the same with E of random signs / sqrt(n), which need neither V nor a decomposition to be drawn.
+    explore_sides = "both": besides, explore_scale F polar(J)^T, J = (1 - V V^T) G^T (1 - U U^T) F, F (m x k) drawn as E.
+    Price: k columns in Z too.
 
 *What the momentum learns*:
 
@@ -85,7 +86,8 @@ BalanceBy = Literal["momentum", "gradient"]
 ProbeRule = Literal["range", "random"]
 RankRule = Literal["gain", "share"]
 SecondMoment = Literal["none", "gradient", "update"]
-ExploreBy = Literal["gaussian", "coordinates", "rows and columns"]
+ExploreBy = Literal["gaussian", "coordinates", "signs"]
+ExploreSides = Literal["right", "both"]
 Sides = Literal["both", "rows", "columns"]
 Oracle = Literal["none", "gradient", "momentum"]
 
@@ -152,7 +154,7 @@ class MoFaSGDLab(MatrixMethod):
         seed: of the start's test matrices and of all other random columns.
         balance, balance_by, rank_scale: what multiplies D.
         nesterov, update_rank, soft, second_moment, second_moment_power, second_moment_sides, explore, explore_scale,
-            explore_by: what D is made of.
+            explore_by, explore_sides: what D is made of.
         probes, probe_rule, probe_weight, rank_budget, rank_rule, shrink, beta_warmup, momentum_reset:
             what the momentum learns.
         beta2: decay of the second moments.
@@ -180,6 +182,7 @@ class MoFaSGDLab(MatrixMethod):
         explore: int = 0,
         explore_scale: float = 1.0,
         explore_by: ExploreBy = "gaussian",
+        explore_sides: ExploreSides = "right",
         probes: int = 0,
         probe_rule: ProbeRule = "range",
         probe_weight: float = 1.0,
@@ -424,22 +427,15 @@ def range_estimate(H: Tensor, J: Tensor, W: Tensor) -> Tensor:
 
 
 def _explored(batch: _Batch, old: Factors, move: Terms, s: dict[str, Any]) -> SVDs:
-    k, by = s["explore"], s["explore_by"]
-    if not k:
+    if not s["explore"]:
         return move
-    if by == "gaussian":
-        E = _orthonormal_beside(old.V, batch.gaussian(k, s["seed"] + 2, 0))
-        H = _beside(old.U, batch.G @ E)
-    else:
-        E = _unit_columns(batch, k, s["seed"] + 2, 0)
-        H = _beside(old.U, batch.G @ _beside(old.V, E))
-    P, coefficients, Q = yield from _polar(H, s["explore_scale"])
-    terms = [move, Terms(P, coefficients, (E.double() @ Q).to(E.dtype))]
-    if by == "rows and columns":
-        F = _unit_columns(batch, k, s["seed"] + 2, 1)
-        J = _beside(old.V, batch.G.mT @ _beside(old.U, F))
-        P, coefficients, Q = yield from _polar(J, s["explore_scale"])
-        terms.append(Terms((F.double() @ Q).to(F.dtype), coefficients, P))
+    G, terms = batch.G, [move]
+    for side, (near, far) in enumerate([(old.U, old.V), (old.V, old.U)][: 1 + (s["explore_sides"] == "both")]):
+        E = _test_columns(batch, far, side, s)
+        H = _beside(near, (G.mT if side else G) @ (E if s["explore_by"] == "gaussian" else _beside(far, E)))
+        P, coefficients, Q = yield from _polar(H, s["explore_scale"])
+        outer = (E.double() @ Q).to(E.dtype)
+        terms.append(Terms(outer, coefficients, P) if side else Terms(P, coefficients, outer))
     return Terms(*(torch.cat(parts, dim=-1) for parts in zip(*terms)))
 
 
@@ -450,10 +446,14 @@ def _polar(H: Tensor, scale: float) -> Generator[tuple[Tensor, int], tuple[Tenso
     return Terms(basis.turned(P), scale * live_directions(sigma), Q)
 
 
-def _unit_columns(batch: _Batch, k: int, seed: int, stream: int) -> Tensor:
-    """k random columns of the unit matrix of n rows for stream 0, of m for stream 1; (B, n or m, k)."""
-    chosen = batch.gaussian(1, seed, stream).squeeze(-1).argsort(-1)[:, :k]
-    return torch.nn.functional.one_hot(chosen, batch.shape[1 - stream]).mT.to(batch.G)
+def _test_columns(batch: _Batch, V: Tensor, stream: int, s: dict[str, Any]) -> Tensor:
+    """E (stream 0) or F: k columns to explore along, (B, n or m, k)."""
+    k, seed, rows = s["explore"], s["seed"] + 2, V.shape[-2]
+    if s["explore_by"] == "coordinates":
+        chosen = batch.gaussian(1, seed, stream).squeeze(-1).argsort(-1)[:, :k]
+        return torch.nn.functional.one_hot(chosen, rows).mT.to(batch.G)
+    draw = batch.gaussian(k, seed, stream)
+    return draw.sign() / math.sqrt(rows) if s["explore_by"] == "signs" else _orthonormal_beside(V, draw)
 
 
 def _by_oracle(batches: list[_Batch], s: dict[str, Any]) -> list[Terms]:
@@ -668,6 +668,7 @@ def _check(s: dict[str, Any]) -> None:
 _CHOICES = {
     "balance_by": BalanceBy,
     "explore_by": ExploreBy,
+    "explore_sides": ExploreSides,
     "probe_rule": ProbeRule,
     "rank_rule": RankRule,
     "second_moment": SecondMoment,
