@@ -228,6 +228,7 @@ def _zero(setting: Setting) -> ZeroSettings:
         scatters=ours and once,
         norm_in_pieces=ours,
         host_in_pieces=ours,
+        host_at_once=ours,
         state_bytes=4 if setting.states == "fp32" else 2,
         reduce_bucket_size=setting.bucket,
         contiguous_gradients=setting.contiguous,
