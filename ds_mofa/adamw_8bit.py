@@ -18,6 +18,7 @@ first moment / eps. The smallest code above zero takes its place.
 
 import contextlib
 import functools
+import logging
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -237,6 +238,9 @@ def _random_bits(device: torch.device, seed: int | None) -> Iterator[None]:
 
 @functools.cache
 def _torchao() -> types.SimpleNamespace:
+    log = logging.getLogger("torchao")  # where it says that its CUDA libraries, of no use here, do not load on a CPU
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         from torchao.optim.adam import single_param_adam
         from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
@@ -245,6 +249,8 @@ def _torchao() -> types.SimpleNamespace:
             f"adamw_states='8bit' computes with torchao 0.18 ({error}): pip install 'ds_mofa[adamw8bit]', or set "
             "adamw_states='full'"
         ) from error
+    finally:
+        log.setLevel(level)
     return types.SimpleNamespace(
         single_param_adam=single_param_adam,
         OptimState8bit=OptimState8bit,
