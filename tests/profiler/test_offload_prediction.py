@@ -67,6 +67,17 @@ def test_the_gpu_with_the_norm_in_pieces(seq, micro_batches, gb):
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
 
 
+@pytest.mark.usefixtures("whole_to_host")
+@pytest.mark.parametrize(
+    ("seq", "micro_batches", "head", "gb"),
+    [(1024, 8, "adamw", 20.94), (2048, 4, "adamw", 21.22), (1024, 8, "matrix", 20.69), (2048, 4, "matrix", 20.69)],
+)
+def test_the_gpu_with_a_fused_head_and_with_a_head_that_is_a_matrix(seq, micro_batches, head, gb):
+    """docs/benchmarks/head_*."""
+    setting = dataclasses.replace(STAGE2, seq=seq, micro_batches=micro_batches, fused_head=True, head=head)
+    assert predict(setting)["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
+
+
 @pytest.mark.parametrize(("seq", "micro_batches", "gb"), [(1024, 8, 18.88), (2048, 4, 19.17)])
 def test_pieces_on_the_way_take_it_further_down(seq, micro_batches, gb):
     """To what is not measured yet: the head's gradient twice, while DeepSpeed copies it."""
