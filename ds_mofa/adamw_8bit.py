@@ -1,9 +1,9 @@
 """AdamW with 8-bit moments: torchao's arithmetic and number format, on whole parameters and on ZeRO's flat partitions.
 
 torchao's own ``AdamW8bit`` keeps a moment in 8 bits where a tensor has 4096 elements and a multiple of 256, and in full
-otherwise, without a word: a flat partition that is 2 elements longer would cost four times as much. It takes its learning
-rate as a tensor that nobody replaces, steps a tensor of any size at once, and compiles on a CPU too. Hence the loop around
-it here:
+otherwise, without a word: a flat partition that is 2 elements longer would cost four times as much. It takes its
+learning rate as a tensor that nobody replaces, steps a tensor of any size at once, and compiles on a CPU too. Hence the
+loop around it here:
 
 *Pieces.* A parameter is stepped in pieces of whole blocks, of one size, so its temporaries are those of a piece and the
 compiler meets few shapes. What is left past the last whole block, 255 elements at most, has moments in fp32.
@@ -11,9 +11,9 @@ compiler meets few shapes. What is left past the last whole block, 255 elements 
 *Plain tensors.* Codes and scales are state of their own, so that checkpoints hold no objects of a library and DeepSpeed
 does not take a moment for one that it may cut.
 
-*No second moment of zero.* Where an element's gradients are below 5e-4 of its block's largest, its second moment rounds to
-zero while its first does not; with no gradient in the next step, as for a token that does not occur, the update would be
-first moment / eps. The smallest code above zero takes its place.
+*No second moment of zero.* Where an element's gradients are below 5e-4 of its block's largest, its second moment rounds
+to zero while its first does not; with no gradient in the next step, as for a token that does not occur, the update
+would be first moment / eps. The smallest code above zero takes its place.
 """
 
 import contextlib
@@ -48,14 +48,16 @@ def moment_bytes(numel: int) -> int:
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW, with both moments in blocks of 256 8-bit codes and an fp32 scale (Dettmers et al., arXiv 2110.02861).
 
-    The arithmetic is torchao's, in fp32; on CUDA it is compiled, elsewhere it runs as it is. State of a parameter of n >=
-    4096 elements, of each moment ``exp_avg`` and ``exp_avg_sq``: ``_codes`` (n // 256, 256) uint8, ``_scales`` (n // 256,)
-    fp32, and where 256 does not divide n ``_rest`` (n % 256,) fp32. That of a smaller one is the moment itself, fp32.
+    The arithmetic is torchao's, in fp32; on CUDA it is compiled, elsewhere it runs as it is. State of a parameter of
+    n >= 4096 elements, of each moment ``exp_avg`` and ``exp_avg_sq``: ``_codes`` (n // 256, 256) uint8, ``_scales``
+    (n // 256,) fp32, and where 256 does not divide n ``_rest`` (n % 256,) fp32. That of a smaller one is the moment
+    itself, fp32.
 
     Args:
         params: parameters or param groups; each of them contiguous.
         options: of MoFaSGD; ``lr``, ``adamw_betas``, ``adamw_eps``, ``rounding`` (of updates into bf16 parameters, which
-            ``"stochastic"`` makes right in the mean; fp32 ones, ZeRO's masters for one, need none) and ``seed`` are read.
+            ``"stochastic"`` makes right in the mean; fp32 ones, ZeRO's masters for one, need none) and ``seed`` are
+            read.
 
     Raises:
         OptionError: torchao is missing or of another layout, or a parameter is not contiguous.
@@ -65,13 +67,18 @@ class AdamW8bit(torch.optim.Optimizer):
         self._torchao = _torchao()
         self._maps: dict[tuple[bool, torch.device], Tensor] = {}
         self._stochastic, self._seed = options.rounding == "stochastic", options.seed
-        defaults = {"lr": options.lr, "betas": tuple(options.adamw_betas), "eps": options.adamw_eps, "weight_decay": 0.0}
+        defaults = {
+            "lr": options.lr,
+            "betas": tuple(options.adamw_betas),
+            "eps": options.adamw_eps,
+            "weight_decay": 0.0,
+        }
         super().__init__(params, defaults)
         for param in self._params():
             if not param.is_contiguous():
                 raise OptionError(
-                    f"adamw_states='8bit': a parameter of shape {tuple(param.shape)} is not contiguous in memory (strides "
-                    f"{param.stride()}): set param.data = param.data.contiguous() before the optimizer is built"
+                    f"adamw_states='8bit': a parameter of shape {tuple(param.shape)} is not contiguous in memory "
+                    f"(strides {param.stride()}): set param.data = param.data.contiguous() before the optimizer is built"
                 )
 
     @torch.no_grad()
@@ -127,8 +134,10 @@ class AdamW8bit(torch.optim.Optimizer):
         values, grad = param.detach().view(-1), param.grad.reshape(-1)
         stochastic = self._stochastic and param.dtype == torch.bfloat16
         # On the device: numbers would be compiled in, and tensors on the host would need a host compiler.
-        step = torch.full((), float(state["step"]), device=param.device)
-        lr = torch.full((), float(group["lr"]), device=param.device)
+        step, lr = (
+            torch.full((), float(number), dtype=torch.float32, device=param.device)
+            for number in (state["step"], group["lr"])
+        )
         constants = (*group["betas"], group["weight_decay"], group["eps"], True, stochastic)
         seed = self._seed * 0x9E3779B1 + int(state["step"]) * 64 + position
         with self._update(param.device) as update, _random_bits(param.device, seed if stochastic else None):
@@ -157,8 +166,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def _map(self, signed: bool, device: torch.device) -> Tensor:
         """The value of each code, (256,) fp32."""
         if (signed, device) not in self._maps:
-            values = self._torchao.get_qmap_signed() if signed else self._torchao.get_qmap_unsigned()
-            self._maps[signed, device] = torch.tensor(values, device=device)
+            self._maps[signed, device] = torch.tensor(self._torchao.maps[signed], dtype=torch.float32, device=device)
         return self._maps[signed, device]
 
     @contextlib.contextmanager
@@ -193,8 +201,8 @@ def check_states(state_dict: Mapping[str, Any] | None, eight_bit: bool) -> None:
         if coded and not eight_bit or whole and eight_bit:
             there, here = ("8bit", "full") if coded else ("full", "8bit")
             raise ValueError(
-                f"the state was saved with adamw_states='{there}', this run has '{here}': set adamw_states='{there}', or "
-                "start from the weights alone"
+                f"the state was saved with adamw_states='{there}', this run has '{here}': set adamw_states='{there}', "
+                "or start from the weights alone"
             )
 
 
@@ -205,21 +213,22 @@ def _coded(numel: int) -> int:
 
 def _new_state(param: Tensor) -> dict[str, Tensor]:
     numel, coded = param.numel(), _coded(param.numel())
-    state = {"step": torch.tensor(0.0)}
+    fp32 = {"dtype": torch.float32, "device": param.device}
+    state = {"step": torch.tensor(0.0, dtype=torch.float32)}
     for name in _MOMENTS:
         if not coded:
             state[name] = torch.zeros_like(param, dtype=torch.float32)
             continue
         state[f"{name}_codes"] = torch.zeros(coded // BLOCK, BLOCK, dtype=torch.uint8, device=param.device)
-        state[f"{name}_scales"] = torch.zeros(coded // BLOCK, device=param.device)
+        state[f"{name}_scales"] = torch.zeros(coded // BLOCK, **fp32)
         if coded < numel:
-            state[f"{name}_rest"] = torch.zeros(numel - coded, device=param.device)
+            state[f"{name}_rest"] = torch.zeros(numel - coded, **fp32)
     return state
 
 
 @contextlib.contextmanager
 def _random_bits(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Within: the default generator starts from ``seed``, so that a resumed run rounds alike; afterwards it is as before."""
+    """Within: the default generator starts from ``seed``, so that a resumed run rounds alike; then it is as before."""
     if seed is None:
         yield
         return
@@ -243,7 +252,8 @@ def _torchao() -> types.SimpleNamespace:
     log.setLevel(logging.ERROR)
     try:
         from torchao.optim.adam import single_param_adam
-        from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
+        from torchao.optim.quant_utils import create_dynamic_map
+        from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
         raise OptionError(
             f"adamw_states='8bit' computes with torchao 0.18 ({error}): pip install 'ds_mofa[adamw8bit]', or set "
@@ -251,9 +261,10 @@ def _torchao() -> types.SimpleNamespace:
         ) from error
     finally:
         log.setLevel(level)
-    return types.SimpleNamespace(
-        single_param_adam=single_param_adam,
-        OptimState8bit=OptimState8bit,
-        get_qmap_signed=get_qmap_signed,
-        get_qmap_unsigned=get_qmap_unsigned,
-    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # it computes them in whatever that is
+    try:
+        maps = {signed: create_dynamic_map(signed) for signed in (True, False)}
+    finally:
+        torch.set_default_dtype(default)
+    return types.SimpleNamespace(single_param_adam=single_param_adam, OptimState8bit=OptimState8bit, maps=maps)

@@ -144,7 +144,8 @@ class DeepSpeedTrainer:
         offload = {"offload_optimizer": on_host} if "offload" in options else {}
         if options.get("offload") == "param":
             offload["offload_param"] = on_host
-        adamw = {} if offload or options.get("adamw") == "8bit" else {"torch_adam": True, **({"fused": True} if device.type == "cuda" else {})}
+        torchs = not offload and options.get("adamw") != "8bit"
+        adamw = {"torch_adam": True, **({"fused": True} if device.type == "cuda" else {})} if torchs else {}
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": micro_batches,

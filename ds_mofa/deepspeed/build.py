@@ -48,7 +48,9 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
     if split.adamw_groups:
         groups = _large_ones_apart(split.adamw_groups)
         eight_bit = options.adamw_states == "8bit"
-        adamw = _adamw_8bit(engine, groups, options, passed_on) if eight_bit else _adamw(engine, groups, options, passed_on)
+        adamw = (
+            _adamw_8bit(engine, groups, options, passed_on) if eight_bit else _adamw(engine, groups, options, passed_on)
+        )
     elif not replicated_fp32:
         raise OptionError(
             "every trained parameter is a matrix, and DeepSpeed's ZeRO and 16-bit optimizers need at least one for "

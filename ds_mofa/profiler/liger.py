@@ -33,8 +33,8 @@ _PROGRAMS = 132  # RMSNorm's backward sums the weight's gradient in a row for ea
 
 @contextlib.contextmanager
 def fused(model: nn.Module, loss: bool = True) -> Iterator[None]:
-    """Within: ``model``, one of :data:`MODELS`, computes with the fused operators, by default that of the loss too, which is
-    then all that it gives out.
+    """Within: ``model``, one of :data:`MODELS`, computes with the fused operators; with ``loss`` that of the loss too, and
+    then it gives out the loss alone.
     """
     with contextlib.ExitStack() as stack:
         replace = functools.partial(_replace, stack)

@@ -78,7 +78,11 @@ class Setting:
         ):  # fmt: skip
             if getattr(self, field) not in known:
                 raise PredictionError(f"{field} is {getattr(self, field)!r}: give {' or '.join(known)}")
-        ours = {"adamw_states": self.adamw_states == "8bit", "fused_head": self.fused_head, "head": self.head == "matrix"}
+        ours = {
+            "adamw_states": self.adamw_states == "8bit",
+            "fused_head": self.fused_head,
+            "head": self.head == "matrix",
+        }
         if self.optimizer != "MoFaSGD" and any(ours.values()):
             found = ", ".join(field for field, given in ours.items() if given)
             raise PredictionError(f"{found}: of MoFaSGD alone, not of {self.optimizer}")

@@ -144,9 +144,25 @@ def test_a_token_that_does_not_come_back_is_not_divided_by_eps():
     """
     grads = [0.01 * torch.randn(64, 256, generator=torch.Generator().manual_seed(0))]
     grads += [torch.zeros(64, 256)] * 19
-    (ours, _), (wanted, _) = steps_of(eight_bit(), torch.zeros(64, 256), grads), steps_of(full, torch.zeros(64, 256), grads)
+    (ours, _), (wanted, _) = (
+        steps_of(eight_bit(), torch.zeros(64, 256), grads),
+        steps_of(full, torch.zeros(64, 256), grads),
+    )
     assert ours.abs().max() < 2 * wanted.abs().max()
     assert (ours - wanted).norm() < 0.1 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    grads = [torch.randn(SMALLEST + 7, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    wanted, _ = steps_of(eight_bit(), torch.zeros_like(grads[0]), grads)
+    adamw_8bit._torchao.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        found, _ = steps_of(eight_bit(), torch.zeros_like(grads[0]), grads)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
 
 
 def test_the_groups_have_their_own_lr_and_weight_decay():
