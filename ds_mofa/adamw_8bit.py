@@ -108,12 +108,11 @@ class AdamW8bit(torch.optim.Optimizer):
         return line
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of the same parameters.
+        """Take over the state of the same parameters, which :func:`check_states` has let pass.
 
         Raises:
-            ValueError: the groups do not fit, or the state is of 32-bit moments.
+            ValueError: the groups do not fit.
         """
-        check_states(state_dict, eight_bit=True)
         super().load_state_dict({**state_dict, "state": {}})  # which would cast codes to the parameter's dtype
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, param in zip(saved, self._params(), strict=True):
