@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_mofa.adamw_8bit import AdamW8bit, check_states
 from ds_mofa.head import FusedHead
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import Split, split_parameters
@@ -64,12 +65,7 @@ class MoFaSGD(torch.optim.Optimizer):
         adamw = None
         device = split.matrices[0].param.device
         if split.adamw_groups:
-            adamw = torch.optim.AdamW(
-                split.adamw_groups,
-                betas=tuple(parsed.adamw_betas),
-                eps=parsed.adamw_eps,
-                fused=True if device.type == "cuda" else None,  # a third of the time of the default there
-            )
+            adamw = _plain_adamw(split.adamw_groups, parsed, device)
         matrices = MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device, head=head)
         self._assemble(split, parsed, adamw, matrices)
 
@@ -208,6 +204,7 @@ class MoFaSGD(torch.optim.Optimizer):
             ValueError: it does not fit; then nothing has changed, unless AdamW's own part is what does not.
         """
         self.check_group_settings(state_dict["matrix_groups"])
+        check_states(state_dict["adamw"], isinstance(self.adamw, AdamW8bit))
         self.matrices.load_state_dict(state_dict["mofasgd"])
         self.load_group_settings(state_dict["matrix_groups"])
         if self.adamw is not None:
@@ -231,6 +228,19 @@ class MoFaSGD(torch.optim.Optimizer):
         self.check_group_settings(settings)
         for group, saved in zip(self._matrix_groups, settings):
             group.update(saved)
+
+
+def _plain_adamw(groups: list[dict[str, Any]], options: Options, device: torch.device) -> torch.optim.Optimizer:
+    if options.adamw_states == "8bit":
+        adamw = AdamW8bit(groups, options)
+        print(f"ds_mofa: {adamw.summary()}", flush=True)
+        return adamw
+    return torch.optim.AdamW(
+        groups,
+        betas=tuple(options.adamw_betas),
+        eps=options.adamw_eps,
+        fused=True if device.type == "cuda" else None,  # a third of the time of the default there
+    )
 
 
 def clip_factor(norm: Tensor | float, max_norm: float) -> Tensor | float:

@@ -14,6 +14,7 @@ UpdateRule = Literal["spectral", "inverse_sigma"]
 Rounding = Literal["stochastic", "nearest"]
 CaptureMode = Literal["linear", "hook"]
 AdamWReduce = Literal["step", "micro_batch"]
+AdamWStates = Literal["full", "8bit"]
 
 # A config whose "type" was AdamW a minute ago has these.
 _ALIASES = {"betas": "adamw_betas", "eps": "adamw_eps"}
@@ -80,6 +81,12 @@ class Options:
             partition of its own; it is for models of which much is left to AdamW. Stages 0 and 1 always do the first.
             Stage 3 always does the second, and so does stage 2 where gradients add up on the host
             (``offload_optimizer``), in another dtype than the weights', or without DeepSpeed counting micro-batches.
+        adamw_states: how the two moments are kept. ``"full"``: in the dtype that the parameter is stepped in, 8 bytes a
+            parameter with fp32 masters, 4 in bf16. ``"8bit"``: in blocks of 256 8-bit codes and a scale, 2.03 bytes
+            (:mod:`ds_mofa.adamw_8bit`; needs torchao). bf16 parameters without an fp32 master, which ``"full"`` rounds to
+            nearest, are then written by ``rounding``. Tensors below 4096 elements, of a partition under ZeRO, keep 32
+            bits; a line in the log says how many. Does not go with ``offload_optimizer`` and universal checkpoints, and
+            takes the place of DeepSpeed's choice of AdamWs (``torch_adam``, ``fused``, ``foreach``).
 
     Raises:
         OptionError: a value out of its range or of the wrong type, or an unknown name.
@@ -107,6 +114,7 @@ class Options:
     adamw_eps: float = 1e-8
     adamw_weight_decay: float | None = None
     adamw_reduce: AdamWReduce = "step"
+    adamw_states: AdamWStates = "full"
 
     def __post_init__(self):
         check_number("lr", self.lr, low=0, open_low=True)

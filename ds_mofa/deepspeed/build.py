@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 
+from ds_mofa.adamw_8bit import AdamW8bit
 from ds_mofa.deepspeed.matrices import mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import ReplicatedMoFaSGD
 from ds_mofa.deepspeed.zero import GatheredWeight
@@ -44,11 +46,11 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
     replicated_fp32 = not engine.zero_optimization() and not (engine.fp16_enabled() or engine.bfloat16_enabled())
     adamw = None
     if split.adamw_groups:
-        adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
-        settings = {key: value for key, value in settings.items() if value is not None}
-        betas, eps = tuple(options.adamw_betas), options.adamw_eps
         groups = _large_ones_apart(split.adamw_groups)
-        adamw = adamw_class(groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
+        eight_bit = options.adamw_states == "8bit"
+        adamw = (
+            _adamw_8bit(engine, groups, options, passed_on) if eight_bit else _adamw(engine, groups, options, passed_on)
+        )
     elif not replicated_fp32:
         raise OptionError(
             "every trained parameter is a matrix, and DeepSpeed's ZeRO and 16-bit optimizers need at least one for "
@@ -69,6 +71,8 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
     mark_matrices(split.matrices)
     if dist.get_rank() == 0:
         print(f"ds_mofa: {split.summary()}", flush=True)  # loggers are often set to warnings only
+        if replicated_fp32 and isinstance(adamw, AdamW8bit):  # else it is known when DeepSpeed has cut partitions
+            print(f"ds_mofa: {adamw.summary()}", flush=True)
     facade = ReplicatedMoFaSGD if replicated_fp32 else MoFaSGD
     return facade.from_parts(split, options, adamw, matrices)
 
@@ -95,6 +99,26 @@ def read_options(section: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
         if not isinstance(value, bool):
             raise OptionError(f"{key}={value!r} must be true or false: it chooses between DeepSpeed's AdamWs")
     return options, passed_on
+
+
+def _adamw(engine, groups: list[dict[str, Any]], options: Options, passed_on: dict[str, Any]) -> torch.optim.Optimizer:
+    """Which of DeepSpeed's and torch's AdamWs the config asks for."""
+    adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
+    settings = {key: value for key, value in settings.items() if value is not None}
+    betas, eps = tuple(options.adamw_betas), options.adamw_eps
+    return adamw_class(groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
+
+
+def _adamw_8bit(engine, groups: list[dict[str, Any]], options: Options, passed_on: dict[str, Any]) -> AdamW8bit:
+    if passed_on:
+        raise OptionError(
+            f"{', '.join(passed_on)} chooses between DeepSpeed's AdamWs, and adamw_states='8bit' is none of them: remove "
+            "one or the other"
+        )
+    for problem, found in _UNSUPPORTED_8BIT.items():
+        if found(engine):
+            raise OptionError(f"adamw_states='8bit' does not work with {problem}, or set adamw_states='full'")
+    return AdamW8bit(groups, options)
 
 
 def _large_ones_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -179,5 +203,16 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "universal checkpoints at ZeRO stage 0, where DeepSpeed loads none: use stage 1, on one rank it is the same "
     'training, or remove "load_universal"': lambda engine: (
         engine.load_universal_checkpoint() and not engine.zero_optimization()
+    ),
+}
+
+_UNSUPPORTED_8BIT: dict[str, Callable[[Any], bool]] = {
+    "offload_optimizer, where DeepSpeed's own AdamW steps on the host in fp32: remove offload_optimizer": lambda engine: (
+        engine.zero_cpu_offload()
+    ),
+    'universal checkpoints, which hold fp32 moments: remove "load_universal" and resume from a checkpoint of the same '
+    "stage on as many ranks": lambda engine: engine.load_universal_checkpoint(),
+    '"elastic_checkpoint", for which DeepSpeed cuts moments up by the elements of the weights: remove it': lambda engine: (
+        bool(engine.zero_elastic_checkpoint())
     ),
 }

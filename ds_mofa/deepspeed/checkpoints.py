@@ -125,6 +125,7 @@ def _description(engine, mofa: MoFaSGD) -> dict[str, Any]:
         "zero_stage": int(engine.zero_optimization_stage()),
         "world_size": engine.seq_dp_world_size,
         "rank": mofa.options.rank,
+        "adamw_states": mofa.options.adamw_states,
         "matrices": {matrix.name: list(matrix.shape) for matrix in mofa.split.matrices},
         # Without it torch.save writes no checksums into its files, see torch.serialization.set_crc32_options.
         "crc32": torch.serialization.get_crc32_options(),
@@ -166,6 +167,7 @@ def verify(engine, mofa: MoFaSGD, load_dir: str, tag: str, *, with_state: bool) 
         _check_place(engine, folder, manifest, with_state)
         if manifest is not None and with_state:
             _check_matrices(folder, manifest, mofa)
+            _check_adamw_states(folder, manifest, mofa)
             if not (manifest["universal"] or engine.use_node_local_storage()):
                 _check_precision(folder, manifest, _names(engine, load_dir, tag))
         ranks = (0, 1) if engine.use_node_local_storage() else (engine.global_rank, dist.get_world_size())
@@ -313,6 +315,15 @@ def _check_matrices(folder: Path, manifest: Mapping[str, Any], mofa: MoFaSGD) ->
             f"{folder}: the checkpoint's matrices are not this run's: {len(odd)} differ, such as {odd[0]!r}, there "
             f"{saved.get(odd[0], 'none')}, here {here.get(odd[0], 'none')}. Use the model, include and exclude that it "
             "was saved with, and a rank that fits the same matrices"
+        )
+
+
+def _check_adamw_states(folder: Path, manifest: Mapping[str, Any], mofa: MoFaSGD) -> None:
+    saved, here = manifest.get("adamw_states", "full"), mofa.options.adamw_states  # older manifests have no entry
+    if saved != here:
+        raise CheckpointError(
+            f"{folder} was saved with adamw_states='{saved}', this run has '{here}': set adamw_states='{saved}', or start "
+            "from its weights alone, with load_optimizer_states=False"
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
+from deepspeed import comm as dist
 from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
 from deepspeed.runtime import config as ds_config
 from deepspeed.runtime import engine as ds_engine
@@ -16,6 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from packaging.version import Version
 
+from ds_mofa.adamw_8bit import AdamW8bit
 from ds_mofa.deepspeed import checkpoints
 from ds_mofa.deepspeed.build import build_optimizer
 from ds_mofa.deepspeed.matrices import is_matrix
@@ -96,7 +98,11 @@ def _configure_basic_optimizer(original, engine, model_parameters):
 def _configure_wrapper(wrap, original, engine, optimizer, *args, **kwargs):
     if not isinstance(optimizer, MoFaSGD):
         return original(optimizer, *args, **kwargs)
-    return wrap(original(optimizer.adamw, *args, **kwargs), optimizer)
+    wrapped = wrap(original(optimizer.adamw, *args, **kwargs), optimizer)
+    if isinstance(optimizer.adamw, AdamW8bit) and dist.get_rank() == 0:  # what it steps is known from here on
+        partitions = getattr(wrapped, "fp32_partitioned_groups_flat", None)  # stage 3, whose param groups are empty now
+        print(f"ds_mofa: rank 0: {optimizer.adamw.summary(partitions)}", flush=True)
+    return wrapped
 
 
 def _configure_zero_optimizer(original, engine, optimizer, *args, **kwargs):

@@ -62,6 +62,12 @@ def convert(source: Path, target: Path, workers: int = 4) -> None:
             "of ranks, as it is"
         )
         raise CheckpointError(f"{source} cannot be made a universal checkpoint: {reason}")
+    if manifest.get("adamw_states", "full") != "full":
+        raise CheckpointError(
+            f"{source} cannot be made a universal checkpoint: its AdamW moments are in 8 bits (adamw_states), which "
+            "DeepSpeed cannot cut up anew. It is resumed as it is, at its stage, on as many ranks; or go on from its "
+            "weights alone, with load_optimizer_states=False"
+        )
     if target.exists():
         raise CheckpointError(f"{target} exists already: give another --output_folder, or remove it")
     checkpoints.check(source, manifest)

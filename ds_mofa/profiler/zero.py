@@ -6,6 +6,7 @@ Read off its sources; each function says which of its buffers it counts. Sizes i
 import dataclasses
 from collections.abc import Sequence
 
+from ds_mofa.adamw_8bit import moment_bytes
 from ds_mofa.profiler.simulate import MicroBatch, Moment, Parameter
 
 __all__ = [
@@ -43,6 +44,7 @@ class ZeroSettings:
     host_in_pieces: bool = False
     host_at_once: bool = False
     state_bytes: int = 4  # of one number of the master weights and of each moment: 4, or 2 for bf16 states
+    eight_bit: bool = False  # the moments, of MoFaSGD's AdamW
     reduce_bucket_size: int = 100_000_000
     stage3_max_live_parameters: int = 1_000_000_000
     stage3_max_reuse_distance: int = 1_000_000_000
@@ -52,6 +54,10 @@ class ZeroSettings:
     sub_group_size: int = 1_000_000_000
     overlap_comm: bool = True
     contiguous_gradients: bool = True
+
+    def moment_bytes(self, elements: int) -> int:
+        """Of one moment of a partition of so many elements."""
+        return moment_bytes(elements) if self.eight_bit else self.state_bytes * elements
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,13 +73,31 @@ def test_the_gpu_with_the_norm_in_pieces(seq, micro_batches, gb):
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
 
 
+@pytest.mark.usefixtures("whole_to_host")
+@pytest.mark.parametrize(
+    ("seq", "micro_batches", "head", "gb"),
+    [(1024, 8, "adamw", 20.94), (2048, 4, "adamw", 21.22), (1024, 8, "matrix", 20.69), (2048, 4, "matrix", 20.69)],
+)
+def test_the_gpu_with_a_fused_head_and_with_a_head_that_is_a_matrix(seq, micro_batches, head, gb):
+    """docs/benchmarks/head_*."""
+    setting = dataclasses.replace(STAGE2, seq=seq, micro_batches=micro_batches, fused_head=True, head=head)
+    assert predict(setting)["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
+
+
 @pytest.mark.usefixtures("kept_until_the_next_forward")
-@pytest.mark.parametrize(("seq", "micro_batches", "gb"), [(1024, 8, 19.75), (2048, 4, 19.80)])
-def test_pieces_on_the_way_take_it_further_down(seq, micro_batches, gb):
-    """The head's gradient is still there when the embedding's is copied; measured with MoFaSGD's head, not liger's."""
-    found = predict(dataclasses.replace(STAGE2, seq=seq, micro_batches=micro_batches))
-    assert found["when"] == "backward (model.embed_tokens.weight)"
-    assert found["categories"]["gradients"] == 2 * 2 * 128256 * 4096
+@pytest.mark.parametrize(
+    ("seq", "micro_batches", "choice", "gb"),
+    [
+        (1024, 8, {}, 19.75),
+        (2048, 4, {}, 19.80),
+        (1024, 8, {"head": "matrix"}, 18.73),
+        (2048, 4, {"head": "matrix"}, 18.77),
+        (2048, 4, {"embed": "frozen"}, 19.17),
+    ],
+)
+def test_pieces_on_the_way_take_it_further_down(seq, micro_batches, choice, gb):
+    """docs/benchmarks/pieces_*: what the host has of the head's gradient is there when the embedding's is copied."""
+    found = predict(dataclasses.replace(STAGE2, seq=seq, micro_batches=micro_batches, fused_head=True, **choice))
     assert found["categories"]["communication buffers"] == 4 * COMMON["bucket"] + 2 * (1 << 24)
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.01)
 
