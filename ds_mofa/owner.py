@@ -26,9 +26,9 @@ class Piece(NamedTuple):
     Attributes:
         part: which.
         state: the rule's tensors of them, on the device; empty where they were not asked for.
-        Y: (B, m, r), the reduced sketch G V.
-        Z: (B, n, r), G^T U.
-        core: (B, r), room beside them.
+        Y: (B, m, R), the reduced sketch G V, of as many columns as the rule says.
+        Z: (B, n, R), G^T U.
+        core: (B, R), room beside them.
     """
 
     part: Part
@@ -44,7 +44,6 @@ class Owner:
     Args:
         places: (shape, param group) of every matrix.
         rule: what is kept of each.
-        rank: r.
         update_bytes: bound on the temporaries of a sub-batch.
         exchange: the collectives.
         dtype: of the state.
@@ -64,7 +63,6 @@ class Owner:
         self,
         places: Sequence[tuple[tuple[int, int], int]],
         rule: Rule,
-        rank: int,
         update_bytes: float,
         *,
         exchange: Exchange,
@@ -73,8 +71,8 @@ class Owner:
         host: HostMemory | None,
         staging: Staging,
     ):
-        self.layout = Layout(places, rank, exchange.world_size)
-        self.state_layout = Layout(places, rank, exchange.world_size, rule.tensors)
+        self.layout = Layout(places, rule.columns, exchange.world_size)
+        self.state_layout = Layout(places, rule.rank, exchange.world_size, rule.tensors)
         self.blocks = self.layout.owned_by(exchange.rank)
         self.sub_batches = split(self.blocks, update_bytes)
         states = dict(zip(self.blocks, self.state_layout.owned_by(exchange.rank), strict=True))

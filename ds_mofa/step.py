@@ -6,6 +6,7 @@ maths through a :class:`~ds_mofa.rules.rule.Rule`; it does not know DeepSpeed.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,7 +57,8 @@ class MatrixStep:
     Memory on each of N ranks, with F = sum of r (m + n + 1) over the matrices: sketches 4 F bytes, working copies
     2 F (4 F for fp32 weights), and of the rule's fp32 state, which for MoFaSGD is 4 F bytes, an N-th. During a step
     another 4 F / N for the reduced sketches, over which the rule works, and at most ``options.update_bytes`` of
-    temporaries.
+    temporaries. With ``options.explore`` = k all but the state has r + k columns in the place of r, and k (m + n) / 4
+    bytes a matrix hold the random signs.
 
     With ``host`` the fp32 state and masters lie there. The state of one sub-batch after the other is read through two
     buffers, less than a quarter of ``update_bytes`` each for MoFaSGD; masters, and weights that the backend keeps on
@@ -98,7 +100,6 @@ class MatrixStep:
         self.owner = Owner(
             [(matrix.shape, matrix.group) for matrix in matrices],
             self.rule,
-            options.rank,
             options.update_bytes,
             exchange=exchange,
             dtype=exact,
@@ -124,7 +125,7 @@ class MatrixStep:
         views = [
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
         ]
-        self._queue = sketching.Queue.serving(self.working, self.sketches, options.rank)
+        self._queue = sketching.Queue.serving(self.working, self.sketches, self.rule.columns)
         sketches = [sketching.Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
         self._attachment = sketching.attach(self.matrices, sketches, options.capture, gathered)
         self._head = head
@@ -301,20 +302,20 @@ class MatrixStep:
 
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
         rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
-        for block in self.layout.blocks:
-            U, V, coefficients = self.rule.written(block, self.working)
-            group = groups[block.group]
+        for part in itertools.chain.from_iterable(map(self.rule.parts, self.layout.blocks)):
+            U, V, coefficients = self.rule.written(part, self.working)
+            group = groups[part.block.group]
             write_wherever(
                 self._staging,
-                [self._shard_of(self.matrices[index]) for index in block.members],
+                [self._shard_of(self.matrices[index]) for index in part.members],
                 U,
                 V,
                 coefficients,
-                indices=block.members,
-                step_size=float(group["lr"]) * self.rule.lr_factor(*block.shape),
+                indices=part.members,
+                step_size=float(group["lr"]) * self.rule.lr_factor(*part.block.shape),
                 decay=1.0 - float(group["lr"]) * group["weight_decay"],
                 rounding=rounding,
-                masters=self.masters.of(block.members),
+                masters=self.masters.of(part.members),
             )
 
     def _agree(self, problem: str | None) -> None:

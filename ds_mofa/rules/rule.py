@@ -10,7 +10,7 @@ The step knows ranks, buffers and weights. In every optimizer step it
     prepares    the working copies for the next backward, :meth:`Rule.prepare`: without communication
 
 So what is published, what is kept and what sketches need not be the same columns. A rule's update must be linear in
-what it needs of the gradient, and of rank r.
+what it needs of the gradient, and of low rank. What is sent has r columns, or more where :attr:`Rule.columns` says so.
 """
 
 import abc
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ds_mofa.partition import Exchange, Layout, Shapes
+from ds_mofa.subbatches import Part
 from ds_mofa.weights import Rounding, rounding_key
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Rule(abc.ABC):
     Attributes:
         name: of the optimizer, as users write it.
         fields: names of the state's tensors in a checkpoint, in the order of :meth:`tensors`.
+        columns: of the sketches and the working copies; the state has ``rank``.
     """
 
     name: ClassVar[str]
@@ -49,6 +51,10 @@ class Rule(abc.ABC):
 
     def __init__(self, rank: int, seed: int):
         self.rank, self.seed = rank, seed
+
+    @property
+    def columns(self) -> int:
+        return self.rank
 
     # ------------------------------------------------------------------ what is kept
 
@@ -119,9 +125,13 @@ class Rule(abc.ABC):
         """
         return None
 
-    def written(self, block: "Block", working: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def parts(self, block: "Block") -> list[Part]:
+        """The matrices of ``block``, so many at a time as are to be written together."""
+        return [Part(block, 0, len(block.members))]
+
+    def written(self, part: Part, working: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """left (B, m, r), right (B, n, r) and coefficients (B, r) of the update of W, on every rank."""
-        return block.views(working)
+        return part.views(working)
 
     @abc.abstractmethod
     def lr_factor(self, m: int, n: int) -> float:
@@ -133,7 +143,7 @@ class Rule(abc.ABC):
             for index in range(len(layout.owners)):
                 generator = self.generator(index, steps)
                 for view in layout.views(working, index)[:2]:
-                    self.draw(view, generator)
+                    self.draw(view[..., : self.rank], generator)
 
     @abc.abstractmethod
     def restore(self, state_layout: Layout, state: Tensor, layout: Layout, working: Tensor, steps: int) -> None:
