@@ -428,18 +428,6 @@ def test_a_step_stays_within_the_bound_and_its_split_is_rounding():
 # ---------------------------------------------------------------------- the options
 
 
-@pytest.mark.parametrize("explore", [-1, 1.0, True, "8", 2**31])
-def test_an_explore_that_is_no_count_is_refused(explore):
-    with pytest.raises(OptionError, match="explore"):
-        Options(explore=explore)
-
-
-@pytest.mark.parametrize("scale", [0, -1.0, math.nan, "4"])
-def test_a_scale_that_is_not_positive_is_refused(scale):
-    with pytest.raises(OptionError, match="explore_scale"):
-        Options(explore_scale=scale)
-
-
 def test_inverse_sigma_has_nothing_to_divide_by():
     with pytest.raises(OptionError, match='explore=2 .*Set update_rule to "spectral", or explore to 0'):
         Options(explore=2, update_rule="inverse_sigma")
@@ -470,23 +458,23 @@ def test_a_matrix_of_the_rank_alone_stays_a_matrix_with_nothing_to_explore():
 # ---------------------------------------------------------------------- what it is for
 
 
-def _gap(explore: int, seed: int) -> float:
-    """|W - W*| / |W*| after 60 steps of rank 2 towards a W* of 48 x 48 in which every direction is as long."""
-    torch.manual_seed(seed)
+def _gap(explore: int, lr: float) -> float:
+    """|W - W*| / |W*| after 60 steps of rank 2, the rate falling to 0, towards a W* (48 x 48) that is orthogonal."""
+    torch.manual_seed(0)
     target = torch.linalg.qr(torch.randn(48, 48)).Q
     model = nn.Linear(48, 48, bias=False)
     nn.init.zeros_(model.weight)
-    options = {"lr": 0.02, "adjust_lr_fn": "none", "rank": 2, "explore": explore, "explore_scale": 1.0, "seed": seed}
-    optimizer = MoFaSGD(model, **options)
+    optimizer = MoFaSGD(model, lr=lr, adjust_lr_fn="none", rank=2, explore=explore, explore_scale=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 60)
     for _ in range(60):
         optimizer.zero_grad()
         (model.weight - target).square().sum().backward()
         optimizer.step()
+        schedule.step()
     return float((model.weight.detach() - target).norm() / target.norm())
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_gradient_of_many_directions_is_followed_in_more_of_them(seed):
-    """Every rate was tried: at rank 2 the update moves 2 of 48 directions a step, exploring lets it move 6."""
-    without, with_ = _gap(0, seed), _gap(4, seed)
-    assert with_ < 0.9 * without, (without, with_)
+def test_a_target_of_many_directions_is_reached_by_exploring_alone():
+    """At no rate do 2 directions of momentum get through 48 in 60 steps; with 2 x 4 random ones beside them they do."""
+    assert min(_gap(0, lr) for lr in (0.03, 0.1, 0.4, 0.8, 1.6)) > 0.9
+    assert _gap(4, 0.4) < 0.1
