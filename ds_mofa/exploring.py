@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ds_mofa.batching import together
 from ds_mofa.factors import leading_svd
-from ds_mofa.orthonormal import Basis, Side, complements
+from ds_mofa.orthonormal import Side, complements
 from ds_mofa.weights import mix
 
 __all__ = ["Look", "directions", "sign_words", "signs"]
@@ -49,44 +49,53 @@ def directions(looks: Sequence[Look]) -> Iterator[Tensor]:
     At most min(m, n) - r of its k singular values are 1, the others 0: those of directions that are rounding. Of a
     gradient that the momentum sees all of, it is zero.
     """
-    # Scaled by what it is the rest of, so that one floor tells rounding in all of them.
-    rests = [_beyond(look) for look in looks]
+    rests = _beyond(looks)
     bases = complements([Side(look.U, rest) for look, rest in zip(looks, rests)])
-    most = [min(look.U.shape[-2], look.test.shape[-2]) - look.U.shape[-1] for look in looks]
-    turns = together([basis.R.to(look.Y.dtype) for basis, look in zip(bases, looks)], _polar, most)
-    for basis, (turn,) in zip(bases, turns):
-        yield _beside(basis, turn)
+    # Over what they are the rest of, so that one floor tells rounding in all of them.
+    inner = [basis.R.to(rest.dtype) / size for basis, rest, size in zip(bases, rests, _sizes(looks, rests))]
+    counts = [min(*R.shape[-2:], look.test.shape[-2] - look.U.shape[-1]) for look, R in zip(looks, inner)]
+    for basis, (turn,) in zip(bases, together(inner, _polar, counts)):
+        yield basis.beside(turn)
 
 
-def _beyond(look: Look) -> Tensor:
-    """G (1 - P) E, P the projector onto the columns V of ``test``, over |G E| + |G P E|; (B, m, k)."""
-    _, Y, test = look
-    r = look.U.shape[-1]
-    wide = test.double()
-    gram = wide.mT @ wide
+def _beyond(looks: Sequence[Look]) -> list[Tensor]:
+    """G (1 - P) E of each, (B, m, k), P the projector onto the columns V of ``test``."""
+    grams = []
+    for _, _, test in looks:
+        wide = test.double()
+        grams.append(wide.mT @ wide)
+    r, dtype = looks[0].U.shape[-1], looks[0].Y.dtype
+    insides = together(grams, lambda gram: (_coordinates(gram, r).to(dtype),))
+    return [
+        torch.baddbmm(Y[..., r:], Y[..., :r], inside, alpha=-1)  # G E - (G V) (P E in the coordinates of V)
+        for (_, Y, _), (inside,) in zip(looks, insides)
+    ]
+
+
+def _coordinates(gram: Tensor, r: int) -> Tensor:
+    """C (B, r, k) with P E = V C, from the Gram matrix of [V E]."""
     near, across = gram[..., :r, :r], gram[..., :r, r:]
-    # P E = V (V^T V)^-1 V^T E. To the rounding of V that inverse is 2 - V^T V.
-    inside = Y[..., :r] @ (2 * across - near @ across).to(Y.dtype)
-    whole = Y[..., r:]
-    # In float64: the squares of a tiny gradient are zero in fp32.
-    size = sum(torch.linalg.vector_norm(one, dim=(-2, -1), keepdim=True, dtype=torch.float64) for one in (whole, inside))
-    return (whole - inside) / torch.where(size > 0, size, 1).to(Y.dtype)
+    return 2 * across - near @ across  # (V^T V)^-1 V^T E: that inverse is 2 - V^T V to the square of V's rounding
 
 
-def _polar(R: Tensor, most: int) -> tuple[Tensor]:
-    """P Q^T (B, p, k) of R = P diag(s) Q^T, |R| <= 1: over the ``most`` leading s, as far as they are not rounding."""
-    count = min(most, *R.shape[-2:])
-    if count <= 0:
+def _sizes(looks: Sequence[Look], rests: Sequence[Tensor]) -> Sequence[Tensor]:
+    """|G E| + |G (1 - P) E|, (B, 1, 1), 1 where it is zero: their difference |G P E| is no larger."""
+    norms = [
+        torch.linalg.vector_norm(part, dim=(-2, -1), keepdim=True, dtype=torch.float64)  # squares of 1e-30 are 0 in fp32
+        for (U, Y, _), rest in zip(looks, rests)
+        for part in (Y[..., U.shape[-1] :], rest)
+    ]
+    sizes = torch.cat(norms[::2]) + torch.cat(norms[1::2])
+    return torch.where(sizes > 0, sizes, 1).to(rests[0].dtype).split([len(rest) for rest in rests])
+
+
+def _polar(R: Tensor, count: int) -> tuple[Tensor]:
+    """P Q^T (B, p, k) of R = P diag(s) Q^T, |R| <= 1: over the ``count`` leading s, as far as they are not rounding."""
+    if count == 0:
         return (R.new_zeros(R.shape, dtype=torch.float64),)
     P, s, Q = leading_svd(R, count)
     live = s > 64 * torch.finfo(R.dtype).eps
     return ((P * live.unsqueeze(-2)) @ Q.mT,)
-
-
-def _beside(basis: Basis, turn: Tensor) -> Tensor:
-    """Q turn, Q the columns that ``basis`` has beside U."""
-    c = basis.U.shape[-1]
-    return basis.turned(torch.nn.functional.pad(turn, (0, 0, c, 0)))
 
 
 def sign_words(counters: Tensor, key: int) -> Tensor:

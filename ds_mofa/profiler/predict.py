@@ -20,7 +20,7 @@ from ds_mofa.profiler.reserve import reserved_by_plain_loop
 from ds_mofa.profiler.reserve_zero import reserved_by_stage3, reserved_by_stage12
 from ds_mofa.profiler.setting import OPTIMIZERS, Setting
 from ds_mofa.profiler.simulate import MicroBatch, Parameter, PredictionError, simulate
-from ds_mofa.profiler.step_workspace import layout_of, step_workspace
+from ds_mofa.profiler.step_workspace import layout_of, sign_bytes, state_layout_of, step_workspace
 from ds_mofa.profiler.zero import (
     Candidate,
     ZeroSettings,
@@ -62,6 +62,7 @@ def predict(setting: Setting, process: int | None = None) -> dict[str, Any]:
         setting.seq,
         setting.micro_batch,
         setting.rank,
+        setting.explore,
         setting.checkpointing,
         setting.liger,
     )
@@ -108,7 +109,7 @@ def _content(path: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _simulated(
-    content: str, optimizer: str, seq: int, micro_batch: int, rank: int, checkpointing: bool, liger: bool
+    content: str, optimizer: str, seq: int, micro_batch: int, rank: int, explore: int, checkpointing: bool, liger: bool
 ) -> MicroBatch:
     return simulate(
         json.loads(content),
@@ -116,6 +117,7 @@ def _simulated(
         tokens=seq,
         micro_batch=micro_batch,
         rank=rank,
+        explore=explore,
         checkpointing=checkpointing,
         liger=liger,
     )
@@ -163,7 +165,8 @@ def _always(setting: Setting, batch: MicroBatch) -> dict[str, int]:
     if setting.optimizer == "MoFaSGD":
         layout = layout_of(setting, batch)
         parts["sketches"] = 4 * layout.numel
-        parts["factors"] = 2 * layout.numel + (0 if setting.offload else 4 * layout.segment)
+        state = 0 if setting.offload else 4 * state_layout_of(setting, batch).segment
+        parts["factors"] = 2 * layout.numel + state + sign_bytes(setting, batch)
     return parts
 
 
@@ -171,7 +174,7 @@ def _host(setting: Setting, batch: MicroBatch, process: int) -> int:
     """Bytes that offload puts into host memory; 0 without."""
     if not setting.offload:
         return 0
-    segment = layout_of(setting, batch).segment if setting.optimizer == "MoFaSGD" else 0
+    segment = state_layout_of(setting, batch).segment if setting.optimizer == "MoFaSGD" else 0
     weights = _numbers(batch.parameters)
     return host_bytes(_zero(setting), _groups(setting, batch), weights, segment, process, setting.offload == "param")
 

@@ -86,6 +86,7 @@ def simulate(
     tokens: int = 1024,
     micro_batch: int = 1,
     rank: int = 8,
+    explore: int = 0,
     checkpointing: bool = False,
     liger: bool = False,
     dtype: torch.dtype = torch.bfloat16,
@@ -99,6 +100,7 @@ def simulate(
         tokens: of one sequence.
         micro_batch: sequences.
         rank: of MoFaSGD and LoRA.
+        explore: of MoFaSGD.
         checkpointing: recompute each layer in backward.
         liger: with liger-kernel's fused operators (:mod:`ds_mofa.profiler.liger`).
         dtype: of weights and activations.
@@ -111,7 +113,7 @@ def simulate(
         model = _build(model_config, dtype)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        kinds, states = _prepare(model, optimizer, rank)
+        kinds, states = _prepare(model, optimizer, rank, explore)
         for param in model.parameters():  # as in every micro-batch but the first
             if param.requires_grad and kinds[param] != "sketched":
                 param.grad = torch.empty_like(param)
@@ -148,7 +150,7 @@ def _build(model_config: str | Path | dict[str, Any], dtype: torch.dtype) -> nn.
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
 
 
-def _prepare(model: nn.Module, optimizer: str, rank: int) -> tuple[dict[Tensor, str], list[Tensor]]:
+def _prepare(model: nn.Module, optimizer: str, rank: int, explore: int) -> tuple[dict[Tensor, str], list[Tensor]]:
     """Attach what the optimizer attaches.
 
     Returns:
@@ -161,7 +163,7 @@ def _prepare(model: nn.Module, optimizer: str, rank: int) -> tuple[dict[Tensor, 
         try:
             with warnings.catch_warnings():  # it notes addresses, which fake tensors lack, and does not use them here
                 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-                trained = MoFaSGD(model, lr=1.0, rank=rank)
+                trained = MoFaSGD(model, lr=1.0, rank=rank, explore=explore)
         except OptionError as error:
             raise PredictionError(str(error)) from error
         matrices = {matrix.param for matrix in trained.split.matrices}

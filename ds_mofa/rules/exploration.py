@@ -54,6 +54,10 @@ class Exploration:
         """The matrices of ``block``, so many at a time as are written together within ``limit``."""
         return self._parts[block]
 
+    def held(self) -> list[Tensor]:
+        """The bits and their counters."""
+        return [*self._counters, *self._words.values()]
+
     def draw(self, working: Tensor, steps: int) -> None:
         """New E and F into columns r, ... of the working copies."""
         key = rounding_key(Rounding(False, self._seed, steps), -1)  # no matrix' own

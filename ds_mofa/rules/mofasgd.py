@@ -59,6 +59,9 @@ class MoFaSGDRule(Rule):
     def tensors(m: int, n: int, r: int) -> Shapes:
         return (m, r), (n, r), (r,)
 
+    def held(self) -> list[Tensor]:
+        return [] if self._exploration is None else self._exploration.held()
+
     def square_norm(self, owner: Owner, reduced: Tensor, steps: int) -> Tensor:
         if not self._options.explore:
             return super().square_norm(owner, reduced, steps)

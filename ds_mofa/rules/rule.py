@@ -71,6 +71,10 @@ class Rule(abc.ABC):
             ValueError: there is no way.
         """
 
+    def held(self) -> list[Tensor]:
+        """What every rank keeps besides, for no checkpoint."""
+        return []
+
     # ------------------------------------------------------------------ a step, in its order
 
     def square_norm(self, owner: "Owner", reduced: Tensor, steps: int) -> Tensor:
