@@ -47,6 +47,13 @@ class Options:
         balance: p, 0 to 1. Each matrix's update is multiplied by (b / |sigma|)^p, b the geometric mean of all matrices'
             |sigma|: one whose gradients are small moves further, as it does under AdamW. At most by 10, at least by
             1 / 10. Costs an all-reduce of two numbers a step; 0 (the paper's rule) does without.
+        explore: k, 0 or more. The momentum's r directions are joined by 2 k that it has not, new in each step: with
+            random E (n x k) and F (m x k) the update is U V^T + ``explore_scale`` (A E^T + F B^T), A and B the polar
+            factors of (1 - U U^T) G (1 - V V^T) E and of the same of G^T and F (:mod:`ds_mofa.exploring`). Sketches,
+            working copies and the two collectives have r + k columns, the write to the weights r + 2 k; no state, and
+            a checkpoint of a run with another k is taken as it is. Of an m x n matrix at most min(m, n) - r of the k
+            have an effect. With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing.
+        explore_scale: see ``explore``; > 0. ``balance`` multiplies all of the update alike.
         rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
             small the update) or ``"nearest"``. Without effect on fp32 weights.
         master_weights: keep an fp32 master of each 16-bit matrix, 4 more bytes a weight (a shard of it under
@@ -100,6 +107,8 @@ class Options:
     update_rule: UpdateRule = "spectral"
     inverse_sigma_clamp: float = 1e4
     balance: float = 0.0
+    explore: int = 0
+    explore_scale: float = 4.0
     rounding: Rounding = "stochastic"
     master_weights: bool = False
     capture: CaptureMode = "linear"
@@ -125,11 +134,12 @@ class Options:
         check_number("balance", self.balance, low=0)
         if self.balance > 1:
             raise OptionError(f"balance={self.balance!r} must be a number from 0 to 1")
+        check_number("explore_scale", self.explore_scale, low=0, open_low=True)
         check_number("adamw_eps", self.adamw_eps, low=0, open_low=True)
         for name in ("adamw_lr", "adamw_weight_decay"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=0)
-        for name in ("rank", "seed", "diagnostics_every"):
+        for name in ("rank", "explore", "seed", "diagnostics_every"):
             check_integer(name, getattr(self, name), low=1 if name == "rank" else 0, high=2**31)
         for name in ("master_weights", "fused_head"):
             if not isinstance(getattr(self, name), bool):
@@ -138,6 +148,11 @@ class Options:
             choices = get_args(hint)
             if choices and all(isinstance(choice, str) for choice in choices) and getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}")
+        if self.explore and self.update_rule != "spectral":
+            raise OptionError(
+                f"explore={self.explore} with update_rule={self.update_rule!r}: what is explored has no momentum, and so "
+                'no sigma to divide by. Set update_rule to "spectral", or explore to 0'
+            )
         if not _is_list(self.adamw_betas) or len(self.adamw_betas) != 2:
             raise OptionError(f"adamw_betas={self.adamw_betas!r} must be two numbers, such as [0.9, 0.999]")
         for beta in self.adamw_betas:

@@ -54,6 +54,11 @@ class Basis(NamedTuple):
         """[U Q] P, (B, m, r), in U's dtype; P (B, c + k, r)."""
         return (_joined(self.U, self.rough) @ (self.combination @ P.double())).to(self.rough.dtype)
 
+    def beside(self, P: Tensor) -> Tensor:
+        """Q P, (B, m, r), in U's dtype; P (B, k, r)."""
+        right = self.combination[..., self.U.shape[-1] :]
+        return (_joined(self.U, self.rough) @ (right @ P.double())).to(self.rough.dtype)
+
 
 def complements(sides: Sequence[Side]) -> list[Basis]:
     """The basis [U Q] of each side, Q (B, m, min(k, m - c)): it spans X, as far as it has columns.

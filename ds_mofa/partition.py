@@ -1,25 +1,34 @@
 """Who owns which matrix, where its numbers lie in the flat buffers, and the two collectives of a step.
 
-Three flat buffers have one layout: the sketches (Y, Z), the owner's factors (U, V, sigma) and the working
-copies of the factors. A segment holds the matrices of one owner, all those of one shape beside each other:
+Sketches (Y, Z) and working copies (U, V, coefficients) are flat buffers of one layout. A segment holds the matrices
+of one owner, all those of one shape beside each other:
 
     segment of owner 0                          segment of owner 1
     [ left (B, m, r) | right (B, n, r) | core (B, r) ][ next shape ... ][ padding ][ ...
 
 so one reduce-scatter gives every owner its sketches, one all-gather gives every rank all factors, and the
-update sees all matrices of one shape as one batch without a copy.
+update sees all matrices of one shape as one batch without a copy. What an owner keeps between steps lies likewise, in
+a layout of the same blocks with other tensors in them.
 """
 
 import dataclasses
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Block", "Layout", "Exchange"]
+__all__ = ["Block", "Layout", "Exchange", "Shapes", "exchanged"]
+
+Shapes = tuple[tuple[int, ...], ...]
 
 _ALIGNMENT = 128  # elements; keeps every view 256-byte aligned in 16-bit buffers
+
+
+def exchanged(m: int, n: int, r: int) -> Shapes:
+    """Shapes of what one m x n matrix has in the buffers that are sent: left, right and core."""
+    return (m, r), (n, r), (r,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Block:
         rank: r, of the factors.
         members: B indices of matrices.
         offset: of the block's first element in the whole flat buffer.
+        tensors: shapes of what each matrix has in it.
     """
 
     owner: int
@@ -41,16 +51,19 @@ class Block:
     rank: int
     members: tuple[int, ...]
     offset: int
+    tensors: Shapes
 
     @property
     def numel(self) -> int:
-        return len(self.members) * self.rank * (sum(self.shape) + 1)
+        return len(self.members) * sum(map(math.prod, self.tensors))
 
-    def views(self, flat: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """left (B, m, r), right (B, n, r) and core (B, r) of a flat buffer that begins at element ``start``."""
-        (m, n), r, B = self.shape, self.rank, len(self.members)
-        left, right, core = flat.narrow(0, self.offset - start, self.numel).split([B * m * r, B * n * r, B * r])
-        return left.view(B, m, r), right.view(B, n, r), core.view(B, r)
+    def views(self, flat: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        """left (B, m, r), right (B, n, r) and core (B, r), or what else ``tensors`` says, of a flat buffer that begins
+        at element ``start``.
+        """
+        B = len(self.members)
+        parts = flat.narrow(0, self.offset - start, self.numel).split([B * math.prod(one) for one in self.tensors])
+        return tuple(part.view(B, *one) for part, one in zip(parts, self.tensors))
 
 
 class Layout:
@@ -60,6 +73,7 @@ class Layout:
         places: (shape, param group) of each matrix.
         rank: r, of the factors.
         world_size: number of owners.
+        tensors: shapes of what each matrix has in the buffer, from m, n and r.
 
     Attributes:
         blocks: every block, owner by owner.
@@ -68,7 +82,13 @@ class Layout:
         numel: elements of a whole flat buffer, segment x world size.
     """
 
-    def __init__(self, places: Sequence[tuple[tuple[int, int], int]], rank: int, world_size: int):
+    def __init__(
+        self,
+        places: Sequence[tuple[tuple[int, int], int]],
+        rank: int,
+        world_size: int,
+        tensors: Callable[[int, int, int], Shapes] = exchanged,
+    ):
         self.owners = _balance([shape for shape, _ in places], world_size)
         by_owner = [defaultdict(list) for _ in range(world_size)]
         for index, (place, owner) in enumerate(zip(places, self.owners)):
@@ -78,7 +98,7 @@ class Layout:
         for owner, by_place in enumerate(by_owner):
             end = 0
             for (shape, group), members in by_place.items():
-                local.append(Block(owner, shape, group, rank, tuple(members), end))
+                local.append(Block(owner, shape, group, rank, tuple(members), end, tensors(*shape, rank)))
                 end = _aligned(end + local[-1].numel)
             ends.append(end)
         self.segment = max(ends)
@@ -89,11 +109,10 @@ class Layout:
     def owned_by(self, owner: int) -> list[Block]:
         return [block for block in self.blocks if block.owner == owner]
 
-    def views(self, flat: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """left (m, r), right (n, r) and core (r,) of one matrix in a whole flat buffer."""
+    def views(self, flat: Tensor, index: int) -> tuple[Tensor, ...]:
+        """left (m, r), right (n, r) and core (r,), or what else ``tensors`` says, of one matrix in a whole flat buffer."""
         block, i = self._place[index]
-        left, right, core = block.views(flat)
-        return left[i], right[i], core[i]
+        return tuple(view[i] for view in block.views(flat))
 
 
 class Exchange:

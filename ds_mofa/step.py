@@ -1,7 +1,8 @@
-"""One optimizer step of all matrices: reduce the sketches, update the factors, gather them, write the weights.
+"""One optimizer step of all matrices: reduce the sketches, update the owners' state, gather, write the weights.
 
-This is the core that every backend shares. It knows a process group through :class:`~ds_mofa.partition.Exchange`
-and the weights through a function that gives this rank's shard of a matrix; it does not know DeepSpeed.
+This is the core that every backend and every update rule share. It knows a process group through
+:class:`~ds_mofa.partition.Exchange`, the weights through a function that gives this rank's shard of a matrix, and the
+maths through a :class:`~ds_mofa.rules.rule.Rule`; it does not know DeepSpeed.
 """
 
 import contextlib
@@ -12,38 +13,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_mofa import sketch as sketching
-from ds_mofa.diagnostics import MEASURES, Report, measure
-from ds_mofa.factors import (
-    Batch,
-    Factors,
-    Grams,
-    gram_matrices,
-    live_directions,
-    projected_norm,
-    start_factors,
-    update_many,
-)
+from ds_mofa.diagnostics import Report
 from ds_mofa.head import FusedHead
 from ds_mofa.host_weights import write_wherever
-from ds_mofa.kernels import triton_serves
 from ds_mofa.masters import Masters
 from ds_mofa.options import Options
+from ds_mofa.owner import Owner
 from ds_mofa.parameters import Matrix
-from ds_mofa.partition import Exchange, Layout
+from ds_mofa.partition import Exchange
 from ds_mofa.phases import phase
+from ds_mofa.rules.mofasgd import MoFaSGDRule
+from ds_mofa.rules.rule import Rule
 from ds_mofa.staging import HostMemory, Staging
 from ds_mofa.state import packed, unpack
-from ds_mofa.subbatches import Part, split
-from ds_mofa.weights import Rounding, Shard, rounding_key
+from ds_mofa.weights import Rounding, Shard
 
 __all__ = ["MatrixStep", "full_fp32", "whole_matrix"]
 
-_SLICE = 1 << 24  # elements of a rank's factors that are gathered at a time
-_MOST_BALANCED = 10.0  # a matrix without new gradients, an expert that no token goes to, has ever less momentum
 _LARGEST_NORM = 1e18  # the square of more overflows in fp32, in which DeepSpeed adds the norms up
 _NO_NUMBER = (
     f"the gradient holds a NaN or Inf, or its norm is above {_LARGEST_NORM:g}. In fp16 a few such steps are how the "
@@ -63,15 +52,17 @@ def whole_matrix(matrix: Matrix) -> Shard:
 
 
 class MatrixStep:
-    """Factors, sketches and working copies of all matrices, and the step that moves them.
+    """Sketches, working copies and owners' state of all matrices, and the step that moves them.
 
     Memory on each of N ranks, with F = sum of r (m + n + 1) over the matrices: sketches 4 F bytes, working copies
-    2 F (4 F for fp32 weights), fp32 factors 4 F / N. During a step another 4 F / N for the reduced sketches, over which
-    the new factors are written, and at most ``options.update_bytes`` of temporaries.
+    2 F (4 F for fp32 weights), and of the rule's fp32 state, which for MoFaSGD is 4 F bytes, an N-th. During a step
+    another 4 F / N for the reduced sketches, over which the rule works, and at most ``options.update_bytes`` of
+    temporaries. With ``options.explore`` = k all but the state has r + k columns in the place of r, and k (m + n) / 4
+    bytes a matrix hold the random signs.
 
-    With ``host`` the fp32 factors and masters lie there. The factors of one sub-batch after the other are read through
-    two buffers, less than a quarter of ``update_bytes`` each; masters, and weights that the backend keeps on the host,
-    are written through two of ``host_weights.CHUNK_BYTES``.
+    With ``host`` the fp32 state and masters lie there. The state of one sub-batch after the other is read through two
+    buffers, less than a quarter of ``update_bytes`` each for MoFaSGD; masters, and weights that the backend keeps on
+    the host, are written through two of ``host_weights.CHUNK_BYTES``.
 
     Args:
         matrices: what to train.
@@ -80,8 +71,12 @@ class MatrixStep:
         device: of the buffers.
         shard_of: this rank's part of a matrix; asked anew in every step.
         gathered: see :func:`ds_mofa.sketch.attach`.
-        host: where to keep the fp32 factors and masters; None for ``device``.
+        host: where to keep the fp32 state and masters; None for ``device``.
         head: to change the model by, where the options say ``fused_head``.
+        rule: the maths; None for MoFaSGD's.
+
+    Attributes:
+        factors: this rank's segment of the rule's state, flat.
     """
 
     def __init__(
@@ -95,37 +90,42 @@ class MatrixStep:
         gathered=None,
         host: HostMemory | None = None,
         head: FusedHead | None = None,
+        rule: Rule | None = None,
     ):
         self.matrices, self.options, self.exchange, self._shard_of = list(matrices), options, exchange, shard_of
-        self._device, self._host, self._staging = device, host, Staging(device)
-        places = [(matrix.shape, matrix.group) for matrix in matrices]
-        self.layout = Layout(places, options.rank, exchange.world_size)
-        self._mine = self.layout.owned_by(exchange.rank)
-        self._sub_batches = split(self._mine, options.update_bytes)
-        self._segment_start = exchange.rank * self.layout.segment
-
+        self.rule = MoFaSGDRule(options) if rule is None else rule
+        self._device, self._staging = device, Staging(device)
         compute = _compute_dtype(matrices)
         exact = torch.float64 if compute == torch.float64 else torch.float32
+        self.owner = Owner(
+            [(matrix.shape, matrix.group) for matrix in matrices],
+            self.rule,
+            options.update_bytes,
+            exchange=exchange,
+            dtype=exact,
+            device=device,
+            host=host,
+            staging=self._staging,
+        )
+        self.layout, self.factors = self.owner.layout, self.owner.state
         self.sketches = torch.zeros(self.layout.numel, dtype=exact, device=device)
         self.working = torch.zeros(self.layout.numel, dtype=compute, device=device)
-        self.factors = self._state_zeros(self.layout.segment, exact, device)
         self._pending: Tensor | None = None
-        self._grams: list[Grams] | None = None
         self._norm: Tensor | None = None
         self._finite: bool | None = None
         self.steps = 0
         self.skipped = 0
         self.report: Report | None = None  # the last one
         self.on_report: Callable[[Report], None] | None = None
-        self._draw_test_matrices()
+        self.rule.prepare(self.layout, self.working, self.steps)
 
         wanted = options.master_weights and compute in (torch.bfloat16, torch.float16)
-        self.masters = Masters(wanted, self.matrices, exchange, device, shard_of, self._state_zeros)
+        self.masters = Masters(wanted, self.matrices, exchange, device, shard_of, self.owner.zeros)
 
         views = [
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
         ]
-        self._queue = sketching.Queue.serving(self.working, self.sketches, options.rank)
+        self._queue = sketching.Queue.serving(self.working, self.sketches, self.rule.columns)
         sketches = [sketching.Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
         self._attachment = sketching.attach(self.matrices, sketches, options.capture, gathered)
         self._head = head
@@ -151,34 +151,9 @@ class MatrixStep:
         pending = self.exchange.reduce_scatter(self.sketches, self.layout.segment)
         pending.mul_(self.exchange.mean_scale / loss_scale)
         self.sketches.zero_()
-        if self.started:
-            self._grams = [gram_matrices(*batch) for batch in self._batches(pending)]  # one after the other
-            nothing = pending.new_zeros((), dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
-            square = sum((projected_norm(*grams).sum() for grams in self._grams), nothing)
-        else:  # E |G Omega|^2 = |G|^2, and the same of the other sketch
-            square = pending.square().sum() / 2
-        norm = self.exchange.sum(square).sqrt()
+        norm = self.exchange.sum(self.rule.square_norm(self.owner, pending, self.steps)).sqrt()
         self._norm, self._finite = torch.where(norm < _LARGEST_NORM, norm, math.inf), None
         self._pending = pending
-
-    def _batches(self, pending: Tensor) -> Iterator[Batch]:
-        """Factors, Y and Z of each part of the sub-batches; of those before the last, offloaded factors are gone."""
-        for batches in self._batches_together(pending):
-            yield from batches
-
-    def _batches_together(self, pending: Tensor) -> Iterator[list[Batch]]:
-        for parts, factors in zip(self._sub_batches, self._factors_here(), strict=True):
-            sketches = [part.views(pending, self._segment_start) for part in parts]
-            yield [(Factors(U, sigma, V), Y, Z) for (U, V, sigma), (Y, Z, _) in zip(factors, sketches)]
-
-    def _factors_here(self) -> Iterator[list[tuple[Tensor, ...]]]:
-        """U, V and sigma of each part of each sub-batch, on the device."""
-        views = [[part.views(self.factors, self._segment_start) for part in parts] for parts in self._sub_batches]
-        if self._host is None:
-            yield from views
-            return
-        for staged in self._staging.passes([[view for triple in triples for view in triple] for triples in views]):
-            yield [tuple(staged[i : i + 3]) for i in range(0, len(staged), 3)]
 
     @property
     def norm(self) -> Tensor:
@@ -201,38 +176,36 @@ class MatrixStep:
         """Whether reduced sketches wait to be used or discarded."""
         return self._pending is not None
 
-    @property
-    def started(self) -> bool:
-        return self.steps > 0
-
     @torch.no_grad()
     def update(self, groups: Sequence[Mapping[str, Any]], clip: float | Tensor = 1.0) -> None:
-        """Move factors and weights by the pending sketches. Collective.
+        """Move state and weights by the pending sketches. Collective.
 
         Args:
             groups: the matrix param groups, for ``lr`` and ``weight_decay``.
             clip: factor on the gradient, <= 1, from clipping by the global norm.
         """
-        new, grams = self._pending, self._grams
+        new = self._pending
         with phase("factor update"), full_fp32():
-            self._publish(new if self._update_factors(clip) else None)
-        self.drop_pending()
+            self.rule.publish(self.owner, new if self._updated(new, clip) else None, self.working, self.exchange)
+        self._pending = None
         with phase("gather"):
             self.exchange.all_gather(self.working, self.layout.segment)
-            if self._an_owner_failed():
+            if self.rule.failed(self.layout, self.working, self.steps):
                 self._take_back()
                 self.discard(_NO_FACTORS)
                 return
-            if grams is not None and self._reports_now():
-                self._report(grams, new, clip)
-            self._keep(new)
+            if self._reports_now():
+                self._report(new, clip)
+            self.rule.forget()
+            self.rule.keep(self.owner, new)
         self.steps += 1
         with phase("apply"):
             self._apply(groups)
             self._staging.finish()  # a checkpoint, ZeRO's gathering: whoever reads the host's memory next may do so
+            self.rule.prepare(self.layout, self.working, self.steps)
 
     def discard(self, reason: str = _NO_NUMBER) -> None:
-        """Skip this step: factors and weights stay as they are."""
+        """Skip this step: state and weights stay as they are."""
         self.drop_pending()
         self.skipped += 1
         if self.exchange.rank == 0:
@@ -240,7 +213,8 @@ class MatrixStep:
 
     def drop_pending(self) -> None:
         """Forget what the last :meth:`reduce` has given."""
-        self._pending, self._grams = None, None
+        self._pending = None
+        self.rule.forget()
 
     def clear(self) -> None:
         """Forget what the micro-batches since the last :meth:`reduce` have added."""
@@ -257,202 +231,98 @@ class MatrixStep:
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """All factors by the names of their matrices, on the CPU of the group's rank 0; empty elsewhere. Collective."""
-        flat = self._gather_factors()
+        """The state by the names of its matrices, on the CPU of the group's rank 0; empty elsewhere. Collective."""
+        flat = self.owner.whole()
         if flat is None:
             return {}
-        return packed(flat, self.layout, self.matrices, steps=self.steps, skipped=self.skipped)
+        layout = self.owner.state_layout
+        return packed(flat, layout, self.matrices, self.rule, steps=self.steps, skipped=self.skipped)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Take over factors, whoever owned them when they were saved. Collective; rank 0's ``state`` counts.
+        """Take over a state, whoever owned it when it was saved. Collective; rank 0's ``state`` counts.
 
-        Factors of another rank are grown or truncated to this run's, see :func:`ds_mofa.factors.resized`, which is
-        printed.
+        One of another rank is made this run's by :meth:`ds_mofa.rules.rule.Rule.resized`, which is printed.
 
         Raises:
             ValueError: another format, or matrices of other names or shapes than this model's. Nothing has changed.
         """
-        device, exact = self._device, self.factors.dtype
-        flat = torch.zeros(self.layout.numel, dtype=exact, device=device)
+        device, layout = self._device, self.owner.state_layout
+        flat = torch.zeros(layout.numel, dtype=self.factors.dtype, device=device)
         counters = torch.zeros(2, dtype=torch.int64, device=device)
         problem = None
         if self.exchange.rank == 0:
-            problem = unpack(state or {}, self.layout, self.matrices, self.options.rank, flat, counters)
+            problem = unpack(state or {}, layout, self.matrices, self.rule, flat, counters)
         self._agree(problem)
         self.exchange.broadcast(flat, 0)
         self.exchange.broadcast(counters, 0)
         self.steps, self.skipped = (int(value) for value in counters)
         self.drop_pending()
         self.clear()
-        self.factors.copy_(flat.narrow(0, self._segment_start, self.layout.segment))
-        if self.started:
-            self.working.copy_(flat)
-        else:
-            self._draw_test_matrices()
-
-    def _state_zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for what offloading moves to the host, or on ``device``."""
-        return torch.zeros(numel, dtype=dtype, device=device) if self._host is None else self._host.zeros(numel, dtype)
+        self.owner.take(flat)
+        if self.steps > 0:
+            self.rule.restore(layout, flat, self.layout, self.working, self.steps)
+        self.rule.prepare(self.layout, self.working, self.steps)
 
     # ------------------------------------------------------------------ parts
 
-    def _update_factors(self, clip: float | Tensor) -> bool:
-        """Write the new factors over the pending sketches that they come from. False where a decomposition of the
-        library's has failed; then what is there is neither.
+    def _updated(self, pending: Tensor, clip: float | Tensor) -> bool:
+        """Have the rule work on the pending sketches. False where a decomposition of the library's has failed; then
+        what is there is neither.
         """
-        beta, gamma = self.options.beta, self.options.gamma * clip  # a clipped gradient is a lighter one
         try:
-            if self.started:
-                grams = iter(self._grams)
-                for parts, batches in zip(self._sub_batches, self._batches_together(self._pending), strict=True):
-                    own = list(itertools.islice(grams, len(batches)))
-                    self._put(parts, update_many(batches, beta=beta, gamma=gamma, grams=own))  # and let go of them
-            else:
-                for part in itertools.chain.from_iterable(self._sub_batches):
-                    self._put([part], [self._start(part, gamma)])
+            self.rule.update(self.owner, pending, self.working, clip, self.steps)
         except torch.linalg.LinAlgError as error:
             logger.warning("ds_mofa: rank %d: %s", self.exchange.rank, error)
             return False
         return True
 
-    def _start(self, part: Part, gamma: float | Tensor) -> Factors:
-        Y, Z, _ = part.views(self._pending, self._segment_start)
-        psi, _, _ = part.views(self.working)
-        return start_factors(Y, Z, psi.to(Y.dtype), gamma=gamma)
-
-    def _put(self, parts: Sequence[Part], updated: Sequence[Factors]) -> None:
-        for part, new in zip(parts, updated, strict=True):
-            views = part.views(self._pending, self._segment_start)
-            for view, value in zip(views, (new.U, new.V, new.sigma), strict=True):
-                view.copy_(value)
-
-    def _publish(self, flat: Tensor | None) -> None:
-        """Write this rank's part of the working copies. NaN in the place of coefficients says that it has none: so the
-        other owners learn of it by the all-gather that they are about to make.
-
-        Args:
-            flat: the factors of this rank's segment, on any device.
-        """
-        level = self._level(flat) if self.options.balance else None
-        for block in self._mine:
-            left, right, coefficients = block.views(self.working)
-            if flat is None:
-                coefficients.fill_(math.nan)
-                continue
-            U, V, sigma = block.views(flat, self._segment_start)
-            left.copy_(U)
-            right.copy_(V)
-            coefficients.copy_(self._coefficients(sigma.to(self._device), level))
-
-    def _level(self, flat: Tensor | None) -> Tensor:
-        """The mean of log |sigma| over all matrices with momentum. Collective."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        if flat is not None and self._mine:
-            sigmas = [block.views(flat, self._segment_start)[2] for block in self._mine]
-            norms = torch.cat([sigma.norm(dim=-1) for sigma in sigmas]).to(self._device, torch.float64)
-            moving = norms > 0
-            sums = torch.stack([torch.where(moving, norms, 1.0).log().sum(), moving.sum().double()])
-        total, count = self.exchange.sum(sums)
-        return total / count.clamp_min(1)
-
-    def _an_owner_failed(self) -> bool:
-        if self.started and triton_serves(self.working):
-            return False  # its SVD raises nothing, and the host need not wait for the gathered coefficients
-        coefficients = [block.views(self.working)[2] for block in self.layout.blocks]
-        return not bool(torch.stack([torch.isfinite(part).all() for part in coefficients]).all())
-
     def _take_back(self) -> None:
-        """Make the working copies once more what they were before :meth:`_publish`. Collective."""
-        if not self.started:
+        """Make the working copies once more what they were before the rule has published. Collective."""
+        if self.steps == 0:
             self.working.zero_()
-            self._draw_test_matrices()
-            return
-        self._publish(self.factors)
-        self.exchange.all_gather(self.working, self.layout.segment)
-
-    def _keep(self, new: Tensor) -> None:
-        if self._host is None:
-            self.factors.copy_(new)
         else:
-            self._staging.send(new, self.factors)
+            self.rule.take_back(self.owner, self.working, self.exchange)
+            self.exchange.all_gather(self.working, self.layout.segment)
+        self.rule.prepare(self.layout, self.working, self.steps)
 
     def _reports_now(self) -> bool:
         every = self.options.diagnostics_every
         return every > 0 and (self.steps + 1) % every == 0
 
-    def _report(self, grams: Sequence[Grams], new: Tensor, clip: float | Tensor) -> None:
-        """Measure this rank's matrices, and give every rank the measures of all. Collective, before ``_keep``."""
-        gamma = self.options.gamma * clip
-        values = torch.zeros(len(self.matrices), len(MEASURES), dtype=torch.float64, device=self._device)
-        parts = itertools.chain.from_iterable(self._sub_batches)
-        for part, (left, right) in zip(parts, grams, strict=True):
-            old_sigma, new_sigma = (part.views(flat, self._segment_start)[2] for flat in (self.factors, new))
-            members = torch.tensor(part.members, device=self._device)
-            values[members] = measure(
-                old_sigma.to(self._device), left, right, new_sigma, beta=self.options.beta, gamma=gamma
-            )
+    def _report(self, new: Tensor, clip: float | Tensor) -> None:
+        """Measure this rank's matrices, and give every rank the measures of all. Collective."""
+        values = self.rule.measures(self.owner, new, clip, len(self.matrices))
+        if values is None:
+            return
         names = [matrix.name for matrix in self.matrices]
         self.report = Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))
         if self.on_report is not None:
             self.on_report(self.report)
 
-    def _coefficients(self, sigma: Tensor, level: Tensor | None) -> Tensor:
-        """What the columns of U are multiplied by in the update, (B, r); ``level`` where matrices are balanced."""
-        coefficients = live_directions(sigma)
-        if self.options.update_rule == "inverse_sigma":
-            coefficients = coefficients * sigma.reciprocal().clamp_max(self.options.inverse_sigma_clamp)
-        if level is not None:
-            norm = sigma.norm(dim=-1, keepdim=True)
-            factor = (self.options.balance * (level - norm.double().log())).exp()  # without momentum nothing moves
-            coefficients = coefficients * factor.clamp(1 / _MOST_BALANCED, _MOST_BALANCED).to(sigma.dtype)
-        return coefficients
-
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
         rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
-        for block in self.layout.blocks:
-            U, V, coefficients = block.views(self.working)
-            group = groups[block.group]
+        for part in itertools.chain.from_iterable(map(self.rule.parts, self.layout.blocks)):
+            U, V, coefficients = self.rule.written(part, self.working)
+            group = groups[part.block.group]
             write_wherever(
                 self._staging,
-                [self._shard_of(self.matrices[index]) for index in block.members],
+                [self._shard_of(self.matrices[index]) for index in part.members],
                 U,
                 V,
                 coefficients,
-                indices=block.members,
-                step_size=float(group["lr"]) * self.options.shape_factor(*block.shape),
+                indices=part.members,
+                step_size=float(group["lr"]) * self.rule.lr_factor(*part.block.shape),
                 decay=1.0 - float(group["lr"]) * group["weight_decay"],
                 rounding=rounding,
-                masters=self.masters.of(block.members),
+                masters=self.masters.of(part.members),
             )
-
-    def _draw_test_matrices(self) -> None:
-        """Psi in the place of U and Omega in that of V: Gaussian of variance 1 / r, so that |G Omega| ~ |G|."""
-        for matrix in self.matrices:
-            generator = torch.Generator().manual_seed(rounding_key(Rounding(False, self.options.seed), matrix.index))
-            for view in self.layout.views(self.working, matrix.index)[:2]:
-                draw = torch.randn(view.shape, generator=generator) / math.sqrt(self.options.rank)
-                view.copy_(draw)
-
-    def _gather_factors(self) -> Tensor | None:
-        """A whole flat buffer on the CPU of the group's rank 0, gathered by slices; None elsewhere."""
-        if self.exchange.world_size == 1:
-            return self.factors.cpu()
-        root, group = self.exchange.rank == 0, self.exchange.group
-        whole = self.factors.new_empty(self.exchange.world_size, self.layout.segment, device="cpu") if root else None
-        for first in range(0, self.layout.segment, _SLICE):
-            mine = self.factors[first : first + _SLICE].to(self._device)
-            parts = [torch.empty_like(mine) for _ in range(self.exchange.world_size)] if root else None
-            dist.gather(mine, parts, dst=dist.get_global_rank(group, 0), group=group)
-            if root:
-                whole[:, first : first + _SLICE] = torch.stack([part.cpu() for part in parts])
-        return whole.view(-1) if root else None
 
     def _agree(self, problem: str | None) -> None:
         """Raise on every rank if rank 0 has a problem."""
         failed = self.exchange.sum(torch.tensor([float(problem is not None)], device=self._device))
         if failed:
-            raise ValueError(problem or "rank 0 could not load the MoFaSGD state; its message says why")
+            raise ValueError(problem or f"rank 0 could not load the {self.rule.name} state; its message says why")
 
 
 @contextlib.contextmanager

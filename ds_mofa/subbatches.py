@@ -27,10 +27,9 @@ class Part:
         """Indices of the matrices."""
         return self.block.members[self.first : self.last]
 
-    def views(self, flat: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def views(self, flat: Tensor, start: int = 0) -> tuple[Tensor, ...]:
         """left (B, m, r), right (B, n, r) and core (B, r), as :meth:`ds_mofa.partition.Block.views`."""
-        left, right, core = (view[self.first : self.last] for view in self.block.views(flat, start))
-        return left, right, core
+        return tuple(view[self.first : self.last] for view in self.block.views(flat, start))
 
 
 def temporaries(parts: Sequence[Part]) -> int:

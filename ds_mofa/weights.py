@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_mofa.kernels import triton_serves
 
-__all__ = ["Shard", "Rounding", "write_updates", "rounding_key", "round_stochastically", "random_bits"]
+__all__ = ["Shard", "Rounding", "write_updates", "rounding_key", "round_stochastically", "random_bits", "mix"]
 
 _CHUNK = 1 << 22  # elements of W per pass; bounds the fp32 temporaries to some tens of MB
 
@@ -153,11 +153,11 @@ def random_bits(first: int, count: int, key: int, device: torch.device) -> Tenso
     Elements 2 c and 2 c + 1 take the low and the high half of a 32-bit word, hashed from c and the key.
     """
     element = torch.arange(first, first + count, dtype=torch.int64, device=device)
-    word = _mix((element >> 1 & 0xFFFFFFFF) ^ key)
+    word = mix((element >> 1 & 0xFFFFFFFF) ^ key)
     return torch.where(element & 1 == 1, word >> 16, word & 0xFFFF)
 
 
-def _mix(x):
+def mix(x):
     """32 bits to 32 bits, each of them depending on all: xor-shift and multiply, twice."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & 0xFFFFFFFF
@@ -167,4 +167,4 @@ def _mix(x):
 
 
 def _mix_int(x: int) -> int:
-    return _mix(x & 0xFFFFFFFF)
+    return mix(x & 0xFFFFFFFF)

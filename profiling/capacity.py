@@ -37,14 +37,15 @@ def main() -> None:
     parser.add_argument("--model_configs", nargs="+", default=shapes, help="shapes, such as configs/models/*.json")
     parser.add_argument("--optimizers", nargs="+", default=["AdamW", "MoFaSGD"])
     parser.add_argument("--rank", type=int, default=8, help="of MoFaSGD")
+    parser.add_argument("--explore", type=int, default=0, help="of MoFaSGD")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
     args = parser.parse_args()
     print(f"| model, optimizer | card | {' | '.join(WAYS)} |\n|---|---|{'---|' * len(WAYS)}")
     for path in args.model_configs:
         for optimizer in args.optimizers:
             setting = Setting(
-                path, optimizer, zero=3, seq=args.tokens, micro_batches=2, rank=args.rank, checkpointing=True,
-                liger=True, bucket=20_000_000, prefetch=50_000_000, leaf=True,
+                path, optimizer, zero=3, seq=args.tokens, micro_batches=2, rank=args.rank,
+                explore=args.explore, checkpointing=True, liger=True, bucket=20_000_000, prefetch=50_000_000, leaf=True,
             )  # fmt: skip
             columns = [smallest(setting, way) for way in WAYS.values()]
             for card in CARDS:

@@ -124,14 +124,18 @@ class Part:
     seconds: float = 0.0
 
 
-def optimizer_step(model: Model, rank: int, gpus: int, stage: int | None, machine: Machine) -> list[Part]:
+def optimizer_step(
+    model: Model, rank: int, gpus: int, stage: int | None, machine: Machine, explore: int = 0
+) -> list[Part]:
     """The parts of one optimizer step on each of ``gpus`` ranks.
 
     Args:
         rank: r.
         stage: of ZeRO; None for plain PyTorch on one GPU, all in bf16.
+        explore: k. Its launches are counted, what they take beside the others' has not been measured.
     """
     r, share = rank, rank * model.sides / gpus  # elements of this rank's factors
+    beside = explore * model.sides / gpus  # and of the directions that it finds beside them
     away = (gpus - 1) / gpus
 
     def send(sent: float) -> float:
@@ -140,7 +144,7 @@ def optimizer_step(model: Model, rank: int, gpus: int, stage: int | None, machin
     def launched(part: str) -> float:
         return LAUNCHES[part] * machine.launch
 
-    flat = rank * model.sides * FP32
+    flat = (rank + explore) * model.sides * FP32
     grams = 6 * FP32 + 4 * FP64  # U and Y read, [U Y] written and read in float64, per element of the factors
     gram_flops = 8 * r * share
     reduce_bytes = 3 * flat + grams * share

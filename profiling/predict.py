@@ -44,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro_batch", type=int, default=1, help="sequences of one forward")
     parser.add_argument("--micro_batches", type=int, default=8, help="of one optimizer step (gradient accumulation)")
     parser.add_argument("--rank", type=int, default=8, help="of MoFaSGD, LoRA and GaLore")
+    parser.add_argument("--explore", type=int, default=0, help="random directions beside the rank, of MoFaSGD")
     parser.add_argument("--states", default="fp32", choices=["fp32", "bf16"], help="DeepSpeed's masters and moments")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     parser.add_argument("--liger", action="store_true", help="liger-kernel's fused norms, rotary, SwiGLU and loss")

@@ -4,7 +4,7 @@
         --runs torch:AdamW torch:MoFaSGD:r=8 zero2:AdamW zero2:MoFaSGD:r=32 --output_dir out/throughput
 
 A run is BACKEND:OPTIMIZER[:OPTION=VALUE...]. Backends: ``torch`` (one GPU, no DeepSpeed; there LoRA too, with peft) and
-``zero0`` to ``zero3``. Options: ``r`` (rank), ``capture``, ``states`` (fp32 or bf16: DeepSpeed's master weights and
+``zero0`` to ``zero3``. Options: ``r`` (rank), ``explore`` (k, of MoFaSGD), ``capture``, ``states`` (fp32 or bf16: DeepSpeed's master weights and
 optimizer states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``contiguous`` and ``overlap`` (0 or 1: its
 contiguous_gradients and overlap_comm), ``leaf`` (1: stage 3 gathers a decoder layer at a time rather than a linear),
 ``prefetch`` (its stage3_prefetch_bucket_size), ``checkpointing`` (1), ``liger`` (1: liger-kernel's fused norms, SwiGLU,

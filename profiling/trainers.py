@@ -11,7 +11,7 @@ from transformers.integrations import HfDeepSpeedConfig
 import ds_mofa
 
 OPTIONS = {
-    "r", "capture", "states", "bucket", "contiguous", "overlap", "leaf", "prefetch", "checkpointing", "liger",
+    "r", "explore", "capture", "states", "bucket", "contiguous", "overlap", "leaf", "prefetch", "checkpointing", "liger",
     "offload", "head", "head_loss", "embed", "card", "adamw",
 }  # fmt: skip
 
@@ -72,8 +72,9 @@ def optimizer_params(optimizer: str, options: dict) -> dict:
     if optimizer.lower() != "mofasgd":
         if options.get("head_loss") == "fused":
             raise ValueError(f"head_loss=fused is an option of MoFaSGD, not of {optimizer}")
-        if "adamw" in options:
-            raise ValueError(f"adamw={options['adamw']} is an option of MoFaSGD, not of {optimizer}")
+        for name in ("adamw", "explore"):
+            if name in options:
+                raise ValueError(f"{name}={options[name]} is an option of MoFaSGD, not of {optimizer}")
         return {"lr": 1e-5}
     chosen = {"capture": options["capture"]} if "capture" in options else {}
     if options.get("head") == "matrix":
@@ -82,6 +83,8 @@ def optimizer_params(optimizer: str, options: dict) -> dict:
         chosen["fused_head"] = True
     if "adamw" in options:
         chosen["adamw_states"] = options["adamw"]
+    if "explore" in options:
+        chosen["explore"] = int(options["explore"])
     return {"lr": 3e-3, "adamw_lr": 1e-5, "rank": int(options.get("r", 8)), **chosen}
 
 

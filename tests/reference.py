@@ -1,8 +1,9 @@
 """MoFaSGD once more, dense, in float64 and in one process: what every backend and stage must agree with.
 
 Nothing here is fast or small. Gradients are autograd's, whole; the momentum is a dense m x n matrix whose rank is
-r; a projection is an m x m matrix. Only the two things that are random by definition are shared with the
-package's conventions: the seeded test matrices of the first step and the fixed columns that fill a basis up.
+r; a projection is an m x m matrix. Only the three things that are random by definition are shared with the
+package's conventions: the seeded test matrices of the first step, the fixed columns that fill a basis up, and the signs
+that are explored along.
 """
 
 import math
@@ -10,9 +11,23 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ds_mofa.exploring import sign_words, signs
 from ds_mofa.weights import Rounding, rounding_key
 
-__all__ = ["DenseMomentum", "Reference"]
+__all__ = ["DenseMomentum", "Reference", "random_columns"]
+
+
+def random_columns(shapes: list[tuple[int, int]], k: int, steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """F (m x k) and E (n x k) of every matrix in a step: 32 signs a word, and the words counted through all of them."""
+    found, first = [], 0
+    for shape in shapes:
+        pair = []
+        for rows in shape:
+            words = sign_words(torch.arange(first, first + -(-rows * k // 32)), rounding_key(Rounding(0, seed, steps), -1))
+            pair.append(signs(words)[: rows * k].view(rows, k).double() / math.sqrt(rows))
+            first += len(words)
+        found.append(tuple(pair))
+    return found
 
 
 class DenseMomentum:
@@ -59,10 +74,25 @@ class DenseMomentum:
         live = sigma > 1e-7 * sigma[0]
         return U[:, live] @ Vt[live]
 
+    def beside(self, G: Tensor, F: Tensor, E: Tensor) -> Tensor:
+        """A E^T + F B^T, A and B the polar factors of G_perp E and G_perp^T F; before :meth:`move`."""
+        if self.left is None:
+            return torch.zeros_like(G)
+        P_left, P_right = (torch.eye(len(one), dtype=one.dtype) - one @ one.mT for one in (self.left, self.right))
+        rest = P_left @ G @ P_right
+        return _polar(rest @ E, G @ E) @ E.mT + F @ _polar(rest.mT @ F, G.mT @ F).mT
+
     def _first_look(self, G: Tensor) -> Tensor:
         """Q (Psi^T Q)^+ (G^T Psi)^T, Q the leading ceil(r / 2) left singular vectors of G Omega."""
         Q = torch.linalg.svd(G @ self.omega, full_matrices=False).U[:, : (self.rank + 1) // 2]
         return Q @ torch.linalg.pinv(self.psi.mT @ Q) @ (self.psi.mT @ G)
+
+
+def _polar(H: Tensor, whole: Tensor) -> Tensor:
+    """P Q^T over the singular values of H that are not rounding beside ``whole``, of which H is a part."""
+    P, sigma, Qt = torch.linalg.svd(H, full_matrices=False)
+    live = sigma > 1e-10 * whole.norm()
+    return P[:, live] @ Qt[live]
 
 
 def _fill_up(basis: Tensor, rank: int) -> Tensor:
@@ -96,12 +126,17 @@ class Reference:
         no_decay=(),
         clip: float = 0.0,
         balance: float = 0.0,
+        explore: int = 0,
+        explore_scale: float = 4.0,
+        seed: int = 0,
     ):
         self.model = model.double()
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.momenta = {
-            name: DenseMomentum(tuple(self.params[name].shape), rank, index=i) for i, name in enumerate(matrices)
+            name: DenseMomentum(tuple(self.params[name].shape), rank, index=i, seed=seed)
+            for i, name in enumerate(matrices)
         }
+        self.explore, self.explore_scale, self.seed = explore, explore_scale, seed
         self.moments = {name: (0.0, 0.0) for name in self.params if name not in self.momenta}
         self.lr = lr if callable(lr) else lambda step: lr
         self.adamw_lr = adamw_lr if callable(adamw_lr) else lambda step: self.lr(step) / 10
@@ -119,6 +154,7 @@ class Reference:
         clip = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
         self.steps += 1
         with torch.no_grad():
+            self.beside = self._directions_beside(grads)
             for name, momentum in self.momenta.items():
                 momentum.move(grads[name] * clip, self.beta)
             for name, param in self.params.items():
@@ -148,7 +184,17 @@ class Reference:
         factor = (mean / float(momentum.M.norm() or mean)) ** self.balance
         param.mul_(1 - lr * self.weight_decay)
         factor = min(10.0, max(0.1, factor))
-        param.sub_(factor * lr * 0.2 * math.sqrt(max(param.shape)) * momentum.direction())
+        direction = momentum.direction() + self.explore_scale * self.beside[name]
+        param.sub_(factor * lr * 0.2 * math.sqrt(max(param.shape)) * direction)
+
+    def _directions_beside(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.explore:
+            return dict.fromkeys(self.momenta, 0.0)
+        shapes = [tuple(self.params[name].shape) for name in self.momenta]
+        drawn = random_columns(shapes, self.explore, self.steps - 1, self.seed)
+        return {
+            name: momentum.beside(grads[name], F, E) for (name, momentum), (F, E) in zip(self.momenta.items(), drawn)
+        }
 
     def _move_by_adamw(self, name: str, param: Tensor, grad: Tensor) -> None:
         lr, decay = self.adamw_lr(self.steps), 0.0 if name in self.no_decay else self.weight_decay

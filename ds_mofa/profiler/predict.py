@@ -21,7 +21,7 @@ from ds_mofa.profiler.reserve import reserved_by_plain_loop
 from ds_mofa.profiler.reserve_zero import reserved_by_stage3, reserved_by_stage12
 from ds_mofa.profiler.setting import OPTIMIZERS, Setting
 from ds_mofa.profiler.simulate import MicroBatch, Parameter, PredictionError, simulate
-from ds_mofa.profiler.step_workspace import layout_of, step_workspace
+from ds_mofa.profiler.step_workspace import layout_of, sign_bytes, state_layout_of, step_workspace
 from ds_mofa.profiler.zero import (
     Candidate,
     ZeroSettings,
@@ -63,6 +63,7 @@ def predict(setting: Setting, process: int | None = None) -> dict[str, Any]:
         setting.seq,
         setting.micro_batch,
         setting.rank,
+        setting.explore,
         setting.checkpointing,
         setting.liger,
         setting.fused_head,
@@ -117,6 +118,7 @@ def _simulated(
     seq: int,
     micro_batch: int,
     rank: int,
+    explore: int,
     checkpointing: bool,
     liger: bool,
     fused_head: bool,
@@ -129,6 +131,7 @@ def _simulated(
         tokens=seq,
         micro_batch=micro_batch,
         rank=rank,
+        explore=explore,
         checkpointing=checkpointing,
         liger=liger,
         fused_head=fused_head,
@@ -182,7 +185,8 @@ def _always(setting: Setting, batch: MicroBatch) -> dict[str, int]:
     if setting.optimizer == "MoFaSGD":
         layout = layout_of(setting, batch)
         parts["sketches"] = 4 * layout.numel
-        parts["factors"] = 2 * layout.numel + (0 if setting.offload else 4 * layout.segment)
+        state = 0 if setting.offload else 4 * state_layout_of(setting, batch).segment
+        parts["factors"] = 2 * layout.numel + state + sign_bytes(setting, batch)
     return parts
 
 
@@ -190,7 +194,7 @@ def _host(setting: Setting, batch: MicroBatch, process: int) -> int:
     """Bytes that offload puts into host memory; 0 without."""
     if not setting.offload:
         return 0
-    segment = layout_of(setting, batch).segment if setting.optimizer == "MoFaSGD" else 0
+    segment = state_layout_of(setting, batch).segment if setting.optimizer == "MoFaSGD" else 0
     weights = _numbers(batch.parameters)
     return host_bytes(_zero(setting), _groups(setting, batch), weights, segment, process, setting.offload == "param")
 

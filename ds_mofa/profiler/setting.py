@@ -22,6 +22,7 @@ class Setting:
         micro_batch: sequences of one forward.
         micro_batches: of one optimizer step.
         rank: of MoFaSGD, LoRA and GaLore.
+        explore: random directions beside the rank, of MoFaSGD.
         states: "fp32" or "bf16": DeepSpeed's master weights and moments. A plain loop keeps all in bf16.
         checkpointing: recompute layers in backward.
         liger: liger-kernel's fused norms, rotary embedding, SwiGLU and loss.
@@ -45,6 +46,7 @@ class Setting:
     micro_batch: int = 1
     micro_batches: int = 8
     rank: int = 8
+    explore: int = 0
     states: str = "fp32"
     checkpointing: bool = False
     liger: bool = False
@@ -67,6 +69,8 @@ class Setting:
         for field in ("gpus", "seq", "micro_batch", "micro_batches", "rank"):
             if getattr(self, field) < 1:
                 raise PredictionError(f"{field} is {getattr(self, field)}: give 1 or more")
+        if self.explore < 0:
+            raise PredictionError(f"explore is {self.explore}: give 0 or more")
         if self.zero not in (None, 0, 1, 2, 3):
             raise PredictionError(f"zero is {self.zero}: give none, 0, 1, 2 or 3")
         if self.states not in ("fp32", "bf16"):

@@ -87,6 +87,7 @@ def simulate(
     tokens: int = 1024,
     micro_batch: int = 1,
     rank: int = 8,
+    explore: int = 0,
     checkpointing: bool = False,
     liger: bool = False,
     fused_head: bool = False,
@@ -103,6 +104,7 @@ def simulate(
         tokens: of one sequence.
         micro_batch: sequences.
         rank: of MoFaSGD and LoRA.
+        explore: of MoFaSGD.
         checkpointing: recompute each layer in backward.
         liger: with liger-kernel's fused operators (:mod:`ds_mofa.profiler.liger`).
         fused_head: with MoFaSGD's option of that name, in the place of liger-kernel's loss.
@@ -120,7 +122,8 @@ def simulate(
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if embed == "frozen":
             model.get_input_embeddings().weight.requires_grad_(False)
-        options = {"fused_head": fused_head, "include": _head_names(model) if head == "matrix" else []}
+        include = _head_names(model) if head == "matrix" else []
+        options = {"explore": explore, "fused_head": fused_head, "include": include}
         kinds, states = _prepare(model, optimizer, rank, options)
         for param in model.parameters():  # as in every micro-batch but the first
             if param.requires_grad and kinds[param] != "sketched":

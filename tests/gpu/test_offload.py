@@ -277,7 +277,7 @@ def test_the_update_stays_within_its_bytes():
         torch.cuda.reset_peak_memory_stats()
         step.update(optimizer.matrix_groups)
         torch.cuda.synchronize()
-    assert len(step._sub_batches) > 2
+    assert len(step.owner.sub_batches) > 2
     assert 0.3 * limit < torch.cuda.max_memory_allocated() - before < 1.1 * limit
 
 

@@ -46,8 +46,8 @@ def look(engine) -> dict:
     """Distance from orthonormal of this rank's factors, and whether the weights are the other rank's bit for bit."""
     step = engine.basic_optimizer.matrices
     worst = 0.0
-    for factors, _, _ in step._batches(step.sketches):
-        for basis in (factors.U.double(), factors.V.double()):
+    for _, (U, V, _) in step.owner.kept():
+        for basis in (U.double(), V.double()):
             worst = max(worst, float((basis.mT @ basis - torch.eye(basis.shape[-1])).abs().max()))
     same = True
     for value in whole_weights(engine.module).values():

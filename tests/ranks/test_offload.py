@@ -23,7 +23,7 @@ from toys import batches, micro_batches
 from training import config, engine_for, mean_over_ranks, toy, train, train_step
 
 from ds_mofa import host_weights
-from ds_mofa import step as step_module
+from ds_mofa import owner as owner_module
 from ds_mofa.deepspeed import gradients as gradients_module
 from ds_mofa.deepspeed.gradients import GradientMixin
 
@@ -225,7 +225,7 @@ def put_away(stage: int) -> dict:
                     engine.reload_states()
                 train_step(engine, batch)
             ends.append(matrices_of(engine))
-            with mock.patch.object(step_module, "_SLICE", 100):
+            with mock.patch.object(owner_module, "_SLICE", 100):
                 by_slices = engine.basic_optimizer.matrices.state_dict()
             at_once = engine.basic_optimizer.matrices.state_dict()
     return {"stayed": ends[0], "went": ends[1], "by slices": by_slices, "at once": at_once}

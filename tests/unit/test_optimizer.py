@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from ds_mofa import MoFaSGD, OptionError, Options
-from ds_mofa import step as step_module
 from ds_mofa.factors import Factors, update_many
 from ds_mofa.optimizer import clip_factor
+from ds_mofa.rules import mofasgd as mofasgd_rule
 from tests.unit.dense_reference import (
     dense,
     departure_from_orthonormal,
@@ -934,7 +934,7 @@ def test_the_factors_are_updated_in_full_fp32_whatever_the_script_has_chosen(cho
         seen.append(torch.backends.cuda.matmul.fp32_precision)
         return update_many(*args, **kwargs)
 
-    monkeypatch.setattr(step_module, "update_many", spy)
+    monkeypatch.setattr(mofasgd_rule, "update_many", spy)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(chosen)
     try:

@@ -117,7 +117,7 @@ def _trained(**options):
 def test_a_step_in_many_sub_batches_is_the_step_in_one_to_rounding():
     one, together = _trained(diagnostics_every=3)
     many, apart = _trained(diagnostics_every=3, update_bytes=1)
-    assert len(together.matrices._sub_batches) == 1 and len(apart.matrices._sub_batches) == 7
+    assert len(together.matrices.owner.sub_batches) == 1 and len(apart.matrices.owner.sub_batches) == 7
     for a, b in zip(one.parameters(), many.parameters()):
         assert (a - b).norm() <= 1e-5 * a.norm()
     assert torch.allclose(together.matrices.report.values, apart.matrices.report.values, rtol=1e-4, atol=1e-5)
@@ -126,7 +126,7 @@ def test_a_step_in_many_sub_batches_is_the_step_in_one_to_rounding():
 def test_a_step_s_update_stays_within_the_bound():
     _, optimizer = _trained(update_bytes=200_000)
     step_of_matrices = optimizer.matrices
-    assert 1 < len(step_of_matrices._sub_batches) < 7
+    assert 1 < len(step_of_matrices.owner.sub_batches) < 7
     step_of_matrices.sketches.normal_()
     step_of_matrices.reduce()
     with mock.patch.object(step, "write_wherever"), LiveBytes() as live:
