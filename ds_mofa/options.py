@@ -48,12 +48,13 @@ class Options:
             |sigma|: one whose gradients are small moves further, as it does under AdamW. At most by 10, at least by
             1 / 10. Costs an all-reduce of two numbers a step; 0 (the paper's rule) does without.
         explore: k, 0 or more. The momentum's r directions are joined by 2 k that it has not, new in each step: with
-            random E (n x k) and F (m x k) the update is U V^T + ``explore_scale`` (A E^T + F B^T), A and B the polar
-            factors of (1 - U U^T) G (1 - V V^T) E and of the same of G^T and F (:mod:`ds_mofa.exploring`). Sketches,
-            working copies and the two collectives have r + k columns, the write to the weights r + 2 k; no state, and
-            a checkpoint of a run with another k is taken as it is. Of an m x n matrix at most min(m, n) - r of the k
-            have an effect. With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing.
-        explore_scale: see ``explore``; > 0. ``balance`` multiplies all of the update alike.
+            random E (n x k) and F (m x k) the update is U V^T + s (A E^T + F B^T), A and B the polar factors of
+            (1 - U U^T) G (1 - V V^T) E and of the same of G^T and F (:mod:`ds_mofa.exploring`). Sketches, working copies
+            and the two collectives have r + k columns, the write to the weights r + 2 k; no state, and a checkpoint of
+            a run with another k is taken as it is. Of an m x n matrix at most min(m, n) - r of the k have an effect.
+            With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing.
+        explore_scale: s = ``explore_scale`` sqrt(min(m, n) / k), > 0: at 1, A E^T and F B^T are each as long as the
+            update of a momentum of full rank would be. ``balance`` multiplies all of the update alike.
         rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
             small the update) or ``"nearest"``. Without effect on fp32 weights.
         master_weights: keep an fp32 master of each 16-bit matrix, 4 more bytes a weight (a shard of it under
@@ -108,7 +109,7 @@ class Options:
     inverse_sigma_clamp: float = 1e4
     balance: float = 0.0
     explore: int = 0
-    explore_scale: float = 4.0
+    explore_scale: float = 1.0
     rounding: Rounding = "stochastic"
     master_weights: bool = False
     capture: CaptureMode = "linear"
@@ -205,6 +206,10 @@ class Options:
         if self.adjust_lr_fn == "original":
             return math.sqrt(max(1.0, m / n))
         return 1.0
+
+    def explore_length(self, m: int, n: int) -> float:
+        """s for an m x n matrix, see ``explore_scale``."""
+        return self.explore_scale * math.sqrt(min(m, n) / max(1, self.explore))
 
     @staticmethod
     def _patterns(name: str, patterns: Any) -> None:

@@ -23,7 +23,9 @@ def random_columns(shapes: list[tuple[int, int]], k: int, steps: int, seed: int 
     for shape in shapes:
         pair = []
         for rows in shape:
-            words = sign_words(torch.arange(first, first + -(-rows * k // 32)), rounding_key(Rounding(0, seed, steps), -1))
+            words = sign_words(
+                torch.arange(first, first + -(-rows * k // 32)), rounding_key(Rounding(0, seed, steps), -1)
+            )
             pair.append(signs(words)[: rows * k].view(rows, k).double() / math.sqrt(rows))
             first += len(words)
         found.append(tuple(pair))
@@ -127,7 +129,7 @@ class Reference:
         clip: float = 0.0,
         balance: float = 0.0,
         explore: int = 0,
-        explore_scale: float = 4.0,
+        explore_scale: float = 1.0,
         seed: int = 0,
     ):
         self.model = model.double()
@@ -184,7 +186,8 @@ class Reference:
         factor = (mean / float(momentum.M.norm() or mean)) ** self.balance
         param.mul_(1 - lr * self.weight_decay)
         factor = min(10.0, max(0.1, factor))
-        direction = momentum.direction() + self.explore_scale * self.beside[name]
+        length = self.explore_scale * math.sqrt(min(param.shape) / max(1, self.explore))
+        direction = momentum.direction() + length * self.beside[name]
         param.sub_(factor * lr * 0.2 * math.sqrt(max(param.shape)) * direction)
 
     def _directions_beside(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
