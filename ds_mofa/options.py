@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 __all__ = ["Options", "OptionError", "check_number", "check_integer"]
 
@@ -100,6 +100,10 @@ class Options:
         OptionError: a value out of its range or of the wrong type, or an unknown name.
     """
 
+    title: ClassVar[str] = "MoFaSGD"
+    aliases: ClassVar[Mapping[str, str]] = _ALIASES
+    foreign: ClassVar[frozenset[str]] = frozenset()  # fields that another optimizer's options have no use for
+
     lr: float = 6e-3
     rank: int = 8
     beta: float = 0.85
@@ -172,15 +176,15 @@ class Options:
             raise OptionError(f'params={params!r} must be an object of options, such as {{"lr": 6e-3, "rank": 8}}')
         rest = {key: params[key] for key in passed_on if key in params}
         own = {}
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls) if field.name not in cls.foreign]
         for key, value in params.items():
             if key in rest:
                 continue
-            name = _ALIASES.get(key, key)
+            name = cls.aliases.get(key, key)
             if name not in known:
-                raise OptionError(_unknown(key, [*known, *_ALIASES, *passed_on]))
+                raise OptionError(_unknown(key, [*known, *cls.aliases, *passed_on], cls.title))
             if name in own:
-                raise OptionError(f"{key!r} and {name!r} are the same option of MoFaSGD: give one of them")
+                raise OptionError(f"{key!r} and {name!r} are the same option of {cls.title}: give one of them")
             if value == "auto":
                 raise OptionError(
                     f'{key}="auto" was not filled in: only Hugging Face\'s Trainer fills in "auto", and only for lr, '
@@ -243,10 +247,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _unknown(key: str, known: list[str]) -> str:
+def _unknown(key: str, known: list[str], title: str) -> str:
     close = difflib.get_close_matches(str(key), known, n=1)
     return (
-        f"unknown option {key!r} of MoFaSGD"
+        f"unknown option {key!r} of {title}"
         + (f"; did you mean {close[0]!r}?" if close else "")
         + f" The options are {', '.join(sorted(known))}"
     )
