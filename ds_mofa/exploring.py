@@ -12,7 +12,7 @@ The first r columns are MoFaSGD's. From the others, what is left of G where the 
 
 and U V^T is joined by A E^T + F B^T: of all A of that norm and rank the one that lowers the loss most along E.
 
-E and F are signs / sqrt(n) and / sqrt(m), one random bit an element, so that every rank can have them without a message.
+E and F are signs / sqrt(n) and / sqrt(m), one random bit an element, so that every rank has them without a message.
 """
 
 from collections.abc import Iterator, Sequence
@@ -81,7 +81,9 @@ def _coordinates(gram: Tensor, r: int) -> Tensor:
 def _sizes(looks: Sequence[Look], rests: Sequence[Tensor]) -> Sequence[Tensor]:
     """|G E| + |G (1 - P) E|, (B, 1, 1), 1 where it is zero: their difference |G P E| is no larger."""
     norms = [
-        torch.linalg.vector_norm(part, dim=(-2, -1), keepdim=True, dtype=torch.float64)  # squares of 1e-30 are 0 in fp32
+        torch.linalg.vector_norm(
+            part, dim=(-2, -1), keepdim=True, dtype=torch.float64
+        )  # squares of 1e-30 are 0 in fp32
         for (U, Y, _), rest in zip(looks, rests)
         for part in (Y[..., U.shape[-1] :], rest)
     ]

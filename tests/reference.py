@@ -23,7 +23,9 @@ def random_columns(shapes: list[tuple[int, int]], k: int, steps: int, seed: int 
     for shape in shapes:
         pair = []
         for rows in shape:
-            words = sign_words(torch.arange(first, first + -(-rows * k // 32)), rounding_key(Rounding(0, seed, steps), -1))
+            words = sign_words(
+                torch.arange(first, first + -(-rows * k // 32)), rounding_key(Rounding(0, seed, steps), -1)
+            )
             pair.append(signs(words)[: rows * k].view(rows, k).double() / math.sqrt(rows))
             first += len(words)
         found.append(tuple(pair))

@@ -68,7 +68,10 @@ def _dense(G, U, V, E):
 @pytest.mark.parametrize("kind", ["generic", "rank one", "zero", "what the momentum sees"])
 @pytest.mark.parametrize(
     ("m", "n", "r", "k"),
-    [(300, 200, 16, 8), (200, 300, 8, 1), (130, 70, 5, 3), (600, 500, 32, 8), (600, 500, 8, 96), (12, 50, 8, 8), (8, 40, 8, 4)],
+    [
+        (300, 200, 16, 8), (200, 300, 8, 1), (130, 70, 5, 3), (600, 500, 32, 8), (600, 500, 8, 96), (12, 50, 8, 8),
+        (8, 40, 8, 4),
+    ],
 )  # fmt: skip
 def test_the_directions_are_the_dense_ones(m, n, r, k, kind):
     looks, G = _looks(m, n, r, k, kind)

@@ -1,4 +1,4 @@
-"""Exploring on real ranks: every stage and world size like the dense reference, whatever lies where, saved and resumed."""
+"""Exploring on real ranks: every stage and world size like the dense reference, offloaded, saved and resumed."""
 
 from collections import Counter
 
@@ -36,10 +36,20 @@ def drawn(stage: int) -> dict:
 
 def offloaded(stage: int, dtype: str) -> dict:
     """The same training with all on the device, and with all that can be on the host."""
-    places = [{}, {"offload_optimizer": CPU}, *([{"offload_optimizer": CPU, "offload_param": CPU}] if stage == 3 else [])]
+    places = [
+        {},
+        {"offload_optimizer": CPU},
+        *([{"offload_optimizer": CPU, "offload_param": CPU}] if stage == 3 else []),
+    ]
     ends = []
     for where in places:
-        options = {**EXPLORING, "balance": 0.5, "update_bytes": 1, "diagnostics_every": 1, "master_weights": dtype == "bf16"}
+        options = {
+            **EXPLORING,
+            "balance": 0.5,
+            "update_bytes": 1,
+            "diagnostics_every": 1,
+            "master_weights": dtype == "bf16",
+        }
         settings = config(
             stage, dtype=dtype, options=options, zero_optimization=where, zero_force_ds_cpu_optimizer=False
         )
