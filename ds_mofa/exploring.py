@@ -12,7 +12,7 @@ The first r columns are MoFaSGD's. From the others, what is left of G where the 
 
 and U V^T is joined by A E^T + F B^T: of all A of that norm and rank the one that lowers the loss most along E.
 
-E and F are signs / sqrt(n) and / sqrt(m), one random bit an element, so that every rank can have them without a message.
+E and F are signs / sqrt(n) and / sqrt(m), one random bit an element, so that every rank has them without a message.
 """
 
 from collections.abc import Iterator, Sequence

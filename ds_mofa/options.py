@@ -155,8 +155,8 @@ class Options:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}")
         if self.explore and self.update_rule != "spectral":
             raise OptionError(
-                f"explore={self.explore} with update_rule={self.update_rule!r}: what is explored has no momentum, and so "
-                'no sigma to divide by. Set update_rule to "spectral", or explore to 0'
+                f"explore={self.explore} with update_rule={self.update_rule!r}: what is explored has no momentum, "
+                'and so no sigma to divide by. Set update_rule to "spectral", or explore to 0'
             )
         if not _is_list(self.adamw_betas) or len(self.adamw_betas) != 2:
             raise OptionError(f"adamw_betas={self.adamw_betas!r} must be two numbers, such as [0.9, 0.999]")

@@ -25,6 +25,8 @@ from ds_mofa.subbatches import split
 FP64, FP32, BF16 = 8, 4, 2  # bytes
 KERNELS = 140  # of one layer's forward and backward
 LAUNCHES = {"reduce": 100, "factor update": 470, "apply": 100}  # the update's are of one sub-batch
+# Besides, of exploring: counted as operations (of four shapes on one rank), not measured as the others.
+EXPLORING = {"reduce": 10, "factor update": 350, "apply": 90}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,7 @@ def optimizer_step(
     Args:
         rank: r.
         stage: of ZeRO; None for plain PyTorch on one GPU, all in bf16.
-        explore: k. Its launches are counted, what they take beside the others' has not been measured.
+        explore: k, counted alone: nothing of it has been measured.
     """
     r, share = rank, rank * model.sides / gpus  # elements of this rank's factors
     beside = explore * model.sides / gpus  # and of the directions that it finds beside them
@@ -142,7 +144,7 @@ def optimizer_step(
         return sent / machine.network + machine.latency * math.log2(gpus) if gpus > 1 else 0.0
 
     def launched(part: str) -> float:
-        return LAUNCHES[part] * machine.launch
+        return (LAUNCHES[part] + (EXPLORING[part] if explore else 0)) * machine.launch
 
     flat = (rank + explore) * model.sides * FP32
     grams = 6 * FP32 + 4 * FP64  # U and Y read, [U Y] written and read in float64, per element of the factors
@@ -152,22 +154,27 @@ def optimizer_step(
     seconds = reduce_bytes / machine.copy + gram_flops / machine.gemm64
     reduce = _timed(reduce, max(launched("reduce"), seconds) + send(reduce.sent))
 
-    moved = 200 * share  # docs/cost_model.md counts them
-    flops = 20 * r * share
+    moved = 200 * share + (110 * share + 230 * beside if explore else 0)  # docs/cost_model.md counts them
+    flops = 20 * r * share + 6 * (r + 2 * explore) * beside + (6 * r * share if explore else 0)
     cores = len(model.matrices) / gpus
     svd = machine.svd_floor + machine.svd * cores * r**3
+    if explore:  # two of k x k a matrix, where the core is 2 r x 2 r
+        svd += machine.svd_floor + machine.svd * 2 * cores * (explore / 2) ** 3
     update = Part("factor update", moved, flops)
-    host = sub_batches(model, rank, gpus) * (launched("factor update") + svd_launches(rank) * machine.launch)
+    host = sub_batches(model, rank, gpus, explore) * (launched("factor update") + svd_launches(rank) * machine.launch)
     update = _timed(update, max(host, moved / machine.copy + flops / machine.gemm64 + svd))
 
-    working = rank * model.sides * BF16
+    working = (rank + explore) * model.sides * BF16
     gather = Part("gather", 2 * working / gpus, 0.0, working * away, 1)
     gather = _timed(gather, send(gather.sent))
 
     held = model.elements / (gpus if stage == 3 else 1)
     written = 2 * BF16 * held
-    seconds = max(launched("apply"), written / (machine.write * machine.copy))
-    apply = _timed(Part("apply", written, 2 * r * held), seconds)
+    seconds = written / (machine.write * machine.copy)
+    if explore:  # on every rank, of all matrices: the columns of the update joined, the signs drawn and drawn again
+        columns = (4 * (r + 2 * explore) + 25 * explore) * model.sides
+        written, seconds = written + columns, seconds + columns / machine.copy
+    apply = _timed(Part("apply", written, 2 * (r + 2 * explore) * held), max(launched("apply"), seconds))
 
     if stage is None:
         adamw = _timed(Part("AdamW", 7 * BF16 * model.adamw), machine.adamw * model.adamw)
@@ -180,9 +187,9 @@ def optimizer_step(
     return [reduce, adamw, update, gather, apply]
 
 
-def sub_batches(model: Model, rank: int, gpus: int) -> int:
+def sub_batches(model: Model, rank: int, gpus: int, explore: int = 0) -> int:
     """How many times a rank launches the factor update; see ``Options.update_bytes``."""
-    layout = Layout([(shape, 0) for shape in model.matrices], rank, gpus)
+    layout = Layout([(shape, 0) for shape in model.matrices], rank + explore, gpus)
     return len(split(layout.owned_by(0), Options.update_bytes))
 
 
@@ -193,7 +200,11 @@ def svd_launches(rank: int) -> int:
 
 
 def micro_batch(model: Model, rank: int | None, tokens: int, machine: Machine) -> list[Part]:
-    """The kernels of one micro-batch's forward and backward; ``rank`` None for AdamW, which computes weight gradients."""
+    """The kernels of one micro-batch's forward and backward.
+
+    Args:
+        rank: columns of the sketches, r + k; None for AdamW, which computes weight gradients.
+    """
     head = model.vocabulary * model.width
     products = (4 * model.elements + 6 * head) * tokens
     attention = 7 * tokens**2 * model.width * model.layers
@@ -234,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", required=True)
     parser.add_argument("--rank", type=int, nargs="+", default=[32])
+    parser.add_argument("--explore", type=int, default=0, help="random directions beside the rank")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 64, 1024])
     parser.add_argument("--zero", type=int, default=2, choices=[0, 1, 2, 3])
     parser.add_argument("--shape", default="1024x8", metavar="TOKENSxMICRO_BATCHES")
@@ -247,13 +259,13 @@ def main() -> None:
     for rank in args.rank:
         for gpus in args.gpus:
             machine, network = (H200, "NVLink" if gpus > 1 else "none") if gpus <= 2 else (ETHERNET_400, "400 Gb/s")
-            parts = optimizer_step(model, rank, gpus, None if gpus == 1 else args.zero, machine)
+            parts = optimizer_step(model, rank, gpus, None if gpus == 1 else args.zero, machine, args.explore)
             reductions = micro_batches if args.zero >= 2 else 1
             # Of what AdamW trains beside the matrices, ZeRO-3 alone sends the gradients with every micro-batch.
             gradients = BF16 * model.adamw * (gpus - 1) / gpus * (micro_batches if args.zero == 3 else 1)
             sent = sum(part.sent for part in parts) + gradients
             adamw = adamw_sends(model, gpus, reductions)
-            kernels = total(micro_batch(model, rank, tokens, machine))
+            kernels = total(micro_batch(model, rank + args.explore, tokens, machine))
             seconds = micro_batches * kernels + total(parts) + gradients / machine.network
             print(
                 f"| {rank} | {gpus} | {network} | {sent / 1e9:.2f} GB | {adamw / 1e9:.2f} GB | "

@@ -182,6 +182,7 @@ def prediction(run: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]
                 seq=tokens,
                 micro_batches=micro_batches,
                 rank=int(options.get("r", 8)),
+                explore=int(options.get("explore", 0)),
                 states=options.get("states", "fp32"),
                 checkpointing=options.get("checkpointing") == "1",
                 liger=options.get("liger") == "1",

@@ -13,15 +13,15 @@ __all__ = ["state_bytes"]
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors that the optimizer keeps from step to step, besides weights and gradients.
 
-    Of MoFaSGD these are factors, working copies, masters and AdamW's moments; its sketches stand in the place of
-    gradients.
+    Of MoFaSGD these are factors, working copies, the signs of ``explore``, masters and AdamW's moments; its sketches
+    stand in the place of gradients.
     """
     return sum(tensor.numel() * tensor.element_size() for tensor in _kept(optimizer))
 
 
 def _kept(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     if isinstance(optimizer, MatrixOptimizer):
-        yield from (optimizer.matrices.factors, optimizer.matrices.working)
+        yield from (optimizer.matrices.factors, optimizer.matrices.working, *optimizer.matrices.rule.held())
         yield from optimizer.matrices.masters.state_dict().values()
         optimizer = optimizer.adamw
     if optimizer is not None:

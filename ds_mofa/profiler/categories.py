@@ -11,7 +11,7 @@ MEANING = {
     "gradients": "full gradients, wherever they are kept between backward and step",
     "AdamW states": "both moments of every parameter that AdamW trains",
     "other optimizer states": "the state of an optimizer that is neither AdamW nor MoFaSGD",
-    "factors": "MoFaSGD's U, sigma, V in fp32 and the working copies in the compute dtype",
+    "factors": "MoFaSGD's U, sigma, V in fp32, the working copies in the compute dtype, and the signs of explore",
     "sketches": "MoFaSGD's Y and Z, before and after the reduction",
     "activations": "what forward has allocated and backward still needs, the logits among it",
     "workspace": "temporaries: of backward, of the optimizer step, of libraries",

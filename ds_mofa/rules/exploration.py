@@ -44,9 +44,9 @@ class Exploration:
         first = _first_words(layout, rank)
         counters = [[_counters(part, first, rank) for part in parts] for parts in self._passes]
         self._counters = [torch.cat(some).to(device) for some in counters]
-        for parts, some, whole in zip(self._passes, counters, self._counters):
-            words = torch.zeros_like(whole).split([len(one) for one in some])
-            for part, own in zip(parts, words):
+        self._drawn = [torch.zeros_like(whole) for whole in self._counters]
+        for parts, some, whole in zip(self._passes, counters, self._drawn):
+            for part, own in zip(parts, whole.split([len(one) for one in some])):
                 self._words[part] = own
                 self._parts[part.block].append(part)
 
@@ -56,19 +56,16 @@ class Exploration:
 
     def held(self) -> list[Tensor]:
         """The bits and their counters."""
-        return [*self._counters, *self._words.values()]
+        return [*self._counters, *self._drawn]
 
     def draw(self, working: Tensor, steps: int) -> None:
         """New E and F into columns r, ... of the working copies."""
         key = rounding_key(Rounding(False, self._seed, steps), -1)  # no matrix' own
-        for parts, counters in zip(self._passes, self._counters):
-            words = sign_words(counters, key)
-            for part, own in zip(parts, words.split([len(self._words[part]) for part in parts])):
-                self._words[part].copy_(own)
-            drawn = iter(signs(words).split([_SIGNS * len(self._words[part]) for part in parts]))
-            for part in parts:
+        for parts, counters, words in zip(self._passes, self._counters, self._drawn):
+            words.copy_(sign_words(counters, key))
+            for part, own in zip(parts, signs(words).split([_SIGNS * len(self._words[part]) for part in parts])):
                 left, right, _ = part.views(working)
-                self._place(part, next(drawn), left[..., self._rank :], right[..., self._rank :])
+                self._place(own, left[..., self._rank :], right[..., self._rank :])
 
     def explore(self, pieces: Sequence[Piece], working: Tensor, length: Callable[[int, int], float]) -> None:
         """A and B over the k last columns of the sketches, and s, the ``length`` of an m x n matrix' directions, over the
@@ -98,12 +95,12 @@ class Exploration:
         near[..., :R] = left
         far[..., :r] = right[..., :r]
         far[..., R:] = right[..., r:]
-        self._place(part, signs(self._words[part]), near[..., R:], far[..., r:R])
+        self._place(signs(self._words[part]), near[..., R:], far[..., r:R])
         return near, far, torch.cat([coefficients, coefficients[..., r:]], dim=-1)
 
     @staticmethod
-    def _place(part: Part, drawn: Tensor, F: Tensor, E: Tensor) -> None:
-        """F (B, m, k) and E (B, n, k) from all the part's signs."""
+    def _place(drawn: Tensor, F: Tensor, E: Tensor) -> None:
+        """F (B, m, k) and E (B, n, k) from all signs of a part."""
         at = 0
         for target in (F, E):
             B, rows, k = target.shape

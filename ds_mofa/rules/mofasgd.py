@@ -115,11 +115,10 @@ class MoFaSGDRule(Rule):
         return not bool(torch.stack([torch.isfinite(part).all() for part in coefficients]).all())
 
     def take_back(self, owner: Owner, working: Tensor, exchange: Exchange) -> None:
-        segment = owner.layout.segment
-        for pieces in owner.passes(working.narrow(0, exchange.rank * segment, segment)):
-            for piece in pieces:
-                U, V, _ = piece.state
-                self._write([piece], [Factors(U, piece.core.new_zeros(()), V)])  # nothing is written into weights
+        kept = torch.zeros(owner.layout.segment, dtype=owner.state.dtype, device=working.device)
+        for pieces in owner.passes(kept):
+            self._write(pieces, [Factors(U, sigma, V) for U, V, sigma in (piece.state for piece in pieces)])
+        self.publish(owner, kept, working, exchange)
 
     def keep(self, owner: Owner, updated: Tensor) -> None:
         if not self._options.explore:

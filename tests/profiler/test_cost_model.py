@@ -76,6 +76,21 @@ def test_what_is_sent_is_what_the_buffers_hold(gpus):
     assert gather.sent == pytest.approx(sent / 2, rel=0.02)
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_exploring_sends_its_columns_and_costs_what_the_columns_do(gpus):
+    rank, k = 8, 8
+    stage = None if gpus == 1 else 2
+    without, found = (cost["optimizer_step"](EIGHT, rank, gpus, stage, cost["H200"], explore) for explore in (0, k))
+    assert without == cost["optimizer_step"](EIGHT, rank, gpus, stage, cost["H200"])
+    wide = Layout([(shape, 0) for shape in EIGHT.matrices], rank + k, gpus)
+    assert found[0].sent == pytest.approx(4 * wide.segment * (gpus - 1), rel=0.02)
+    assert found[3].sent == pytest.approx(2 * wide.segment * (gpus - 1), rel=0.02)
+    for before, after in zip(without, found):
+        assert after.seconds >= before.seconds and after.messages == before.messages
+    assert found[4].flops == (rank + 2 * k) / rank * without[4].flops
+    assert cost["total"](without) < cost["total"](found) < 2 * cost["total"](without)
+
+
 def test_shapes_are_the_models():
     assert len(EIGHT.matrices) == 224
     assert EIGHT.elements + EIGHT.adamw == 8_030_261_248

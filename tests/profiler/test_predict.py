@@ -106,7 +106,7 @@ def test_all_points_were_looked_at():
     assert len(measured()) >= 26
 
 
-@pytest.mark.parametrize("optimizer", ["MoFaSGD:r=4", "AdamW"])
+@pytest.mark.parametrize("optimizer", ["MoFaSGD:r=4", "MoFaSGD:r=4:explore=3", "AdamW"])
 def test_backward_in_stage_2_is_what_ranks_count(optimizer, tmp_path):
     """Two processes on a CPU, few tokens and a small bucket, so that gradients and their copies decide the peak."""
     run = f"zero2:{optimizer}:bucket=20000"
@@ -118,13 +118,18 @@ def test_backward_in_stage_2_is_what_ranks_count(optimizer, tmp_path):
     ranks = json.loads((tmp_path / "report.json").read_text())["runs"][run]["ranks"]
     counted = [{phase["name"]: phase for phase in rank["phase_peaks"]} for rank in ranks]
 
-    setting = Setting(TINY, optimizer.split(":")[0], zero=2, gpus=2, seq=8, micro_batches=3, rank=4, bucket=20_000)
-    batch = simulate(TINY, setting.optimizer, tokens=setting.seq, rank=setting.rank)
+    setting = Setting(
+        TINY, optimizer.split(":")[0], zero=2, gpus=2, seq=8, micro_batches=3, rank=4, bucket=20_000,
+        explore=3 if "explore" in optimizer else 0,
+    )  # fmt: skip
+    batch = simulate(TINY, setting.optimizer, tokens=setting.seq, rank=setting.rank, explore=setting.explore)
     moments = [_candidates(setting, batch, process) for process in range(2)]
     # What gradients are kept from one micro-batch to the next: MoFaSGD's whole, AdamW's of a rank's own partition.
     for rank in range(2):
         (loss,) = (one for one in moments[rank] if one.when == "loss")
         assert loss.extra["gradients"] == counted[rank]["forward"]["breakdown"]["gradients"]
+        for name in ("sketches", "factors") if setting.optimizer == "MoFaSGD" else ():
+            assert _always(setting, batch)[name] == counted[rank]["backward"]["breakdown"][name]
     if setting.optimizer == "MoFaSGD":  # and that what is compared here tells the two ways of reducing apart
         other = _candidates(dataclasses.replace(setting, adamw_reduce="micro_batch"), batch, 0)
         (loss,) = (one for one in other if one.when == "loss")
@@ -185,6 +190,17 @@ def test_what_a_run_keeps_is_what_was_predicted(run, monkeypatch):
         assert counted.get(kind, 0) == pytest.approx(predicted.get(kind, 0), rel=0.005, abs=400), kind
 
 
+@pytest.mark.parametrize("offload", [None, "optimizer"])
+def test_exploring_widens_all_but_the_state(offload):
+    r, k, stage = 8, 5, {"zero": 2, "gpus": 2, "offload": offload}
+    without, found = (predict(Setting(LLAMA, "MoFaSGD", rank=r, explore=count, **stage)) for count in (0, k))
+    sides = 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    wider = {name: found["categories"][name] - without["categories"][name] for name in ("sketches", "factors")}
+    assert wider["sketches"] == pytest.approx(4 * k * sides, rel=1e-2)
+    assert wider["factors"] == pytest.approx((2 + 1 / 4) * k * sides, rel=1e-2)
+    assert found["host"] == without["host"]
+
+
 @pytest.mark.parametrize("optimizer", ["LoRA", "Muon", "GaLore"])
 def test_the_other_optimizers(optimizer):
     full, found = predict(Setting(TINY, "AdamW")), predict(Setting(TINY, optimizer))
@@ -214,6 +230,7 @@ def test_one_micro_batch_needs_no_gradients_at_the_loss():
         ({"zero": 4}, "zero is 4"),
         ({"gpus": 2}, "several GPUs without ZeRO"),
         ({"rank": 0}, "rank is 0"),
+        ({"explore": -1}, "explore is -1: give 0 or more"),
         ({"states": "fp8"}, "give fp32 or bf16"),
         ({"optimizer": "GaLore", "zero": 2}, "GaLore does not run under ZeRO"),
         ({"adamw_states": "4bit"}, "adamw_states is '4bit': give full or 8bit"),

@@ -1,4 +1,4 @@
-"""Exploring on real ranks: every stage and world size like the dense reference, whatever lies where, saved and resumed."""
+"""Exploring on real ranks: every stage and world size like the dense reference, offloaded, saved and resumed."""
 
 from collections import Counter
 

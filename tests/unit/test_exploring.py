@@ -249,13 +249,13 @@ def test_the_momentum_moves_bit_for_bit_as_without_exploring():
     _, joined, _ = _step(5, seed=3)
     for _ in range(4):
         for index in range(len(plain.matrices)):
-            pairs = [zip(plain.layout.views(buffer, index), joined.layout.views(other, index))
-                     for buffer, other in ((plain.working, joined.working), (plain.sketches, joined.sketches))]  # fmt: skip
-            for (mine, theirs), _ in zip(pairs[0], range(2)):
-                assert torch.equal(mine, theirs[:, :8])
-            for (mine, theirs), _ in zip(pairs[1], range(2)):
-                theirs.normal_()
-                mine.copy_(theirs[:, :8])
+            (mine, theirs), (own, wide) = (
+                [step.layout.views(buffer, index)[:2] for step, buffer in ((plain, one), (joined, other))]
+                for one, other in ((plain.working, joined.working), (plain.sketches, joined.sketches))
+            )
+            for side in (0, 1):
+                assert torch.equal(mine[side], theirs[side][:, :8])
+                own[side].copy_(wide[side].normal_()[:, :8])
         for one in (plain, joined):
             one.reduce()
         assert float(plain.norm) == pytest.approx(float(joined.norm), rel=1e-6)
@@ -375,6 +375,12 @@ def test_the_state_has_rank_r_and_what_is_sent_r_plus_k_columns():
     assert step.sketches.numel() == step.working.numel() == step.layout.numel
     F = sum((8 + 5) * (m + n + 1) for m, n in (matrix.shape for matrix in step.matrices))
     assert F <= step.layout.numel < F + 256
+
+
+def test_the_signs_are_two_bits_each_and_counted():
+    (_, step, _), (_, plain, _) = _step(5), _step(0)
+    sides = sum(-(-5 * rows // 32) for matrix in step.matrices for rows in matrix.shape)
+    assert sum(tensor.nbytes for tensor in step.rule.held()) == 8 * sides and plain.rule.held() == []
 
 
 @pytest.mark.parametrize(("rank", "k"), [(8, 8), (1, 31), (32, 4), (16, 16)])

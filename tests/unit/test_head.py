@@ -185,7 +185,11 @@ def train(model, fused, steps=3, **options):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-@pytest.mark.parametrize("options", [{}, MATRIX, {**MATRIX, "capture": "hook"}], ids=["adamw", "matrix", "hook"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, MATRIX, {**MATRIX, "capture": "hook"}, {**MATRIX, "explore": 3}],
+    ids=["adamw", "matrix", "hook", "exploring"],
+)
 def test_a_llama_trains_the_same(small_chunks, options, tied):
     if tied and options:
         options = {**options, "include": ["embed_tokens"]}
