@@ -61,6 +61,16 @@ train: $(STAMP)
 	  --max_steps 200 --learning_rate $(LEARNING_RATE_$(OPTIMIZER)) --lr_scheduler_type cosine --warmup_steps 10 \
 	  --eval_on_start true --output_dir "$(OUT)/llama-tiny-$(NAME)"
 
+# Apart from the rest: where torchao is installed, transformers imports it into every process, which then prints warnings.
+TORCHAO := $(VENV)/torchao
+$(TORCHAO): $(STAMP)
+	python -m pip install --quiet --no-deps --constraint constraints.txt --upgrade --target "$@" torchao
+	rm -rf "$@/test"  # of its own tests, in the place of Python's
+	@touch "$@"
+
+test test-slow test-long test-gpu: $(TORCHAO)
+test test-slow test-long test-gpu: export PYTHONPATH := $(abspath $(TORCHAO))
+
 # Tests that start ranks of their own fill the cores; the others use one, so two of their files run at once.
 test: $(STAMP)
 	python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/ranks

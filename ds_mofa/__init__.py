@@ -1,12 +1,13 @@
-"""MoFaSGD: full-parameter training at LoRA's memory. Importing this makes it known to DeepSpeed."""
+"""MoFaSGD: full-parameter training at LoRA's memory. Importing this makes it and GaLore known to DeepSpeed."""
 
 import importlib.util
 
+from ds_mofa.galore import GaLore
 from ds_mofa.optimizer import MoFaSGD
 from ds_mofa.options import OptionError, Options
 
 __version__ = "0.1.0"
-__all__ = ["MoFaSGD", "OptionError", "Options"]
+__all__ = ["GaLore", "MoFaSGD", "OptionError", "Options"]
 
 if importlib.util.find_spec("deepspeed") is not None:
     from ds_mofa.deepspeed import register

@@ -1,42 +1,36 @@
-"""MoFaSGD, the optimizer that users construct and that learning-rate schedulers see."""
+"""The optimizer that users construct and that learning-rate schedulers see: MoFaSGD, and what it shares with others."""
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_mofa.adamw_8bit import AdamW8bit, check_states
 from ds_mofa.head import FusedHead
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import Split, split_parameters
 from ds_mofa.partition import Exchange
 from ds_mofa.phases import phase
+from ds_mofa.rules.mofasgd import MoFaSGDRule
+from ds_mofa.rules.rule import Rule
 from ds_mofa.step import MatrixStep
 
-__all__ = ["MoFaSGD"]
+__all__ = ["MatrixOptimizer", "MoFaSGD"]
 
 
-class MoFaSGD(torch.optim.Optimizer):
-    """Momentum-factorized SGD for the matrices of a model, AdamW for everything else.
-
-    In a plain PyTorch loop, with no DeepSpeed:
-
-    >>> optimizer = MoFaSGD(model, lr=6e-3, rank=8)
-    >>> loss.backward()          # no weight matrix gets a .grad
-    >>> optimizer.step()
-    >>> optimizer.zero_grad()
-
-    Under DeepSpeed, ``"optimizer": {"type": "MoFaSGD", "params": {...}}`` in the JSON builds it.
+class MatrixOptimizer(torch.optim.Optimizer):
+    """A rule for the matrices of a model, AdamW for everything else; the base of :class:`MoFaSGD`.
 
     Args:
         params: the model, or parameters, named parameters or param groups of it together with ``model``.
             A group's own ``lr`` and ``weight_decay`` go before the options'.
         model: the model that owns the parameters; which module holds a parameter tells an embedding from a
             matrix.
-        **options: see :class:`ds_mofa.options.Options`, where each has its range, unit and source.
+        **options: see ``options_class``, where each has its range, unit and source.
 
     Raises:
         OptionError: an option out of range, or nothing to train.
@@ -45,38 +39,38 @@ class MoFaSGD(torch.optim.Optimizer):
     carry the matrices' ``lr`` and step at ``lr * lr_scale``.
     """
 
+    options_class: ClassVar[type[Options]]
+    rule_class: ClassVar[Callable[[Any], Rule]]
+
     def __init__(self, params: nn.Module | Iterable[Any], *, model: nn.Module | None = None, **options: Any):
         if isinstance(params, nn.Module):
             params, model = params.parameters(), params
+        title = self.options_class.title
         if model is None:
             raise OptionError(
-                "MoFaSGD needs the model, to tell an embedding from a matrix: MoFaSGD(model, ...) or "
-                "MoFaSGD(param_groups, model=model, ...)"
+                f"{title} needs the model, to tell an embedding from a matrix: {title}(model, ...) or "
+                f"{title}(param_groups, model=model, ...)"
             )
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise OptionError(
-                "MoFaSGD was built outside DeepSpeed in a run of several processes, where nothing would add up its "
-                'sketches. Use deepspeed.initialize with "optimizer": {"type": "MoFaSGD"} in the config'
+                f"{title} was built outside DeepSpeed in a run of several processes, where nothing would add up its "
+                f'sketches. Use deepspeed.initialize with "optimizer": {{"type": "{title}"}} in the config'
             )
-        parsed, _ = Options.from_config(options)
+        parsed, _ = self.options_class.from_config(options)
         split = split_parameters(model, params, parsed)
         head = FusedHead(model) if parsed.fused_head else None
         adamw = None
         device = split.matrices[0].param.device
         if split.adamw_groups:
-            adamw = torch.optim.AdamW(
-                split.adamw_groups,
-                betas=tuple(parsed.adamw_betas),
-                eps=parsed.adamw_eps,
-                fused=True if device.type == "cuda" else None,  # a third of the time of the default there
-            )
-        matrices = MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device, head=head)
+            adamw = _plain_adamw(split.adamw_groups, parsed, device)
+        rule = self.rule_class(parsed)
+        matrices = MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device, head=head, rule=rule)
         self._assemble(split, parsed, adamw, matrices)
 
     @classmethod
     def from_parts(
         cls, split: Split, options: Options, adamw: torch.optim.Optimizer | None, matrices: MatrixStep
-    ) -> "MoFaSGD":
+    ) -> "MatrixOptimizer":
         """An optimizer around an AdamW and a :class:`MatrixStep` that a backend has built."""
         self = cls.__new__(cls)
         self._assemble(split, options, adamw, matrices)
@@ -108,7 +102,8 @@ class MoFaSGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._built:
-            raise OptionError("MoFaSGD takes all its parameters when it is built: pass them to the constructor")
+            title = self.options.title
+            raise OptionError(f"{title} takes all its parameters when it is built: pass them to the constructor")
         self._matrix_groups.append(param_group)
 
     @torch.no_grad()
@@ -208,6 +203,7 @@ class MoFaSGD(torch.optim.Optimizer):
             ValueError: it does not fit; then nothing has changed, unless AdamW's own part is what does not.
         """
         self.check_group_settings(state_dict["matrix_groups"])
+        check_states(state_dict["adamw"], isinstance(self.adamw, AdamW8bit))
         self.matrices.load_state_dict(state_dict["mofasgd"])
         self.load_group_settings(state_dict["matrix_groups"])
         if self.adamw is not None:
@@ -231,6 +227,37 @@ class MoFaSGD(torch.optim.Optimizer):
         self.check_group_settings(settings)
         for group, saved in zip(self._matrix_groups, settings):
             group.update(saved)
+
+
+class MoFaSGD(MatrixOptimizer):
+    """Momentum-factorized SGD for the matrices of a model, AdamW for everything else.
+
+    In a plain PyTorch loop, with no DeepSpeed:
+
+    >>> optimizer = MoFaSGD(model, lr=6e-3, rank=8)
+    >>> loss.backward()          # no weight matrix gets a .grad
+    >>> optimizer.step()
+    >>> optimizer.zero_grad()
+
+    Under DeepSpeed, ``"optimizer": {"type": "MoFaSGD", "params": {...}}`` in the JSON builds it. Its options are
+    :class:`ds_mofa.options.Options`, its other arguments those of :class:`MatrixOptimizer`.
+    """
+
+    options_class = Options
+    rule_class = MoFaSGDRule
+
+
+def _plain_adamw(groups: list[dict[str, Any]], options: Options, device: torch.device) -> torch.optim.Optimizer:
+    if options.adamw_states == "8bit":
+        adamw = AdamW8bit(groups, options)
+        print(f"ds_mofa: {adamw.summary()}", flush=True)
+        return adamw
+    return torch.optim.AdamW(
+        groups,
+        betas=tuple(options.adamw_betas),
+        eps=options.adamw_eps,
+        fused=True if device.type == "cuda" else None,  # a third of the time of the default there
+    )
 
 
 def clip_factor(norm: Tensor | float, max_norm: float) -> Tensor | float:

@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 __all__ = ["Options", "OptionError", "check_number", "check_integer"]
 
@@ -14,6 +14,7 @@ UpdateRule = Literal["spectral", "inverse_sigma"]
 Rounding = Literal["stochastic", "nearest"]
 CaptureMode = Literal["linear", "hook"]
 AdamWReduce = Literal["step", "micro_batch"]
+AdamWStates = Literal["full", "8bit"]
 
 # A config whose "type" was AdamW a minute ago has these.
 _ALIASES = {"betas": "adamw_betas", "eps": "adamw_eps"}
@@ -47,12 +48,13 @@ class Options:
             |sigma|: one whose gradients are small moves further, as it does under AdamW. At most by 10, at least by
             1 / 10. Costs an all-reduce of two numbers a step; 0 (the paper's rule) does without.
         explore: k, 0 or more. The momentum's r directions are joined by 2 k that it has not, new in each step: with
-            random E (n x k) and F (m x k) the update is U V^T + ``explore_scale`` (A E^T + F B^T), A and B the polar
-            factors of (1 - U U^T) G (1 - V V^T) E and of the same of G^T and F (:mod:`ds_mofa.exploring`). Sketches,
-            working copies and the two collectives have r + k columns, the write to the weights r + 2 k; no state, and
-            a checkpoint of a run with another k is taken as it is. Of an m x n matrix at most min(m, n) - r of the k
-            have an effect. With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing.
-        explore_scale: see ``explore``; > 0. ``balance`` multiplies all of the update alike.
+            random E (n x k) and F (m x k) the update is U V^T + s (A E^T + F B^T), A and B the polar factors of
+            (1 - U U^T) G (1 - V V^T) E and of the same of G^T and F (:mod:`ds_mofa.exploring`). Sketches, working copies
+            and the two collectives have r + k columns, the write to the weights r + 2 k; no state, and a checkpoint of
+            a run with another k is taken as it is. Of an m x n matrix at most min(m, n) - r of the k have an effect.
+            With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing.
+        explore_scale: s = ``explore_scale`` sqrt(min(m, n) / k), > 0: at 1, A E^T and F B^T are each as long as the
+            update of a momentum of full rank would be. ``balance`` multiplies all of the update alike.
         rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
             small the update) or ``"nearest"``. Without effect on fp32 weights.
         master_weights: keep an fp32 master of each 16-bit matrix, 4 more bytes a weight (a shard of it under
@@ -87,10 +89,20 @@ class Options:
             partition of its own; it is for models of which much is left to AdamW. Stages 0 and 1 always do the first.
             Stage 3 always does the second, and so does stage 2 where gradients add up on the host
             (``offload_optimizer``), in another dtype than the weights', or without DeepSpeed counting micro-batches.
+        adamw_states: how the two moments are kept. ``"full"``: in the dtype that the parameter is stepped in, 8 bytes a
+            parameter with fp32 masters, 4 in bf16. ``"8bit"``: in blocks of 256 8-bit codes and a scale, 2.03 bytes
+            (:mod:`ds_mofa.adamw_8bit`; needs torchao). bf16 parameters without an fp32 master, which ``"full"`` rounds to
+            nearest, are then written by ``rounding``. Tensors below 4096 elements, of a partition under ZeRO, keep 32
+            bits; a line in the log says how many. Does not go with ``offload_optimizer`` and universal checkpoints, and
+            takes the place of DeepSpeed's choice of AdamWs (``torch_adam``, ``fused``, ``foreach``).
 
     Raises:
         OptionError: a value out of its range or of the wrong type, or an unknown name.
     """
+
+    title: ClassVar[str] = "MoFaSGD"
+    aliases: ClassVar[Mapping[str, str]] = _ALIASES
+    foreign: ClassVar[frozenset[str]] = frozenset()  # fields that another optimizer's options have no use for
 
     lr: float = 6e-3
     rank: int = 8
@@ -101,7 +113,7 @@ class Options:
     inverse_sigma_clamp: float = 1e4
     balance: float = 0.0
     explore: int = 0
-    explore_scale: float = 4.0
+    explore_scale: float = 1.0
     rounding: Rounding = "stochastic"
     master_weights: bool = False
     capture: CaptureMode = "linear"
@@ -116,6 +128,7 @@ class Options:
     adamw_eps: float = 1e-8
     adamw_weight_decay: float | None = None
     adamw_reduce: AdamWReduce = "step"
+    adamw_states: AdamWStates = "full"
 
     def __post_init__(self):
         check_number("lr", self.lr, low=0, open_low=True)
@@ -163,15 +176,15 @@ class Options:
             raise OptionError(f'params={params!r} must be an object of options, such as {{"lr": 6e-3, "rank": 8}}')
         rest = {key: params[key] for key in passed_on if key in params}
         own = {}
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls) if field.name not in cls.foreign]
         for key, value in params.items():
             if key in rest:
                 continue
-            name = _ALIASES.get(key, key)
+            name = cls.aliases.get(key, key)
             if name not in known:
-                raise OptionError(_unknown(key, [*known, *_ALIASES, *passed_on]))
+                raise OptionError(_unknown(key, [*known, *cls.aliases, *passed_on], cls.title))
             if name in own:
-                raise OptionError(f"{key!r} and {name!r} are the same option of MoFaSGD: give one of them")
+                raise OptionError(f"{key!r} and {name!r} are the same option of {cls.title}: give one of them")
             if value == "auto":
                 raise OptionError(
                     f'{key}="auto" was not filled in: only Hugging Face\'s Trainer fills in "auto", and only for lr, '
@@ -197,6 +210,10 @@ class Options:
         if self.adjust_lr_fn == "original":
             return math.sqrt(max(1.0, m / n))
         return 1.0
+
+    def explore_length(self, m: int, n: int) -> float:
+        """s for an m x n matrix, see ``explore_scale``."""
+        return self.explore_scale * math.sqrt(min(m, n) / max(1, self.explore))
 
     @staticmethod
     def _patterns(name: str, patterns: Any) -> None:
@@ -230,10 +247,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _unknown(key: str, known: list[str]) -> str:
+def _unknown(key: str, known: list[str], title: str) -> str:
     close = difflib.get_close_matches(str(key), known, n=1)
     return (
-        f"unknown option {key!r} of MoFaSGD"
+        f"unknown option {key!r} of {title}"
         + (f"; did you mean {close[0]!r}?" if close else "")
         + f" The options are {', '.join(sorted(known))}"
     )

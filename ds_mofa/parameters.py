@@ -48,30 +48,32 @@ class Split:
     """The parameters of a model, divided.
 
     Attributes:
-        matrices: what MoFaSGD trains, in the order of the param groups.
+        matrices: what it trains, in the order of the param groups.
         leftovers: what AdamW trains.
         matrix_groups: one param group for each incoming group that has matrices.
         adamw_groups: one param group for each incoming group that has anything else.
+        title: of the matrices' optimizer.
     """
 
     matrices: list[Matrix]
     leftovers: list[Leftover]
     matrix_groups: list[dict[str, Any]]
     adamw_groups: list[dict[str, Any]]
+    title: str = "MoFaSGD"
 
     def summary(self) -> str:
-        """One paragraph for the log: what MoFaSGD trains, by shape, and what AdamW trains, by reason."""
+        """One paragraph for the log: what the matrices' optimizer trains, by shape, and AdamW, by reason."""
         shapes, reasons = defaultdict(int), defaultdict(list)
         for matrix in self.matrices:
             shapes[matrix.shape] += 1
         for leftover in self.leftovers:
             reasons[leftover.reason].append(leftover)
         lines = [
-            f"{len(self.matrices)} matrices on MoFaSGD "
+            f"{len(self.matrices)} matrices on {self.title} "
             f"({_count(sum(m * n * count for (m, n), count in shapes.items()))} parameters), "
             f"{len(self.leftovers)} tensors on AdamW ({_count(sum(rest.numel for rest in self.leftovers))} parameters)"
         ]
-        lines += [f"  MoFaSGD {count:4d} x ({m}, {n})" for (m, n), count in shapes.items()]
+        lines += [f"  {self.title:7} {count:4d} x ({m}, {n})" for (m, n), count in shapes.items()]
         for reason, rests in reasons.items():
             shown = ", ".join(rest.name for rest in rests[:2]) + (", ..." if len(rests) > 2 else "")
             numel = _count(sum(rest.numel for rest in rests))
@@ -105,7 +107,7 @@ def split_parameters(
             holders[param].append(module)
     heads = _output_heads(model)
 
-    split = Split([], [], [], [])
+    split = Split([], [], [], [], options.title)
     seen, matched = set(), set()
     too_small = []
     for incoming in _as_groups(groups):
@@ -162,8 +164,8 @@ def split_parameters(
                 )
     if not split.matrices:
         raise OptionError(
-            "MoFaSGD found no matrix to train: of the parameters that it was given, none is a trained 2-D weight of "
-            f"at least {options.rank} x {options.rank} that is no embedding and no output head"
+            f"{options.title} found no matrix to train: of the parameters that it was given, none is a trained 2-D "
+            f"weight of at least {options.rank} x {options.rank} that is no embedding and no output head"
             + (f". Set rank to at most {max(too_small)}" if too_small else ". Use AdamW for this model")
         )
     return split

@@ -110,7 +110,7 @@ class Layout:
         return [block for block in self.blocks if block.owner == owner]
 
     def views(self, flat: Tensor, index: int) -> tuple[Tensor, ...]:
-        """left (m, r), right (n, r) and core (r,), or what else ``tensors`` says, of one matrix in a whole flat buffer."""
+        """left (m, r), right (n, r) and core (r,), or what else ``tensors`` says, of one matrix in a whole buffer."""
         block, i = self._place[index]
         return tuple(view[i] for view in block.views(flat))
 

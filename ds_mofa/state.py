@@ -13,6 +13,7 @@ from ds_mofa.rules.rule import Rule
 __all__ = ["STATE_FORMAT", "packed", "unpack"]
 
 STATE_FORMAT = 1
+_UNNAMED = "MoFaSGD"  # the states of which name no rule
 
 
 def packed(
@@ -28,8 +29,9 @@ def packed(
     for matrix in matrices:
         views = layout.views(flat, matrix.index)
         named[matrix.name] = {key: view.clone() for key, view in zip(rule.fields, views, strict=True)}
+    named_rule = {} if rule.name == _UNNAMED else {"rule": rule.name}
     counters = {"format": STATE_FORMAT, "steps": steps, "skipped": skipped}
-    return {**{key: torch.tensor(value) for key, value in counters.items()}, "matrices": named}
+    return {**named_rule, **{key: torch.tensor(value) for key, value in counters.items()}, "matrices": named}
 
 
 def unpack(
@@ -42,9 +44,15 @@ def unpack(
     """
     if int(state.get("format", -1)) != STATE_FORMAT:
         return (
-            f"the checkpoint holds MoFaSGD state of format {state.get('format', 'none')}, this version reads "
+            f"the checkpoint holds {rule.name} state of format {state.get('format', 'none')}, this version reads "
             f"{STATE_FORMAT}. Load it with the version that wrote it, or start the optimizer anew "
             "(load_optimizer_states=False)"
+        )
+    wrote = state.get("rule", _UNNAMED)
+    if wrote != rule.name:
+        return (
+            f"the checkpoint was saved by {wrote}, this run's optimizer is {rule.name}, which can make nothing of its "
+            f"state. Use {wrote}, or load the weights alone (load_optimizer_states=False)"
         )
     saved = state["matrices"]
     names = {matrix.name for matrix in matrices}

@@ -18,13 +18,13 @@ from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from ds_mofa import OptionError
-from ds_mofa.deepspeed.build import read_options
+from ds_mofa.deepspeed.build import KINDS, read_options
 from launch.errors import UserError
 from launch.json_files import read_json
 from launch.profile import ProfileArguments
 
 # Starting points, not tuned values. MoFaSGD's update has a fixed size per step, so its scale differs from AdamW's.
-DEFAULT_LEARNING_RATE = {"mofasgd": 6e-3, "adamw": 2e-5, "adam": 2e-5}
+DEFAULT_LEARNING_RATE = {"mofasgd": 6e-3, "galore": 4.8e-4, "adamw": 2e-5, "adam": 2e-5}
 
 # DeepSpeed JSON key -> the option that HF fills it from, or checks it against.
 JSON_KEY_TO_OPTION = {
@@ -230,13 +230,13 @@ def check_deepspeed_config(config: dict, path: str) -> None:
 
 
 def check_optimizer(section: dict, path: str) -> None:
-    """The optimizer's name, and MoFaSGD's options, which need no model to be checked."""
+    """The optimizer's name, and this package's own options, which need no model to be checked."""
     if not section:
         return  # HF makes the one that --optim names
     name = str(section.get("type", "")).lower()
     known = {*DEEPSPEED_OPTIMIZERS, *(key.lower() for key in vars(torch.optim))}
     if name not in known:
-        close = difflib.get_close_matches(name, ["mofasgd", *DEEPSPEED_OPTIMIZERS], n=1)
+        close = difflib.get_close_matches(name, [*KINDS, *DEEPSPEED_OPTIMIZERS], n=1)
         raise UserError(
             f'{path}: "type": {json.dumps(section.get("type"))} in "optimizer" is no optimizer of DeepSpeed, PyTorch '
             "or ds_mofa" + (f"; did you mean {close[0]!r}?" if close else ".") + ' Write "type": "MoFaSGD".'
@@ -244,7 +244,7 @@ def check_optimizer(section: dict, path: str) -> None:
     betas = nested_value(section, "params.betas")
     if betas not in (None, "auto") and not (isinstance(betas, list) and len(betas) == 2):
         raise UserError(f'{path}: "optimizer": betas={json.dumps(betas)} must be two numbers, such as [0.9, 0.999].')
-    if name == "mofasgd":
+    if name in KINDS:
         params = section.get("params")
         if isinstance(params, dict):  # HF fills these in from the command line
             params = {key: value for key, value in params.items() if key not in FILLED_IN or value != "auto"}

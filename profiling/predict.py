@@ -57,6 +57,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adamw_reduce", default="step", choices=["step", "micro_batch"], help="MoFaSGD's option, in ZeRO-2"
     )
+    parser.add_argument("--adamw_states", default="full", choices=["full", "8bit"], help="MoFaSGD's option")
+    parser.add_argument(
+        "--fused_head", action="store_true", help="MoFaSGD's option; in the place of liger-kernel's loss"
+    )
+    parser.add_argument("--head", default="adamw", choices=["adamw", "matrix"], help="what trains the output head")
+    parser.add_argument("--embed", default="trained", choices=["trained", "frozen"], help="the embedding")
     parser.add_argument(
         "--offload",
         choices=["optimizer", "param"],

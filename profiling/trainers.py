@@ -12,7 +12,7 @@ import ds_mofa
 
 OPTIONS = {
     "r", "explore", "capture", "states", "bucket", "contiguous", "overlap", "leaf", "prefetch", "checkpointing", "liger",
-    "offload", "head", "head_loss", "embed", "card",
+    "offload", "head", "head_loss", "embed", "card", "adamw",
 }  # fmt: skip
 
 # What a process takes of a GPU beyond what PyTorch's allocator will ever show, once its libraries have loaded.
@@ -72,14 +72,17 @@ def optimizer_params(optimizer: str, options: dict) -> dict:
     if optimizer.lower() != "mofasgd":
         if options.get("head_loss") == "fused":
             raise ValueError(f"head_loss=fused is an option of MoFaSGD, not of {optimizer}")
-        if "explore" in options:
-            raise ValueError(f"explore={options['explore']} is an option of MoFaSGD, not of {optimizer}")
+        for name in ("adamw", "explore"):
+            if name in options:
+                raise ValueError(f"{name}={options[name]} is an option of MoFaSGD, not of {optimizer}")
         return {"lr": 1e-5}
     chosen = {"capture": options["capture"]} if "capture" in options else {}
     if options.get("head") == "matrix":
         chosen["include"] = ["lm_head"]
     if options.get("head_loss") == "fused":
         chosen["fused_head"] = True
+    if "adamw" in options:
+        chosen["adamw_states"] = options["adamw"]
     if "explore" in options:
         chosen["explore"] = int(options["explore"])
     return {"lr": 3e-3, "adamw_lr": 1e-5, "rank": int(options.get("r", 8)), **chosen}
@@ -139,12 +142,13 @@ class DeepSpeedTrainer:
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
         stage = int(backend.removeprefix("zero"))
         pure = options.get("states", "fp32") == "bf16"
-        # On the host it is DeepSpeed's own AdamW; else torch's, which need not be compiled.
+        # On the host it is DeepSpeed's own AdamW; else torch's, which need not be compiled, or ours of 8-bit states.
         on_host = {"device": "cpu", "pin_memory": device.type == "cuda"}
         offload = {"offload_optimizer": on_host} if "offload" in options else {}
         if options.get("offload") == "param":
             offload["offload_param"] = on_host
-        adamw = {} if offload else {"torch_adam": True, **({"fused": True} if device.type == "cuda" else {})}
+        torchs = not offload and options.get("adamw") != "8bit"
+        adamw = {"torch_adam": True, **({"fused": True} if device.type == "cuda" else {})} if torchs else {}
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": micro_batches,

@@ -190,6 +190,10 @@ def prediction(run: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]
                 contiguous=options.get("contiguous", "1") == "1",
                 prefetch=int(options.get("prefetch", 100_000_000)),
                 leaf=options.get("leaf") == "1",
+                adamw_states=options.get("adamw", "full"),
+                fused_head=options.get("head_loss") == "fused",
+                head=options.get("head", "adamw"),
+                embed=options.get("embed", "trained"),
             )
         )
     except PredictionError as error:

@@ -129,7 +129,7 @@ class Reference:
         clip: float = 0.0,
         balance: float = 0.0,
         explore: int = 0,
-        explore_scale: float = 4.0,
+        explore_scale: float = 1.0,
         seed: int = 0,
     ):
         self.model = model.double()
@@ -186,7 +186,8 @@ class Reference:
         factor = (mean / float(momentum.M.norm() or mean)) ** self.balance
         param.mul_(1 - lr * self.weight_decay)
         factor = min(10.0, max(0.1, factor))
-        direction = momentum.direction() + self.explore_scale * self.beside[name]
+        length = self.explore_scale * math.sqrt(min(param.shape) / max(1, self.explore))
+        direction = momentum.direction() + length * self.beside[name]
         param.sub_(factor * lr * 0.2 * math.sqrt(max(param.shape)) * direction)
 
     def _directions_beside(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The DeepSpeed backend: `"type": "MoFaSGD"` through `deepspeed.initialize`, for every ZeRO stage.
+"""The DeepSpeed backend: `"type": "MoFaSGD"` or `"GaLore"` through `deepspeed.initialize`, for every ZeRO stage.
 
 registration.py   the name, and the engine's methods that are wrapped
 build.py          from an engine and its config to the optimizer, and what is refused there

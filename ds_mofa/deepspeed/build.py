@@ -1,4 +1,4 @@
-"""From an engine and its config to a MoFaSGD, or to an error that says what to change."""
+"""From an engine and its config to an optimizer of this package, or to an error that says what to change."""
 
 import difflib
 import functools
@@ -6,22 +6,27 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 
+from ds_mofa.adamw_8bit import AdamW8bit
 from ds_mofa.deepspeed.matrices import mark_matrices, shard_of
-from ds_mofa.deepspeed.replicated import ReplicatedMoFaSGD
+from ds_mofa.deepspeed.replicated import replicated
 from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.diagnostics import Report
+from ds_mofa.galore import GaLore
 from ds_mofa.head import FusedHead
-from ds_mofa.optimizer import MoFaSGD
+from ds_mofa.optimizer import MatrixOptimizer, MoFaSGD
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import full_shape, split_parameters
 from ds_mofa.partition import Exchange
 from ds_mofa.staging import HostMemory
 from ds_mofa.step import MatrixStep
 
-__all__ = ["build_optimizer", "read_options"]
+__all__ = ["KINDS", "build_optimizer", "read_options"]
+
+KINDS: dict[str, type[MatrixOptimizer]] = {"mofasgd": MoFaSGD, "galore": GaLore}  # DeepSpeed compares in lower case
 
 # DeepSpeed's own switches of its AdamW: they are for get_optimizer_configuration.
 _PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach", "fused")
@@ -30,13 +35,14 @@ _SECTION = ("type", "params", "legacy_fusion")  # what DeepSpeed reads of "optim
 _LARGE = 1 << 26  # elements
 
 
-def build_optimizer(engine, model_parameters) -> MoFaSGD:
-    """What ``DeepSpeedEngine._configure_basic_optimizer`` returns for ``"type": "MoFaSGD"``.
+def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
+    """What ``DeepSpeedEngine._configure_basic_optimizer`` returns for a ``"type"`` among :data:`KINDS`.
 
     Raises:
         OptionError: an option, or a combination with the rest of the config, that cannot work.
     """
-    _refuse_unsupported(engine)
+    kind = KINDS[engine.optimizer_name()]
+    _refuse_unsupported(engine, kind.options_class.title)
     options, passed_on = read_options(engine._config._param_dict["optimizer"])
     split = split_parameters(engine.module, model_parameters, options, names=engine.param_names)
     head = FusedHead(engine.module) if options.fused_head else None
@@ -44,11 +50,11 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
     replicated_fp32 = not engine.zero_optimization() and not (engine.fp16_enabled() or engine.bfloat16_enabled())
     adamw = None
     if split.adamw_groups:
-        adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
-        settings = {key: value for key, value in settings.items() if value is not None}
-        betas, eps = tuple(options.adamw_betas), options.adamw_eps
         groups = _large_ones_apart(split.adamw_groups)
-        adamw = adamw_class(groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
+        eight_bit = options.adamw_states == "8bit"
+        adamw = (
+            _adamw_8bit(engine, groups, options, passed_on) if eight_bit else _adamw(engine, groups, options, passed_on)
+        )
     elif not replicated_fp32:
         raise OptionError(
             "every trained parameter is a matrix, and DeepSpeed's ZeRO and 16-bit optimizers need at least one for "
@@ -64,37 +70,66 @@ def build_optimizer(engine, model_parameters) -> MoFaSGD:
         gathered=GatheredWeight if engine.zero_optimization_partition_weights() else None,
         host=HostMemory(engine.zero_offload_optimizer().pin_memory) if engine.zero_cpu_offload() else None,
         head=head,
+        rule=kind.rule_class(options),
     )
     matrices.on_report = functools.partial(_write_to_monitor, engine)
     mark_matrices(split.matrices)
     if dist.get_rank() == 0:
         print(f"ds_mofa: {split.summary()}", flush=True)  # loggers are often set to warnings only
-    facade = ReplicatedMoFaSGD if replicated_fp32 else MoFaSGD
+        if replicated_fp32 and isinstance(adamw, AdamW8bit):  # else it is known when DeepSpeed has cut partitions
+            print(f"ds_mofa: {adamw.summary()}", flush=True)
+    facade = replicated(kind) if replicated_fp32 else kind
     return facade.from_parts(split, options, adamw, matrices)
 
 
 def read_options(section: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
     """The options in the JSON's ``"optimizer"``, and DeepSpeed's own switches among its ``"params"``.
 
+    Args:
+        section: whose ``"type"`` is MoFaSGD where there is none.
+
     Raises:
         OptionError: a key or value that is not understood; DeepSpeed would leave an unknown key unread.
     """
+    kind = KINDS[str(section.get("type", MoFaSGD.options_class.title)).lower()].options_class
     for key in section:
         if key not in _SECTION:
             close = difflib.get_close_matches(key, _SECTION, n=1)
             raise OptionError(
                 f'"optimizer" has an unknown key {key!r}'
                 + (f"; did you mean {close[0]!r}?" if close else "")
-                + ' It takes "type" and "params"; options of MoFaSGD belong into "params"'
+                + f' It takes "type" and "params"; options of {kind.title} belong into "params"'
             )
     params = section.get("params")
     if isinstance(params, Mapping) and "max_grad_norm" in params:
-        raise OptionError('max_grad_norm is not an option of MoFaSGD: write "gradient_clipping" beside "optimizer"')
-    options, passed_on = Options.from_config({} if params is None else params, _PASSED_ON)
+        raise OptionError(
+            f'max_grad_norm is not an option of {kind.title}: write "gradient_clipping" beside "optimizer"'
+        )
+    options, passed_on = kind.from_config({} if params is None else params, _PASSED_ON)
     for key, value in passed_on.items():
         if not isinstance(value, bool):
             raise OptionError(f"{key}={value!r} must be true or false: it chooses between DeepSpeed's AdamWs")
     return options, passed_on
+
+
+def _adamw(engine, groups: list[dict[str, Any]], options: Options, passed_on: dict[str, Any]) -> torch.optim.Optimizer:
+    """Which of DeepSpeed's and torch's AdamWs the config asks for."""
+    adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
+    settings = {key: value for key, value in settings.items() if value is not None}
+    betas, eps = tuple(options.adamw_betas), options.adamw_eps
+    return adamw_class(groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
+
+
+def _adamw_8bit(engine, groups: list[dict[str, Any]], options: Options, passed_on: dict[str, Any]) -> AdamW8bit:
+    if passed_on:
+        raise OptionError(
+            f"{', '.join(passed_on)} chooses between DeepSpeed's AdamWs, and adamw_states='8bit' is none of them: remove "
+            "one or the other"
+        )
+    for problem, found in _UNSUPPORTED_8BIT.items():
+        if found(engine):
+            raise OptionError(f"adamw_states='8bit' does not work with {problem}, or set adamw_states='full'")
+    return AdamW8bit(groups, options)
 
 
 def _large_ones_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -130,10 +165,10 @@ def _exchange(engine) -> Exchange:
     return Exchange(group if world_size > 1 else None, mean_scale)
 
 
-def _refuse_unsupported(engine) -> None:
+def _refuse_unsupported(engine, title: str) -> None:
     for problem, found in _UNSUPPORTED.items():
         if found(engine):
-            raise OptionError(f"MoFaSGD does not work with {problem}")
+            raise OptionError(f"{title} does not work with {problem}")
 
 
 def _offloads_to(device: str, config: Any) -> bool:
@@ -179,5 +214,16 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "universal checkpoints at ZeRO stage 0, where DeepSpeed loads none: use stage 1, on one rank it is the same "
     'training, or remove "load_universal"': lambda engine: (
         engine.load_universal_checkpoint() and not engine.zero_optimization()
+    ),
+}
+
+_UNSUPPORTED_8BIT: dict[str, Callable[[Any], bool]] = {
+    "offload_optimizer, where DeepSpeed's own AdamW steps on the host in fp32: remove offload_optimizer": lambda engine: (
+        engine.zero_cpu_offload()
+    ),
+    'universal checkpoints, which hold fp32 moments: remove "load_universal" and resume from a checkpoint of the same '
+    "stage on as many ranks": lambda engine: engine.load_universal_checkpoint(),
+    '"elastic_checkpoint", for which DeepSpeed cuts moments up by the elements of the weights: remove it': lambda engine: (
+        bool(engine.zero_elastic_checkpoint())
     ),
 }

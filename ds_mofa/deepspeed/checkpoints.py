@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
-from ds_mofa.optimizer import MoFaSGD
+from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.state import STATE_FORMAT
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
 
 MANIFEST = "mofasgd_manifest.json"
 FORMAT = 1
+_UNNAMED = "MoFaSGD"  # the manifests of which name no optimizer
 CONVERT = "python -m ds_mofa.to_universal --input_folder {} --output_folder {}_universal"
 
 
@@ -70,7 +71,7 @@ def invalidate(engine, save_dir: str, tag: str) -> None:
         (Path(save_dir) / tag / MANIFEST).unlink(missing_ok=True)
 
 
-def write_manifest(engine, mofa: MoFaSGD, save_dir: str, tag: str) -> None:
+def write_manifest(engine, mofa: MatrixOptimizer, save_dir: str, tag: str) -> None:
     """After a save, by one rank (of each node, where disks are not shared). Collective.
 
     Raises:
@@ -118,13 +119,16 @@ def _writes(engine) -> bool:
     return (engine.local_rank if engine.use_node_local_storage() else engine.global_rank) == 0
 
 
-def _description(engine, mofa: MoFaSGD) -> dict[str, Any]:
+def _description(engine, mofa: MatrixOptimizer) -> dict[str, Any]:
+    title = mofa.options.title
     return {
+        **({} if title == _UNNAMED else {"optimizer": title}),
         "state_format": STATE_FORMAT,
         "universal": False,
         "zero_stage": int(engine.zero_optimization_stage()),
         "world_size": engine.seq_dp_world_size,
         "rank": mofa.options.rank,
+        "adamw_states": mofa.options.adamw_states,
         "matrices": {matrix.name: list(matrix.shape) for matrix in mofa.split.matrices},
         # Without it torch.save writes no checksums into its files, see torch.serialization.set_crc32_options.
         "crc32": torch.serialization.get_crc32_options(),
@@ -151,7 +155,7 @@ def _checksum(body: Mapping[str, Any]) -> int:
 # ---------------------------------------------------------------------- loading
 
 
-def verify(engine, mofa: MoFaSGD, load_dir: str, tag: str, *, with_state: bool) -> None:
+def verify(engine, mofa: MatrixOptimizer, load_dir: str, tag: str, *, with_state: bool) -> None:
     """Refuse what :func:`check` refuses, on every rank alike. Collective.
 
     Args:
@@ -165,7 +169,9 @@ def verify(engine, mofa: MoFaSGD, load_dir: str, tag: str, *, with_state: bool) 
             raise CheckpointError(_without_manifest(folder))
         _check_place(engine, folder, manifest, with_state)
         if manifest is not None and with_state:
+            _check_optimizer(folder, manifest, mofa)
             _check_matrices(folder, manifest, mofa)
+            _check_adamw_states(folder, manifest, mofa)
             if not (manifest["universal"] or engine.use_node_local_storage()):
                 _check_precision(folder, manifest, _names(engine, load_dir, tag))
         ranks = (0, 1) if engine.use_node_local_storage() else (engine.global_rank, dist.get_world_size())
@@ -304,7 +310,21 @@ def _check_place(engine, folder: Path, manifest: Mapping[str, Any] | None, with_
         )
 
 
-def _check_matrices(folder: Path, manifest: Mapping[str, Any], mofa: MoFaSGD) -> None:
+def _check_optimizer(folder: Path, manifest: Mapping[str, Any], mofa: MatrixOptimizer) -> None:
+    saved, title = manifest.get("optimizer", _UNNAMED), mofa.options.title
+    if saved != title:
+        raise CheckpointError(
+            f"{folder} was saved by {saved}, this run's optimizer is {title}, which can make nothing of its state. Set "
+            f'"type": "{saved}", or load the weights alone, with load_checkpoint(..., load_optimizer_states=False)'
+        )
+    if manifest["rank"] != mofa.options.rank:
+        try:
+            mofa.matrices.rule.resized([], {manifest["rank"]})
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _check_matrices(folder: Path, manifest: Mapping[str, Any], mofa: MatrixOptimizer) -> None:
     saved = {name: tuple(shape) for name, shape in manifest["matrices"].items()}
     here = {matrix.name: matrix.shape for matrix in mofa.split.matrices}
     odd = sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name))
@@ -313,6 +333,15 @@ def _check_matrices(folder: Path, manifest: Mapping[str, Any], mofa: MoFaSGD) ->
             f"{folder}: the checkpoint's matrices are not this run's: {len(odd)} differ, such as {odd[0]!r}, there "
             f"{saved.get(odd[0], 'none')}, here {here.get(odd[0], 'none')}. Use the model, include and exclude that it "
             "was saved with, and a rank that fits the same matrices"
+        )
+
+
+def _check_adamw_states(folder: Path, manifest: Mapping[str, Any], mofa: MatrixOptimizer) -> None:
+    saved, here = manifest.get("adamw_states", "full"), mofa.options.adamw_states  # older manifests have no entry
+    if saved != here:
+        raise CheckpointError(
+            f"{folder} was saved with adamw_states='{saved}', this run has '{here}': set adamw_states='{saved}', or start "
+            "from its weights alone, with load_optimizer_states=False"
         )
 
 

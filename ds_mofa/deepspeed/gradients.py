@@ -39,7 +39,9 @@ class GradientMixin:
     *In pieces to the host.* With ``offload_optimizer`` DeepSpeed converts a whole gradient to fp32 on the GPU before it
     goes, 2.1 GB for that head, and keeps a buffer there, as large as the largest parameter, in which what the host has
     added up comes back to the gradient of the next micro-batch. Here both go by pieces of 64 MiB at most, in the same
-    stream and order, so each number is converted and added as it was.
+    stream and order, so each number is converted and added as it was. A gradient that the host has is gone at once,
+    where DeepSpeed lets those of all but the last micro-batch live until the next forward; and one that is larger than
+    the bucket goes without the copy that DeepSpeed makes of it for its all-reduce, where one rank has nothing to reduce.
 
     Attributes:
         reduces_once: see above; stage 1 needs no help with it.
@@ -90,6 +92,20 @@ class GradientMixin:
         elif self.is_gradient_accumulation_boundary() and param.grad is not None:
             grad, param.grad = param.grad, None
             self._scatter(grad, i)
+
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param, i):
+        param_id = self.get_param_id(param)
+        if not self._goes_straight_to_the_host(param) or self.params_already_reduced[param_id]:
+            return super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
+        self.params_already_reduced[param_id] = True
+        accelerator = get_accelerator()
+        here = accelerator.current_stream()
+        stream = self.reduction_stream if self.overlap_comm else here
+        if self.overlap_comm and not accelerator.resolves_data_dependency():
+            stream.wait_stream(here)
+        with accelerator.stream(stream):
+            self._record_gradient_stream(self.get_param_gradient_attribute(param), stream)
+            self.copy_grads_in_partition(param, i)
 
     def copy_grads_in_partition(self, param, group_idx=None):
         if self.scattered and self.grads_in_partition is None:  # DeepSpeed would make room for all groups
@@ -151,6 +167,9 @@ class GradientMixin:
                 piece.add_(came)
             kept.copy_(piece, non_blocking=True)
         self._record_offload_copy()
+        if not self.is_gradient_accumulation_boundary():
+            self._record_gradient_stream(grad, get_accelerator().current_stream())
+            self.clear_grad_attribute(param)
 
     def _restore_cpu_offload_grad_to_gpu(self, param):
         buffer = self.temp_grad_buffer_for_gpu_offload
@@ -186,6 +205,11 @@ class GradientMixin:
             return grad.view(-1)
         _, start, _, count = self.grad_position[self.get_param_id(param)]
         return grad.view(-1).narrow(0, start, count)
+
+    def _goes_straight_to_the_host(self, param) -> bool:
+        alone = dist.get_world_size(group=self.dp_process_group) == 1
+        kept = self.partition_gradients and self.contiguous_gradients and param.numel() > self.reduce_bucket_size
+        return self.cpu_offload and alone and kept and getattr(param, "ds_grad_is_ready", True)
 
     def _holds_back(self) -> bool:
         return self.reduces_once and not self.is_gradient_accumulation_boundary()

@@ -139,6 +139,5 @@ class Stage3Accessors:
 
 def _no_such(what: str) -> NoReturn:
     raise ValueError(
-        f"a matrix of MoFaSGD has no {what} that could be set: name the parameter in "
-        '"exclude" to have it trained by AdamW'
+        f'a matrix has no {what} that could be set: name the parameter in "exclude" to have it trained by AdamW'
     )

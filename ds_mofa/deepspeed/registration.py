@@ -1,6 +1,6 @@
-"""Make DeepSpeed know MoFaSGD, from outside: nothing of DeepSpeed's is replaced, its methods are wrapped.
+"""Make DeepSpeed know MoFaSGD and GaLore, from outside: nothing of DeepSpeed's is replaced, its methods are wrapped.
 
-Every wrapper asks first whether the engine at hand trains with MoFaSGD, and otherwise calls what it wraps.
+Every wrapper asks first whether the engine at hand trains with one of them, and otherwise calls what it wraps.
 """
 
 import functools
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
+from deepspeed import comm as dist
 from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
 from deepspeed.runtime import config as ds_config
 from deepspeed.runtime import engine as ds_engine
@@ -16,31 +17,31 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from packaging.version import Version
 
+from ds_mofa.adamw_8bit import AdamW8bit
 from ds_mofa.deepspeed import checkpoints
-from ds_mofa.deepspeed.build import build_optimizer
+from ds_mofa.deepspeed.build import KINDS, build_optimizer
 from ds_mofa.deepspeed.matrices import is_matrix
 from ds_mofa.deepspeed.replicated import wrap_replicated
 from ds_mofa.deepspeed.universal import restore
 from ds_mofa.deepspeed.zero import wrap_zero
-from ds_mofa.optimizer import MoFaSGD
+from ds_mofa.optimizer import MatrixOptimizer
 
-__all__ = ["register", "NAME", "TESTED"]
+__all__ = ["register", "TESTED"]
 
-NAME = "mofasgd"  # DeepSpeed compares in lower case
 TESTED = ("0.19.8", "0.19.8")  # first and last version of DeepSpeed that the tests run on
 
 _registered = False
 
 
 def register() -> None:
-    """Add the name and wrap the engine's methods; once a process, later calls do nothing."""
+    """Add the names and wrap the engine's methods; once a process, later calls do nothing."""
     global _registered
     if _registered:
         return
     _registered = True
     warn_if_untested(deepspeed.__version__)
-    ds_config.DEEPSPEED_OPTIMIZERS.append(NAME)
-    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(MoFaSGD)
+    ds_config.DEEPSPEED_OPTIMIZERS.extend(KINDS)
+    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.extend(KINDS.values())
 
     _wrap("_configure_basic_optimizer", _configure_basic_optimizer)
     _wrap("_configure_zero_optimizer", _configure_zero_optimizer)
@@ -71,10 +72,10 @@ def warn_if_untested(version: str) -> None:
         )
 
 
-def optimizer_of(engine: DeepSpeedEngine) -> MoFaSGD | None:
-    """The engine's MoFaSGD, or None where it trains with another optimizer."""
+def optimizer_of(engine: DeepSpeedEngine) -> MatrixOptimizer | None:
+    """The engine's optimizer if it is one of this package's, or None where it trains with another optimizer."""
     basic = getattr(engine, "basic_optimizer", None)
-    return basic if isinstance(basic, MoFaSGD) else None
+    return basic if isinstance(basic, MatrixOptimizer) else None
 
 
 def _wrap(name: str, replacement: Callable) -> None:
@@ -88,15 +89,19 @@ def _wrap(name: str, replacement: Callable) -> None:
 
 
 def _configure_basic_optimizer(original, engine, model_parameters):
-    if engine.optimizer_name() != NAME:
+    if engine.optimizer_name() not in KINDS:
         return original(model_parameters)
     return build_optimizer(engine, model_parameters)
 
 
 def _configure_wrapper(wrap, original, engine, optimizer, *args, **kwargs):
-    if not isinstance(optimizer, MoFaSGD):
+    if not isinstance(optimizer, MatrixOptimizer):
         return original(optimizer, *args, **kwargs)
-    return wrap(original(optimizer.adamw, *args, **kwargs), optimizer)
+    wrapped = wrap(original(optimizer.adamw, *args, **kwargs), optimizer)
+    if isinstance(optimizer.adamw, AdamW8bit) and dist.get_rank() == 0:  # what it steps is known from here on
+        partitions = getattr(wrapped, "fp32_partitioned_groups_flat", None)  # stage 3, whose param groups are empty now
+        print(f"ds_mofa: rank 0: {optimizer.adamw.summary(partitions)}", flush=True)
+    return wrapped
 
 
 def _configure_zero_optimizer(original, engine, optimizer, *args, **kwargs):

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from ds_mofa.deepspeed.matrices import forget
 from ds_mofa.deepspeed.zero import MatrixMixin, swap_class
-from ds_mofa.optimizer import MoFaSGD
+from ds_mofa.optimizer import MatrixOptimizer
 
-__all__ = ["ReplicatedMoFaSGD", "wrap_replicated"]
+__all__ = ["replicated", "wrap_replicated"]
 
 
-def wrap_replicated(optimizer, mofa: MoFaSGD):
+def wrap_replicated(optimizer, mofa: MatrixOptimizer):
     """Weave ``mofa``'s matrices into the 16-bit wrapper that DeepSpeed has built around its AdamW."""
     # It has stepped AdamW once, on zero gradients, to make its state: with weight decay the weights have moved.
     mofa.adamw.state.clear()
@@ -30,9 +30,12 @@ def _adamw_grads(params) -> tuple[list[Tensor], dict]:
     return grads, {}
 
 
-class ReplicatedMoFaSGD(MoFaSGD):
+def replicated(kind: type[MatrixOptimizer]) -> type[MatrixOptimizer]:
     """The facade as the engine's own optimizer: stage 0 in fp32."""
+    return type(f"Replicated{kind.__name__}", (_ReplicatedMixin, kind), {})
 
+
+class _ReplicatedMixin:
     overflow = False
     matrix_state: dict | None = None
     _global_grad_norm: Tensor | None = None

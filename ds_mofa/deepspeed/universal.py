@@ -25,7 +25,7 @@ from torch import Tensor
 from ds_mofa.deepspeed import checkpoints
 from ds_mofa.deepspeed.checkpoints import CheckpointError
 from ds_mofa.deepspeed.matrices import local_shard
-from ds_mofa.optimizer import MoFaSGD
+from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.parameters import full_shape
 
 __all__ = ["convert", "restore"]
@@ -62,6 +62,12 @@ def convert(source: Path, target: Path, workers: int = 4) -> None:
             "of ranks, as it is"
         )
         raise CheckpointError(f"{source} cannot be made a universal checkpoint: {reason}")
+    if manifest.get("adamw_states", "full") != "full":
+        raise CheckpointError(
+            f"{source} cannot be made a universal checkpoint: its AdamW moments are in 8 bits (adamw_states), which "
+            "DeepSpeed cannot cut up anew. It is resumed as it is, at its stage, on as many ranks; or go on from its "
+            "weights alone, with load_optimizer_states=False"
+        )
     if target.exists():
         raise CheckpointError(f"{target} exists already: give another --output_folder, or remove it")
     checkpoints.check(source, manifest)
@@ -150,7 +156,7 @@ def _complete(source: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def restore(engine, mofa: MoFaSGD, folder: Path, with_state: bool) -> None:
+def restore(engine, mofa: MatrixOptimizer, folder: Path, with_state: bool) -> None:
     """What DeepSpeed does not load of a universal checkpoint: parameters outside its groups, buffers, factors.
 
     It is called after DeepSpeed's part and before parameters that stage 3 keeps whole are gathered. Collective.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_mofa.deepspeed.gradients import GradientMixin
 from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, forget, move_shards
-from ds_mofa.optimizer import MoFaSGD, clip_factor
+from ds_mofa.optimizer import MatrixOptimizer, clip_factor
 from ds_mofa.phases import phase
 from ds_mofa.staging import HostMemory
 
@@ -39,7 +39,7 @@ class GatheredWeight:
             self._weight.partition()
 
 
-def wrap_zero(optimizer, mofa: MoFaSGD, managed_accumulation: bool = True):
+def wrap_zero(optimizer, mofa: MatrixOptimizer, managed_accumulation: bool = True):
     """Weave ``mofa``'s matrices into the ZeRO optimizer that DeepSpeed has built around its AdamW.
 
     Args:
@@ -57,9 +57,9 @@ def wrap_zero(optimizer, mofa: MoFaSGD, managed_accumulation: bool = True):
     return optimizer
 
 
-def swap_class(optimizer, mixin: type, mofa: MoFaSGD):
+def swap_class(optimizer, mixin: type, mofa: MatrixOptimizer):
     """Give ``optimizer`` a class of ``mixin`` over its own."""
-    optimizer.__class__ = type(f"MoFaSGD{type(optimizer).__name__}", (mixin, type(optimizer)), {})
+    optimizer.__class__ = type(f"{mofa.options.title}{type(optimizer).__name__}", (mixin, type(optimizer)), {})
     optimizer.mofa = mofa
     optimizer.matrix_state = None
     mofa._opt_called = True  # torch's schedulers ask the facade whether a step came before theirs
@@ -70,7 +70,7 @@ def swap_class(optimizer, mixin: type, mofa: MoFaSGD):
 class MatrixMixin:
     """What every stage shares. ``step``: reduce the sketches, DeepSpeed's own step, then the matrices' step."""
 
-    mofa: MoFaSGD
+    mofa: MatrixOptimizer
     matrix_state: dict | None  # gathered before a checkpoint is written, see registration
 
     @property
@@ -142,8 +142,8 @@ class MatrixMixin:
         saved = state.get("mofasgd")
         if saved is None:
             raise ValueError(
-                "the checkpoint was saved by another optimizer than MoFaSGD: load its weights alone, with "
-                "load_checkpoint(..., load_optimizer_states=False)"
+                f"the checkpoint was saved by another optimizer than {self.mofa.options.title}: load its weights "
+                "alone, with load_checkpoint(..., load_optimizer_states=False)"
             )
         self.mofa.check_group_settings(saved["groups"])
         self.mofa.matrices.load_state_dict(saved["matrices"])

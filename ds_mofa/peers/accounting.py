@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ds_mofa.optimizer import MoFaSGD
+from ds_mofa.optimizer import MatrixOptimizer
 
 __all__ = ["state_bytes"]
 
@@ -20,7 +20,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _kept(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    if isinstance(optimizer, MoFaSGD):
+    if isinstance(optimizer, MatrixOptimizer):
         yield from (optimizer.matrices.factors, optimizer.matrices.working, *optimizer.matrices.rule.held())
         yield from optimizer.matrices.masters.state_dict().values()
         optimizer = optimizer.adamw

@@ -37,6 +37,9 @@ explore = k: D <- D + explore_scale polar(H) E^T, H = (1 - U U^T) G E, E (n x k)
     Gaussian, new in each step: directions without momentum that nobody chose. Price: k columns in Y and in what is
     gathered; Omega comes from the seed, and E is there during backward. explore_by = "coordinates": E is k columns of
     the unit matrix, H = (1 - U U^T) G (1 - V V^T) E: D moves k columns of W, and instead of E there are k numbers.
+    "signs": the same with E of random signs / sqrt(n), which need neither V nor a decomposition to be drawn.
+    explore_sides = "both": besides, explore_scale F polar(J)^T, J = (1 - V V^T) G^T (1 - U U^T) F, F (m x k) drawn as E.
+    Price: k columns in Z too.
 
 *What the momentum learns*:
 
@@ -83,7 +86,8 @@ BalanceBy = Literal["momentum", "gradient"]
 ProbeRule = Literal["range", "random"]
 RankRule = Literal["gain", "share"]
 SecondMoment = Literal["none", "gradient", "update"]
-ExploreBy = Literal["gaussian", "coordinates"]
+ExploreBy = Literal["gaussian", "coordinates", "signs"]
+ExploreSides = Literal["right", "both"]
 Sides = Literal["both", "rows", "columns"]
 Oracle = Literal["none", "gradient", "momentum"]
 
@@ -150,7 +154,7 @@ class MoFaSGDLab(MatrixMethod):
         seed: of the start's test matrices and of all other random columns.
         balance, balance_by, rank_scale: what multiplies D.
         nesterov, update_rank, soft, second_moment, second_moment_power, second_moment_sides, explore, explore_scale,
-            explore_by: what D is made of.
+            explore_by, explore_sides: what D is made of.
         probes, probe_rule, probe_weight, rank_budget, rank_rule, shrink, beta_warmup, momentum_reset:
             what the momentum learns.
         beta2: decay of the second moments.
@@ -178,6 +182,7 @@ class MoFaSGDLab(MatrixMethod):
         explore: int = 0,
         explore_scale: float = 1.0,
         explore_by: ExploreBy = "gaussian",
+        explore_sides: ExploreSides = "right",
         probes: int = 0,
         probe_rule: ProbeRule = "range",
         probe_weight: float = 1.0,
@@ -422,20 +427,33 @@ def range_estimate(H: Tensor, J: Tensor, W: Tensor) -> Tensor:
 
 
 def _explored(batch: _Batch, old: Factors, move: Terms, s: dict[str, Any]) -> SVDs:
-    k = s["explore"]
-    if not k:
+    if not s["explore"]:
         return move
-    if s["explore_by"] == "coordinates":
-        chosen = batch.gaussian(1, s["seed"] + 2, 0).squeeze(-1).argsort(-1)[:, :k]
-        E = torch.nn.functional.one_hot(chosen, batch.shape[1]).mT.to(batch.G)
-        H = _beside(old.U, batch.G @ _beside(old.V, E))
-    else:
-        E = _orthonormal_beside(old.V, batch.gaussian(k, s["seed"] + 2, 0))
-        H = _beside(old.U, batch.G @ E)
+    G, terms = batch.G, [move]
+    for side, (near, far) in enumerate([(old.U, old.V), (old.V, old.U)][: 1 + (s["explore_sides"] == "both")]):
+        E = _test_columns(batch, far, side, s)
+        H = _beside(near, (G.mT if side else G) @ (E if s["explore_by"] == "gaussian" else _beside(far, E)))
+        P, coefficients, Q = yield from _polar(H, s["explore_scale"])
+        outer = (E.double() @ Q).to(E.dtype)
+        terms.append(Terms(outer, coefficients, P) if side else Terms(P, coefficients, outer))
+    return Terms(*(torch.cat(parts, dim=-1) for parts in zip(*terms)))
+
+
+def _polar(H: Tensor, scale: float) -> Generator[tuple[Tensor, int], tuple[Tensor, Tensor, Tensor], Terms]:
+    """P, c, Q with scale polar(H) = P diag(c) Q^T."""
     [basis] = complements([Side(H[..., :0], H)])
-    P, sigma, Q = yield basis.R.to(H.dtype), min(k, *basis.R.shape[-2:])
-    more = Terms(basis.turned(P), s["explore_scale"] * live_directions(sigma), (E.double() @ Q).to(E.dtype))
-    return Terms(*(torch.cat(parts, dim=-1) for parts in zip(move, more)))
+    P, sigma, Q = yield basis.R.to(H.dtype), min(H.shape[-1], *basis.R.shape[-2:])
+    return Terms(basis.turned(P), scale * live_directions(sigma), Q)
+
+
+def _test_columns(batch: _Batch, V: Tensor, stream: int, s: dict[str, Any]) -> Tensor:
+    """E (stream 0) or F: k columns to explore along, (B, n or m, k)."""
+    k, seed, rows = s["explore"], s["seed"] + 2, V.shape[-2]
+    if s["explore_by"] == "coordinates":
+        chosen = batch.gaussian(1, seed, stream).squeeze(-1).argsort(-1)[:, :k]
+        return torch.nn.functional.one_hot(chosen, rows).mT.to(batch.G)
+    draw = batch.gaussian(k, seed, stream)
+    return draw.sign() / math.sqrt(rows) if s["explore_by"] == "signs" else _orthonormal_beside(V, draw)
 
 
 def _by_oracle(batches: list[_Batch], s: dict[str, Any]) -> list[Terms]:
@@ -650,6 +668,7 @@ def _check(s: dict[str, Any]) -> None:
 _CHOICES = {
     "balance_by": BalanceBy,
     "explore_by": ExploreBy,
+    "explore_sides": ExploreSides,
     "probe_rule": ProbeRule,
     "rank_rule": RankRule,
     "second_moment": SecondMoment,

@@ -32,12 +32,15 @@ _PROGRAMS = 132  # RMSNorm's backward sums the weight's gradient in a row for ea
 
 
 @contextlib.contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
-    """Within: ``model``, one of :data:`MODELS`, computes with the fused operators and gives out its loss alone."""
+def fused(model: nn.Module, loss: bool = True) -> Iterator[None]:
+    """Within: ``model``, one of :data:`MODELS`, computes with the fused operators; with ``loss`` that of the loss too, and
+    then it gives out the loss alone.
+    """
     with contextlib.ExitStack() as stack:
         replace = functools.partial(_replace, stack)
         replace(sys.modules[type(model).__module__], "apply_rotary_pos_emb", _rotate)
-        replace(model, "forward", types.MethodType(_loss_only, model))
+        if loss:
+            replace(model, "forward", types.MethodType(_loss_only, model))
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 replace(module, "forward", types.MethodType(_norm, module))

@@ -24,9 +24,10 @@ def offloaded_candidates(
     """Moments of a rank's backward and step with ``offload_optimizer``, stages 1 to 3.
 
     A gradient is reduced when the next one does not fit into its bucket; one larger than the bucket waits until then
-    where it is, in stages 1 and 2 as a copy, which is made while autograd still holds the original. There is also a
-    buffer of the largest parameter, or of a piece, that brings what the host has added up. In stage 3 that copy is of a
-    shard.
+    where it is, in stages 1 and 2 as a copy, which is made while autograd still holds the original. DeepSpeed lets it
+    live, in all but the step's last micro-batch, until the next forward; :mod:`ds_mofa.deepspeed.gradients` does not, and
+    on one rank in stage 2 neither copies it nor lets it wait. There is also a buffer of the largest parameter, or of a
+    piece, that brings what the host has added up. In stage 3 that copy is of a shard.
     """
     trained = {p.name: p for group in groups for p in group}
     mine = dict(partitioned(groups, zero.world_size)[0][rank])
@@ -39,7 +40,10 @@ def offloaded_candidates(
     accumulated = zero.stage == 1 and micro_batches > 1
     candidates: list[Candidate] = []
     whole = 2 * sum(p.numel for p in trained.values()) if accumulated else 0
+    straight = zero.host_at_once and zero.stage == 2 and zero.world_size == 1 and zero.contiguous_gradients
+    lives = zero.stage == 2 and micro_batches > 1 and not zero.host_at_once
     bucket: list[str] = []
+    there = 0  # what the host has already; in the last micro-batch, the one that converts, it is gone
 
     def candidate(when: str, moment: Moment, gradients: int, workspace: int = 0) -> None:
         extra = {"gradients": gradients, "activations": moment.activations, "workspace": moment.workspace + workspace}
@@ -49,19 +53,25 @@ def offloaded_candidates(
         return sum(2 * trained[name].numel for name in bucket if trained[name].numel > zero.reduce_bucket_size)
 
     def reduce(moment: Moment) -> None:
+        nonlocal there
         passing = max(_passing(zero, mine.get(name, 0)) for name in bucket)
         candidate(f"backward, on the way to the host ({bucket[-1]})", moment, whole + waiting(), passing)
+        there += waiting() if lives and mine.keys() & set(bucket) else 0
         bucket.clear()
 
     for peak, name, moment in zip(batch.peaks, [*batch.order, None], [*batch.at_completion, None]):
-        candidate("backward" if peak.completed else "loss", peak, whole + waiting())
+        candidate("backward" if peak.completed else "loss", peak, whole + there + waiting())
         if name not in trained:
+            continue
+        if straight and trained[name].numel > zero.reduce_bucket_size:
+            own, passing = 2 * trained[name].numel, _passing(zero, mine[name])
+            candidate(f"backward, straight to the host ({name})", moment, own, passing)
             continue
         if bucket and sum(trained[one].numel for one in bucket) + trained[name].numel > zero.reduce_bucket_size:
             reduce(moment)
         bucket.append(name)
         whole -= 2 * trained[name].numel if accumulated else 0
-        candidate(f"backward ({name})", moment, whole + waiting(), _original(zero, trained[name].numel))
+        candidate(f"backward ({name})", moment, whole + there + waiting(), _original(zero, trained[name].numel))
     if bucket:
         reduce(batch.at_completion[-1])
     return [*candidates, Candidate("step", {} if zero.stage == 3 else always)]

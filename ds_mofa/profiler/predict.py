@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ds_mofa.adamw_8bit import moment_bytes
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.gathering import gathered
 from ds_mofa.profiler.offload import host_bytes, offloaded_candidates
@@ -65,6 +66,9 @@ def predict(setting: Setting, process: int | None = None) -> dict[str, Any]:
         setting.explore,
         setting.checkpointing,
         setting.liger,
+        setting.fused_head,
+        setting.head,
+        setting.embed,
     )
     always = _always(setting, batch)
     peak, process = _highest(setting, batch, process)
@@ -109,7 +113,17 @@ def _content(path: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _simulated(
-    content: str, optimizer: str, seq: int, micro_batch: int, rank: int, explore: int, checkpointing: bool, liger: bool
+    content: str,
+    optimizer: str,
+    seq: int,
+    micro_batch: int,
+    rank: int,
+    explore: int,
+    checkpointing: bool,
+    liger: bool,
+    fused_head: bool,
+    head: str,
+    embed: str,
 ) -> MicroBatch:
     return simulate(
         json.loads(content),
@@ -120,6 +134,9 @@ def _simulated(
         explore=explore,
         checkpointing=checkpointing,
         liger=liger,
+        fused_head=fused_head,
+        head=head,
+        embed=embed,
     )
 
 
@@ -131,7 +148,10 @@ def _trained(setting: Setting, batch: MicroBatch) -> list[Parameter]:
 
 def _groups(setting: Setting, batch: MicroBatch) -> list[list[Parameter]]:
     """DeepSpeed's param groups of AdamW's part."""
-    trained = _trained(setting, batch)
+    return _groups_of(setting, _trained(setting, batch))
+
+
+def _groups_of(setting: Setting, trained: list[Parameter]) -> list[list[Parameter]]:
     if setting.optimizer != "MoFaSGD":
         return [trained]
     small = [p for p in trained if p.numel < _LARGE]
@@ -181,6 +201,8 @@ def _host(setting: Setting, batch: MicroBatch, process: int) -> int:
 
 def _moments(setting: Setting, trained: list[Parameter], sharded: int, state: int) -> dict[str, int]:
     """The moments of whatever optimizer it is."""
+    if setting.adamw_states == "8bit":
+        return {"AdamW states": 2 * sum(map(moment_bytes, _stepped(setting, trained)))}
     if setting.optimizer not in ("Muon", "GaLore"):
         return {"AdamW states": 2 * state * sharded}
     matrices = [p for p in trained if p.kind == "matrix"]
@@ -192,6 +214,14 @@ def _moments(setting: Setting, trained: list[Parameter], sharded: int, state: in
     r = setting.rank
     projected = sum(2 * min(r, *p.shape) * max(p.shape) + min(r, *p.shape) * min(p.shape) for p in matrices)
     return {"AdamW states": adamw, "other optimizer states": state * projected}
+
+
+def _stepped(setting: Setting, trained: list[Parameter]) -> list[int]:
+    """Elements of each tensor that AdamW steps: a parameter, or a rank's partition of a group."""
+    if not setting.zero:
+        return [p.numel for p in trained]
+    groups = _groups_of(setting, trained)
+    return [-(-_numbers(group) // setting.gpus) for group in groups]
 
 
 def _highest(setting: Setting, batch: MicroBatch, process: int | None) -> tuple[Candidate, int]:
@@ -231,7 +261,9 @@ def _zero(setting: Setting) -> ZeroSettings:
         scatters=ours and once,
         norm_in_pieces=ours,
         host_in_pieces=ours,
+        host_at_once=ours,
         state_bytes=4 if setting.states == "fp32" else 2,
+        eight_bit=setting.adamw_states == "8bit",
         reduce_bucket_size=setting.bucket,
         contiguous_gradients=setting.contiguous,
         stage3_prefetch_bucket_size=setting.prefetch,
@@ -280,7 +312,8 @@ def _slack(setting: Setting, batch: MicroBatch, always: dict[str, int], allocate
     buffers = [always[name] for name in ("sketches", "factors", "other optimizer states") if name in always]
     if setting.zero is None:
         held = [p for p in trained if setting.optimizer in ("AdamW", "MoFaSGD", "LoRA") or p.kind != "matrix"]
-        reserved = reserved_by_plain_loop(batch, held, buffers, 4, setting.micro_batches)
+        moments = moment_bytes if setting.adamw_states == "8bit" else lambda numel: 2 * numel
+        reserved = reserved_by_plain_loop(batch, held, buffers, moments, setting.micro_batches)
     elif setting.zero in (1, 2):
         reserved = reserved_by_stage12(
             _zero(setting),

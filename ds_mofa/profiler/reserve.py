@@ -108,16 +108,16 @@ def reserved_by_plain_loop(
     batch: MicroBatch,
     trained: Sequence[Parameter],
     buffers: Sequence[int],
-    moments: int,
+    moments: Callable[[int], int],
     micro_batches: int,
 ) -> int:
     """Bytes reserved after two steps of a plain loop in bf16.
 
     Args:
         batch: its micro-batch.
-        trained: what gets a gradient and ``moments`` bytes of state an element.
+        trained: what gets a gradient and two moments.
         buffers: sizes of what else is there from the beginning, MoFaSGD's for one.
-        moments: bytes of state an element.
+        moments: bytes of one moment of so many elements.
         micro_batches: of one step.
     """
     allocator = CachingAllocator()
@@ -138,7 +138,7 @@ def reserved_by_plain_loop(
         if step == 0:
             for param in trained:
                 for _ in range(2):
-                    allocator.alloc(moments // 2 * param.numel)
+                    allocator.alloc(moments(param.numel))
         for handle in grads.values():
             allocator.free(handle)
     return allocator.reserved

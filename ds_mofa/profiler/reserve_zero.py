@@ -55,7 +55,7 @@ def reserved_by_stage12(
     for size in sizes:
         gradient = allocator.alloc(state_bytes * size)
         for _ in range(2):
-            allocator.alloc(state_bytes * size)
+            allocator.alloc(zero.moment_bytes(size))
         allocator.free(gradient)
     numels = {param.name: param.numel for group in groups for param in group}
     kept_whole = 2 * sum(numels[name] for name in mine)
@@ -208,7 +208,7 @@ def reserved_by_stage3(
                 flat = converted
             if step == 0:
                 for _ in range(2):
-                    allocator.alloc(state * part)
+                    allocator.alloc(zero.moment_bytes(part))
             allocator.free(flat)
     return allocator.reserved + aside.reserved
 

@@ -31,6 +31,10 @@ class Setting:
         prefetch: DeepSpeed's stage3_prefetch_bucket_size, elements.
         leaf: whether stage 3 gathers a decoder layer as one, DeepSpeed's leaf_module.
         adamw_reduce: ds_mofa's option of that name: "step", or "micro_batch".
+        adamw_states: ds_mofa's option of that name: "full", or "8bit".
+        fused_head: ds_mofa's option of that name; in the place of liger-kernel's loss.
+        head: "matrix" where MoFaSGD's ``include`` names the output head, else "adamw".
+        embed: "frozen" where the embedding is not trained, else "trained".
         offload: None, "optimizer" (DeepSpeed's offload_optimizer, to the host) or "param" (that and offload_param).
     """
 
@@ -51,6 +55,10 @@ class Setting:
     prefetch: int = 100_000_000
     leaf: bool = False
     adamw_reduce: str = "step"
+    adamw_states: str = "full"
+    fused_head: bool = False
+    head: str = "adamw"
+    embed: str = "trained"
     offload: str | None = None
 
     def __post_init__(self):
@@ -69,6 +77,21 @@ class Setting:
             raise PredictionError(f"states is {self.states!r}: give fp32 or bf16")
         if self.adamw_reduce not in ("step", "micro_batch"):
             raise PredictionError(f"adamw_reduce is {self.adamw_reduce!r}: give step or micro_batch")
+        for field, known in (
+            ("adamw_states", ("full", "8bit")), ("head", ("adamw", "matrix")), ("embed", ("trained", "frozen")),
+        ):  # fmt: skip
+            if getattr(self, field) not in known:
+                raise PredictionError(f"{field} is {getattr(self, field)!r}: give {' or '.join(known)}")
+        ours = {
+            "adamw_states": self.adamw_states == "8bit",
+            "fused_head": self.fused_head,
+            "head": self.head == "matrix",
+        }
+        if self.optimizer != "MoFaSGD" and any(ours.values()):
+            found = ", ".join(field for field, given in ours.items() if given)
+            raise PredictionError(f"{found}: of MoFaSGD alone, not of {self.optimizer}")
+        if self.adamw_states == "8bit" and self.offload:
+            raise PredictionError("adamw_states is '8bit' with offload: ds_mofa refuses that. Leave one of them out")
         if self.zero is None and self.gpus > 1:
             raise PredictionError("several GPUs without ZeRO: ds_mofa has no such backend. Give --zero 0, 1, 2 or 3")
         if self.zero == 0 and self.states == "bf16":

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import unittest.mock
 import warnings
 from collections.abc import Iterator
@@ -89,6 +90,9 @@ def simulate(
     explore: int = 0,
     checkpointing: bool = False,
     liger: bool = False,
+    fused_head: bool = False,
+    head: str = "adamw",
+    embed: str = "trained",
     dtype: torch.dtype = torch.bfloat16,
 ) -> MicroBatch:
     """Run one micro-batch.
@@ -103,6 +107,9 @@ def simulate(
         explore: of MoFaSGD.
         checkpointing: recompute each layer in backward.
         liger: with liger-kernel's fused operators (:mod:`ds_mofa.profiler.liger`).
+        fused_head: with MoFaSGD's option of that name, in the place of liger-kernel's loss.
+        head: "matrix" makes the output head one of MoFaSGD's.
+        embed: "frozen" leaves the embedding as it is.
         dtype: of weights and activations.
 
     Raises:
@@ -113,7 +120,11 @@ def simulate(
         model = _build(model_config, dtype)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        kinds, states = _prepare(model, optimizer, rank, explore)
+        if embed == "frozen":
+            model.get_input_embeddings().weight.requires_grad_(False)
+        include = _head_names(model) if head == "matrix" else []
+        options = {"explore": explore, "fused_head": fused_head, "include": include}
+        kinds, states = _prepare(model, optimizer, rank, options)
         for param in model.parameters():  # as in every micro-batch but the first
             if param.requires_grad and kinds[param] != "sketched":
                 param.grad = torch.empty_like(param)
@@ -123,7 +134,7 @@ def simulate(
             for p, name in names.items()
         ]
         ids = torch.zeros(micro_batch, tokens, dtype=torch.long)
-        with _operators(model, liger):
+        with _operators(model, liger, not fused_head):
             order, peaks, at_completion, events = _run(model, ids, kinds, names, states)
     return MicroBatch(parameters, order, peaks, at_completion, events)
 
@@ -150,7 +161,14 @@ def _build(model_config: str | Path | dict[str, Any], dtype: torch.dtype) -> nn.
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
 
 
-def _prepare(model: nn.Module, optimizer: str, rank: int, explore: int) -> tuple[dict[Tensor, str], list[Tensor]]:
+def _head_names(model: nn.Module) -> list[str]:
+    head = model.get_output_embeddings().weight
+    return [f"^{re.escape(name)}$" for name, param in model.named_parameters() if param is head]
+
+
+def _prepare(
+    model: nn.Module, optimizer: str, rank: int, options: dict[str, Any]
+) -> tuple[dict[Tensor, str], list[Tensor]]:
     """Attach what the optimizer attaches.
 
     Returns:
@@ -163,14 +181,14 @@ def _prepare(model: nn.Module, optimizer: str, rank: int, explore: int) -> tuple
         try:
             with warnings.catch_warnings():  # it notes addresses, which fake tensors lack, and does not use them here
                 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-                trained = MoFaSGD(model, lr=1.0, rank=rank, explore=explore)
+                trained = MoFaSGD(model, lr=1.0, rank=rank, **options)
         except OptionError as error:
             raise PredictionError(str(error)) from error
         matrices = {matrix.param for matrix in trained.split.matrices}
         own = [trained.matrices.sketches, trained.matrices.working, trained.matrices.factors]
-        return {p: "sketched" if p in matrices else "other" for p in model.parameters()}, own
+        return {p: "sketched" if p in matrices else _other(p) for p in model.parameters()}, own
     if optimizer != "LoRA":
-        return {p: "matrix" if p in matrices else "other" for p in model.parameters()}, []
+        return {p: "matrix" if p in matrices else _other(p) for p in model.parameters()}, []
     frozen = set(model.parameters())
     for p in frozen:
         p.requires_grad_(False)
@@ -179,6 +197,10 @@ def _prepare(model: nn.Module, optimizer: str, rank: int, explore: int) -> tuple
             if isinstance(child, nn.Linear) and child.weight in matrices:
                 setattr(parent, name, _LoRALinear(child, rank))
     return {p: "frozen" if p in frozen else "adapter" for p in model.parameters()}, []
+
+
+def _other(param: nn.Parameter) -> str:
+    return "other" if param.requires_grad else "frozen"
 
 
 class _LoRALinear(nn.Module):
@@ -192,8 +214,8 @@ class _LoRALinear(nn.Module):
         return self.base(x) + self.B(self.A(x)) * 2.0
 
 
-def _operators(model: nn.Module, liger: bool) -> contextlib.AbstractContextManager:
-    """Within: the model computes with liger-kernel's operators, or with its own."""
+def _operators(model: nn.Module, liger: bool, loss: bool) -> contextlib.AbstractContextManager:
+    """Within: the model computes with liger-kernel's operators, with ``loss`` that of the loss too, or with its own."""
     if not liger:
         return contextlib.nullcontext()
     if model.config.model_type not in MODELS:
@@ -201,7 +223,7 @@ def _operators(model: nn.Module, liger: bool) -> contextlib.AbstractContextManag
             f'liger-kernel with a model of type "{model.config.model_type}" cannot be predicted: which of its operators '
             f"are replaced is known of {', '.join(MODELS)}. Predict it without liger"
         )
-    return fused(model)
+    return fused(model, loss)
 
 
 @contextlib.contextmanager

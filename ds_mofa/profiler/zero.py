@@ -6,6 +6,7 @@ Read off its sources; each function says which of its buffers it counts. Sizes i
 import dataclasses
 from collections.abc import Sequence
 
+from ds_mofa.adamw_8bit import moment_bytes
 from ds_mofa.profiler.simulate import MicroBatch, Moment, Parameter
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
 class ZeroSettings:
     """Of ``zero_optimization`` in DeepSpeed's JSON, under their names there; sizes in elements.
 
-    Four are not DeepSpeed's, but of :mod:`ds_mofa.deepspeed.gradients`.
+    Five are not DeepSpeed's, but of :mod:`ds_mofa.deepspeed.gradients`.
 
     Attributes:
         reduces_once: gradients add up whole, where autograd puts them, until the last micro-batch of a step of several.
@@ -31,6 +32,8 @@ class ZeroSettings:
         scatters: a parameter that fills its group and divides evenly is reduced straight into the partitions.
         norm_in_pieces: the norm of the gradients is taken without a copy of them (stages 1 and 2).
         host_in_pieces: with offload, gradients go to the host and come back by pieces (stages 1 and 2).
+        host_at_once: with offload, a gradient that the host has is gone, and on one rank a large one is not copied
+            before (stage 2).
     """
 
     stage: int
@@ -39,7 +42,9 @@ class ZeroSettings:
     scatters: bool = False
     norm_in_pieces: bool = False
     host_in_pieces: bool = False
+    host_at_once: bool = False
     state_bytes: int = 4  # of one number of the master weights and of each moment: 4, or 2 for bf16 states
+    eight_bit: bool = False  # the moments, of MoFaSGD's AdamW
     reduce_bucket_size: int = 100_000_000
     stage3_max_live_parameters: int = 1_000_000_000
     stage3_max_reuse_distance: int = 1_000_000_000
@@ -49,6 +54,10 @@ class ZeroSettings:
     sub_group_size: int = 1_000_000_000
     overlap_comm: bool = True
     contiguous_gradients: bool = True
+
+    def moment_bytes(self, elements: int) -> int:
+        """Of one moment of a partition of so many elements."""
+        return moment_bytes(elements) if self.eight_bit else self.state_bytes * elements
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,8 +67,10 @@ class Exploration:
                 left, right, _ = part.views(working)
                 self._place(own, left[..., self._rank :], right[..., self._rank :])
 
-    def explore(self, pieces: Sequence[Piece], working: Tensor, scale: float) -> None:
-        """A and B over the k last columns of the sketches, and ``scale`` over the coefficients beside them."""
+    def explore(self, pieces: Sequence[Piece], working: Tensor, length: Callable[[int, int], float]) -> None:
+        """A and B over the k last columns of the sketches, and s, the ``length`` of an m x n matrix' directions, over the
+        coefficients beside them.
+        """
         r, looks = self._rank, []
         for piece in pieces:
             (U, V, *_), (left, right, _) = piece.state, piece.part.views(working)
@@ -77,7 +79,7 @@ class Exploration:
         for sketch, found in zip(sketches, directions(looks), strict=True):
             sketch[..., r:] = found
         for piece in pieces:
-            piece.core[..., r:] = scale
+            piece.core[..., r:] = length(*piece.part.block.shape)
 
     def stay(self, piece: Piece) -> None:
         """No direction, as :meth:`explore` would leave it: in the first step there is no momentum to look beside."""

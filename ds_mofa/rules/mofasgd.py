@@ -92,7 +92,7 @@ class MoFaSGDRule(Rule):
         grams = iter(self._grams)
         for pieces in owner.passes(reduced):
             if self._exploration is not None:
-                self._exploration.explore(pieces, working, self._options.explore_scale)
+                self._exploration.explore(pieces, working, self._options.explore_length)
             own = list(itertools.islice(grams, len(pieces)))
             self._write(pieces, update_many([self._batch(p) for p in pieces], beta=beta, gamma=gamma, grams=own))
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch.arguments import deepspeed_config_path, defaults_from_deepspeed, parse_arguments
+from launch.arguments import check_optimizer, deepspeed_config_path, defaults_from_deepspeed, parse_arguments
 from launch.errors import UserError
 from launch.json_files import read_json
 
@@ -95,10 +95,19 @@ def test_numbers_in_the_json_become_defaults(tmp_path):
         parse(*MODEL, *DATA, "--deepspeed", str(file), "--learning_rate", "0.5")
 
 
-@pytest.mark.parametrize(("name", "rate"), [("MoFaSGD", 6e-3), ("mofasgd", 6e-3), ("AdamW", 2e-5)])
+@pytest.mark.parametrize(("name", "rate"), [("MoFaSGD", 6e-3), ("mofasgd", 6e-3), ("GaLore", 4.8e-4), ("AdamW", 2e-5)])
 def test_each_optimizer_has_its_own_learning_rate(name, rate):
     config = {"optimizer": {"type": name, "params": {"lr": "auto"}}}
     assert defaults_from_deepspeed(config)["learning_rate"] == rate
+
+
+def test_galore_s_options_are_checked_before_a_model_is_loaded():
+    fine = {"lr": "auto", "betas": "auto", "eps": "auto", "rank": 8, "refresh_every": 100, "torch_adam": True}
+    check_optimizer({"type": "GaLore", "params": fine}, "a.json")
+    with pytest.raises(UserError, match="a.json: \"optimizer\": unknown option 'beta' of GaLore"):
+        check_optimizer({"type": "GaLore", "params": {"beta": 0.9}}, "a.json")
+    with pytest.raises(UserError, match='a.json: "optimizer": refresh_every=0 must be'):
+        check_optimizer({"type": "galore", "params": {"refresh_every": 0}}, "a.json")
 
 
 def test_fp16_in_the_json_turns_bf16_off():

@@ -19,13 +19,19 @@ STAGE2 = Setting(LLAMA, "MoFaSGD", zero=2, offload="optimizer", **COMMON)
 @pytest.fixture
 def norm_of_a_copy(monkeypatch, whole_to_host):
     """As it was when docs/benchmarks/cards_* were measured."""
-    patched(monkeypatch, norm_in_pieces=False)
+    patched(monkeypatch, norm_in_pieces=False, host_at_once=False)
 
 
 @pytest.fixture
 def whole_to_host(monkeypatch):
     """As it was when docs/benchmarks/norm_* were measured."""
-    patched(monkeypatch, host_in_pieces=False)
+    patched(monkeypatch, host_in_pieces=False, host_at_once=False)
+
+
+@pytest.fixture
+def kept_until_the_next_forward(monkeypatch):
+    """As it was when docs/benchmarks/pieces_* were measured."""
+    patched(monkeypatch, host_at_once=False)
 
 
 def patched(monkeypatch, **flags):
@@ -67,13 +73,40 @@ def test_the_gpu_with_the_norm_in_pieces(seq, micro_batches, gb):
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
 
 
-@pytest.mark.parametrize(("seq", "micro_batches", "gb"), [(1024, 8, 18.88), (2048, 4, 19.17)])
-def test_pieces_on_the_way_take_it_further_down(seq, micro_batches, gb):
-    """To what is not measured yet: the head's gradient twice, while DeepSpeed copies it."""
-    found = predict(dataclasses.replace(STAGE2, seq=seq, micro_batches=micro_batches))
-    assert found["when"] == "backward (lm_head.weight)"
-    assert found["categories"]["gradients"] == 2 * 128256 * 4096
+@pytest.mark.usefixtures("whole_to_host")
+@pytest.mark.parametrize(
+    ("seq", "micro_batches", "head", "gb"),
+    [(1024, 8, "adamw", 20.94), (2048, 4, "adamw", 21.22), (1024, 8, "matrix", 20.69), (2048, 4, "matrix", 20.69)],
+)
+def test_the_gpu_with_a_fused_head_and_with_a_head_that_is_a_matrix(seq, micro_batches, head, gb):
+    """docs/benchmarks/head_*."""
+    setting = dataclasses.replace(STAGE2, seq=seq, micro_batches=micro_batches, fused_head=True, head=head)
+    assert predict(setting)["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
+
+
+@pytest.mark.usefixtures("kept_until_the_next_forward")
+@pytest.mark.parametrize(
+    ("seq", "micro_batches", "choice", "gb"),
+    [
+        (1024, 8, {}, 19.75),
+        (2048, 4, {}, 19.80),
+        (1024, 8, {"head": "matrix"}, 18.73),
+        (2048, 4, {"head": "matrix"}, 18.77),
+        (2048, 4, {"embed": "frozen"}, 19.17),
+    ],
+)
+def test_pieces_on_the_way_take_it_further_down(seq, micro_batches, choice, gb):
+    """docs/benchmarks/pieces_*: what the host has of the head's gradient is there when the embedding's is copied."""
+    found = predict(dataclasses.replace(STAGE2, seq=seq, micro_batches=micro_batches, fused_head=True, **choice))
     assert found["categories"]["communication buffers"] == 4 * COMMON["bucket"] + 2 * (1 << 24)
+    assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("seq", "micro_batches", "gb"), [(1024, 8, 17.90), (2048, 4, 18.18)])
+def test_then_one_gradient_is_there_at_a_time(seq, micro_batches, gb):
+    found = predict(dataclasses.replace(STAGE2, seq=seq, micro_batches=micro_batches))
+    assert found["when"] == "backward, straight to the host (lm_head.weight)"
+    assert found["categories"]["gradients"] == 2 * 128256 * 4096
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
 
 

@@ -1,5 +1,6 @@
 """Predictions against what was measured on H200s (docs/benchmarks), and what cannot be predicted."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -8,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from ds_mofa.profiler.inventory import inventory, sizes
 from ds_mofa.profiler.predict import PredictionError, Setting, _always, _candidates, predict
 from ds_mofa.profiler.simulate import simulate
 
@@ -158,6 +161,47 @@ def test_exploring_widens_all_but_the_state(offload):
     assert found["host"] == without["host"]
 
 
+def test_8_bit_moments_take_a_byte_a_number_and_the_scales():
+    head_and_norms = 2 * 128256 * 4096 + 65 * 4096  # whole blocks all of them
+    full, found = (predict(Setting(LLAMA, "MoFaSGD", adamw_states=states)) for states in ("full", "8bit"))
+    assert found["categories"]["AdamW states"] == 2 * head_and_norms * (1 + 4 / 256)
+    off = full["categories"]["AdamW states"] - found["categories"]["AdamW states"]
+    assert full["allocated"] - found["allocated"] == off
+    for stage, gpus in ((1, 1), (2, 2), (3, 4)):
+        sharded = predict(Setting(LLAMA, "MoFaSGD", zero=stage, gpus=gpus, adamw_states="8bit"))["categories"]
+        assert sharded["AdamW states"] == pytest.approx(2 * head_and_norms / gpus * (1 + 4 / 256), rel=1e-6)
+        assert sharded["master weights"] == 4 * (head_and_norms // gpus)
+
+
+RUNS = [
+    "torch:MoFaSGD:r=4:adamw=8bit",
+    "torch:MoFaSGD:r=4:adamw=8bit:head_loss=fused:checkpointing=1",
+    "torch:MoFaSGD:r=4:adamw=8bit:head_loss=fused:head=matrix",
+    "torch:MoFaSGD:r=4:embed=frozen",
+    "torch:MoFaSGD:r=4:explore=3",
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_what_a_run_keeps_is_what_was_predicted(run, monkeypatch):
+    """profiling/throughput.py's runs, on a CPU: bytes of what is always there, counted after two steps."""
+    monkeypatch.syspath_prepend(str(ROOT / "profiling"))
+    from trainers import make_trainer
+    from verify_claim import prediction
+
+    trainer = make_trainer(run, TINY, 2, torch.device("cpu"))
+    ids = torch.randint(0, 300, (1, 64), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        for _ in range(2):
+            trainer.accumulate(ids)
+        trainer.step()
+    counted = sizes(inventory(trainer.model, trainer.optimizer), "cpu")
+    predicted = prediction(run, 1, argparse.Namespace(shape="64x2", model_config=TINY))["categories"]
+    for kind in ("weights", "AdamW states", "sketches", "factors"):
+        # Counters of the steps.
+        assert counted.get(kind, 0) == pytest.approx(predicted.get(kind, 0), rel=0.005, abs=400), kind
+
+
 @pytest.mark.parametrize("optimizer", ["LoRA", "Muon", "GaLore"])
 def test_the_other_optimizers(optimizer):
     full, found = predict(Setting(TINY, "AdamW")), predict(Setting(TINY, optimizer))
@@ -190,6 +234,11 @@ def test_one_micro_batch_needs_no_gradients_at_the_loss():
         ({"explore": -1}, "explore is -1: give 0 or more"),
         ({"states": "fp8"}, "give fp32 or bf16"),
         ({"optimizer": "GaLore", "zero": 2}, "GaLore does not run under ZeRO"),
+        ({"adamw_states": "4bit"}, "adamw_states is '4bit': give full or 8bit"),
+        ({"adamw_states": "8bit", "optimizer": "AdamW"}, "adamw_states: of MoFaSGD alone, not of AdamW"),
+        ({"adamw_states": "8bit", "zero": 2, "offload": "optimizer"}, "ds_mofa refuses that"),
+        ({"fused_head": True, "head": "matrix", "optimizer": "LoRA"}, "fused_head, head: of MoFaSGD alone"),
+        ({"embed": "matrix"}, "embed is 'matrix': give trained or frozen"),
         ({"offload": "nvme", "zero": 3}, "offload is 'nvme'"),
         ({"offload": "optimizer"}, "ZeRO stages 1 to 3"),
         ({"offload": "param", "zero": 2}, "needs stage 3"),

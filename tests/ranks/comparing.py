@@ -4,11 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from galore_reference import GaLoreReference
 from launching import Ran
 from reference import Reference
 from torch import nn
 from toys import Toy, batches
-from training import OPTIONS, toy
+from training import GALORE, OPTIONS, toy
 
 __all__ = ["STEPS", "TOLERANCE", "assert_same", "dense", "distances"]
 
@@ -27,6 +28,7 @@ def dense(
     rank: int = OPTIONS["rank"],
     beta: float = 0.85,
     lr: float | Callable[[int], float] = OPTIONS["lr"],
+    optimizer: str = "MoFaSGD",
     **settings: Any,
 ) -> dict:
     """The reference's counterpart of ``training.train``, and the gradient norm of every step.
@@ -42,7 +44,11 @@ def dense(
         for name in matrices:
             built.get_parameter(name).requires_grad_(False)
     settings = {key: OPTIONS[key] for key in ("weight_decay", "adamw_eps")} | settings
-    reference = Reference(built, [] if frozen else matrices, lr=lr, rank=rank, beta=beta, **settings)
+    if optimizer == "GaLore":
+        rule = {key: GALORE[key] for key in ("refresh_every", "alpha", "eps")} | {"betas": (0.9, 0.999)}
+        reference = GaLoreReference(built, matrices, lr=lr, rank=rank, **{**rule, **settings})
+    else:
+        reference = Reference(built, [] if frozen else matrices, lr=lr, rank=rank, beta=beta, **settings)
     *train, last = data(steps + 1)
     losses, norms = [], []
     for batch in train:

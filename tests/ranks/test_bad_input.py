@@ -77,6 +77,12 @@ def options(**params) -> Callable[[], Any]:
     return engine(config(2, options=params))
 
 
+def eight_bit(stage: int, **rest) -> Callable[[], Any]:
+    settings = config(stage, options={"adamw_states": "8bit"}, **rest)
+    del settings["optimizer"]["params"]["torch_adam"]
+    return engine(settings)
+
+
 def optimizer(params: Callable[[nn.Module], Any] = lambda model: model, model=toy, **settings) -> Callable[[], Any]:
     """``ds_mofa.MoFaSGD`` in a plain PyTorch loop."""
 
@@ -247,6 +253,22 @@ CASES: dict[str, dict[str, tuple[Callable[[], Any], str]]] = {
         "offloaded optimizer on NVMe": (
             engine(config(3, zero_optimization={"offload_optimizer": NVME})),
             'offload_optimizer to NVMe: use "device": "cpu"',
+        ),
+        "offloaded optimizer with 8-bit moments": (
+            eight_bit(2, zero_optimization={"offload_optimizer": {"device": "cpu"}}),
+            "adamw_states='8bit' does not work with offload_optimizer.*: remove offload_optimizer, or set adamw_states='full'",
+        ),
+        "universal checkpoint with 8-bit moments": (
+            eight_bit(2, checkpoint={"load_universal": True}),
+            "adamw_states='8bit' does not work with universal checkpoints.*remove \"load_universal\"",
+        ),
+        "elastic checkpoint with 8-bit moments": (
+            eight_bit(1, zero_optimization={"elastic_checkpoint": True}),
+            "adamw_states='8bit' does not work with \"elastic_checkpoint\".*remove it",
+        ),
+        "DeepSpeed's choice of AdamWs with 8-bit moments": (
+            options(adamw_states="8bit"),
+            "torch_adam chooses between DeepSpeed's AdamWs.*'8bit' is none of them: remove",
         ),
         "offloaded optimizer without ZeRO": (
             engine(config(0, zero_optimization={"offload_optimizer": {"device": "cpu"}})),

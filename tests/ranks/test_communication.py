@@ -52,8 +52,10 @@ def watched() -> Iterator[list[tuple[str, str, int]]]:
         yield calls
 
 
-def one_step(stage: int, micro: int, clip: float, reduce: str = "step") -> dict:
-    settings = config(stage, micro=micro, gradient_clipping=clip, options={"adamw_reduce": reduce})
+def one_step(stage: int, micro: int, clip: float, reduce: str = "step", **rest) -> dict:
+    """The second step; ``rest`` as for ``config``."""
+    options = {"adamw_reduce": reduce, **rest.pop("options", {})}
+    settings = config(stage, micro=micro, gradient_clipping=clip, options=options, **rest)
     with engine_for(settings) as engine:
         first, second = batches(2)
         train_step(engine, first)
@@ -71,6 +73,15 @@ def reduced_by_deepspeed(result: dict) -> int:
 
 @on_ranks(one_step, {"micro": 1, "clip": 0.0}, {"micro": 3, "clip": 1.0}, stage=[0, 1, 2, 3])
 def test_one_reduce_scatter_and_one_all_gather_a_step(ran):
+    assert_three_collectives(ran)
+
+
+@on_ranks(one_step, {"micro": 3, "clip": 1.0, "optimizer": "GaLore", "options": {"refresh_every": 1}}, stage=[0, 2, 3])
+def test_so_for_galore_even_where_its_subspaces_are_chosen(ran):
+    assert_three_collectives(ran)
+
+
+def assert_three_collectives(ran) -> None:
     for result in ran.ranks:
         ours = [(name, size) for package, name, size in result["calls"] if package == "ds_mofa"]
         assert Counter(ours) == {

@@ -13,12 +13,13 @@ from training import OPTIONS, config, engine_for, train_step
 from ds_mofa.partition import Layout
 
 SHAPES = [(35, 35), (53, 35), (35, 53), (35, 35)]  # of Toy.MATRICES
+GALORE_TOO = {"optimizer": ["GaLore"], "refresh_every": [1]}
 F = sum(OPTIONS["rank"] * (m + n + 1) for m, n in SHAPES)
 
 
-def after_a_backward(stage: int, capture: str, dtype: str, **options) -> dict:
+def after_a_backward(stage: int, capture: str, dtype: str, optimizer: str = "MoFaSGD", **options) -> dict:
     """Byte counts at the moment when an optimizer holds most: after backward, before the second step."""
-    settings = config(stage, dtype=dtype, options={"capture": capture, **options})
+    settings = config(stage, dtype=dtype, optimizer=optimizer, options={"capture": capture, **options})
     with engine_for(settings) as engine:
         first, second = batches(2)
         train_step(engine, first)
@@ -89,6 +90,23 @@ def tensors_of(step) -> list[tuple[str, Tensor]]:
 @on_ranks(after_a_backward, stage=[0, 1, 2, 3], capture=["linear", "hook"], dtype=["fp32"])
 def test_no_matrix_has_a_gradient_after_backward(ran):
     assert [result["with .grad"] for result in ran.ranks] == [[], []]
+
+
+@on_ranks(after_a_backward, stage=[0, 1, 2, 3], capture=["linear", "hook"], dtype=["fp32"], **GALORE_TOO)
+def test_no_matrix_of_galore_has_one_even_where_its_subspaces_are_chosen(ran):
+    assert [result["with .grad"] for result in ran.ranks] == [[], []]
+    assert [result["in DeepSpeed's lists"] for result in ran.ranks] == [[], []]
+
+
+@on_ranks(after_a_backward, stage=[0, 1, 2, 3], capture=["linear"], dtype=["fp32"], **GALORE_TOO)
+def test_the_state_of_galore_is_as_large_as_it_says(ran):
+    """P, m and v of the owner's matrices: 4 r (s + 2 l) bytes each; else what every rule has, and no gradient."""
+    state = 4 * sum(OPTIONS["rank"] * (min(shape) + 2 * max(shape)) for shape in SHAPES)
+    for result in ran.ranks:
+        padded, held = result["padded"], result["bytes"]
+        assert held.pop("_norm0") <= 8
+        assert state / 2 <= held.pop("factors0") <= state / 2 + 4 * (OPTIONS["rank"] * (53 + 2 * 53) + 2 * 128)
+        assert held == {"sketches0": 4 * padded, "working0": 4 * padded}
 
 
 @on_ranks(after_a_backward, stage=[0, 1, 2, 3], capture=["linear"], dtype=["fp32", "bf16"])

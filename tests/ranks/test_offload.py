@@ -298,6 +298,7 @@ ON_ITS_WAY = (
     "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
     "async_accumulate_grad_in_cpu_via_gpu",
     "_restore_cpu_offload_grad_to_gpu",
+    "reduce_independent_p_g_buckets_and_remove_grads",
 )
 
 
@@ -314,12 +315,21 @@ def in_pieces_and_whole(stage: int, dtype: str, micro: int, managed: bool = True
 
 
 def going_to_host(settings: dict, micro: int, whole: bool = False) -> dict:
-    sizes, asked, pieces, plan = [], [], gradients_module._pieces, GradientMixin.plan_reductions
+    sizes, asked, left, copied = [], [], [], []
+    pieces, plan = gradients_module._pieces, GradientMixin.plan_reductions
+    reduce = stage_1_and_2.DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads
 
     def counted(*tensors):
         made = list(pieces(*tensors))
         sizes.append([target.numel() for target, _ in made])
         return made
+
+    def large(engine):
+        return [engine.module.embed.weight, engine.module.head.weight]
+
+    def watched(self, param, i):
+        copied.append(param.numel() > self.reduce_bucket_size)
+        reduce(self, param, i)
 
     def keep_the_buffer(self, *args):
         buffer = self.temp_grad_buffer_for_gpu_offload
@@ -328,21 +338,27 @@ def going_to_host(settings: dict, micro: int, whole: bool = False) -> dict:
 
     def step(engine, batch):
         total = torch.zeros(())
+        embed, head = large(engine)
+        hook = embed.register_hook(
+            lambda _: left.append(engine.optimizer.get_param_gradient_attribute(head) is not None)
+        )
         for number, part in enumerate(micro_batches(batch, dist.get_rank(), dist.get_world_size(), micro)):
             loss = engine(*part)
             engine.backward(loss)
             if number == micro - 1:
-                found = [safe_get_full_grad(getattr(engine.module, name).weight) for name in ("embed", "head")]
+                found = [safe_get_full_grad(weight) for weight in large(engine)]
                 asked.extend(grad.nan_to_num() for grad in found if grad is not None)
             if engine.managed_gradient_accumulation() or number == micro - 1:
                 engine.step()
             total += loss.detach().float() / micro
+        hook.remove()
         return mean_over_ranks(total)
 
     with contextlib.ExitStack() as patches:
         patch = lambda *args: patches.enter_context(mock.patch.object(*args))  # noqa: E731
         patch(gradients_module, "_PIECE", PIECE)
         patch(gradients_module, "_pieces", counted)
+        patch(stage_1_and_2.DeepSpeedZeroOptimizer, "reduce_independent_p_g_buckets_and_remove_grads", watched)
         patch(stage_1_and_2, "DeepSpeedCPUAdam", torch.optim.AdamW)  # what DeepSpeed wants for 16-bit masters
         if whole:
             patch(GradientMixin, "plan_reductions", keep_the_buffer)
@@ -350,7 +366,7 @@ def going_to_host(settings: dict, micro: int, whole: bool = False) -> dict:
                 patch(GradientMixin, name, getattr(stage_1_and_2.DeepSpeedZeroOptimizer, name))
         look = lambda engine: engine.optimizer.temp_grad_buffer_for_gpu_offload.numel()  # noqa: E731
         run = train(settings, 8 if "fp16" in settings else 2, look=look, step=step)
-    return {**run, "sizes": sizes, "asked": dict(enumerate(asked))}
+    return {**run, "sizes": sizes, "asked": dict(enumerate(asked)), "left": left, "copied": sum(copied)}
 
 
 @on_ranks(
@@ -371,6 +387,20 @@ def test_so_do_those_of_a_caller_who_manages_the_accumulation(ran):
 @on_ranks(in_pieces_and_whole, {"dtype": "bf16", "micro": 3, "masters": "bf16"}, stage=[1, 2])
 def test_so_do_those_of_masters_in_16_bits(ran):
     assert_the_same_bits_in_pieces(ran)
+
+
+@on_ranks(in_pieces_and_whole, {"stage": 2, "dtype": "bf16"}, micro=[1, 3], world=[1])
+def test_on_one_rank_large_ones_go_without_a_copy(ran):
+    assert_the_same_bits_in_pieces(ran)
+    (result,) = ran.ranks
+    assert result["ours"]["copied"] == 0 and result["deepspeed's"]["copied"] == 2 * 2 * ran.micro  # steps, parameters
+
+
+@on_ranks(in_pieces_and_whole, {"stage": 2, "dtype": "bf16", "micro": 3}, world=[1])
+def test_what_the_host_has_of_the_head_is_gone_when_the_embedding_comes(ran):
+    for result in ran.ranks:
+        assert result["ours"]["left"] == [False] * 6
+        assert result["deepspeed's"]["left"] == [True, True, False] * 2
 
 
 def assert_the_same_bits_in_pieces(ran) -> None:

@@ -10,10 +10,10 @@ SCALER = {"loss_scale": 0, "initial_scale_power": 10, "hysteresis": 1}
 BAD_STEP, STEPS = 2, 5
 
 
-def one_bad_step(stage: int, dtype: str, where: str, rank: int, clip: float = 0.0) -> dict:
+def one_bad_step(stage: int, dtype: str, where: str, rank: int, clip: float = 0.0, **rest) -> dict:
     """Five steps; in the third something is not finite: the loss of one rank, or one number in its sketches."""
     extra = {"fp16": SCALER} if dtype == "fp16" else {}
-    with engine_for(config(stage, dtype=dtype, gradient_clipping=clip, **extra)) as engine:
+    with engine_for(config(stage, dtype=dtype, gradient_clipping=clip, **extra, **rest)) as engine:
         losses, seen = [], {}
         for number, batch in enumerate(batches(STEPS)):
             if number == BAD_STEP:

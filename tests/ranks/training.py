@@ -10,7 +10,10 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 from toys import Toy, batches, micro_batches
 
+from ds_mofa.peers.orientation import like
+
 __all__ = [
+    "GALORE",
     "OPTIONS",
     "config",
     "engine_for",
@@ -26,8 +29,21 @@ __all__ = [
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6, "torch_adam": True}
 
 
-def config(stage: int, *, dtype: str = "fp32", micro: int = 1, options: dict | None = None, **rest) -> dict[str, Any]:
+# With eps far above rounding: Adam's first direction is the sign of a gradient, of which rounding may decide.
+GALORE: dict[str, Any] = {**OPTIONS, "refresh_every": 3, "alpha": 0.5, "eps": 1e-3, "adamw_lr": 1e-3}
+
+
+def config(
+    stage: int,
+    *,
+    dtype: str = "fp32",
+    micro: int = 1,
+    options: dict | None = None,
+    optimizer: str = "MoFaSGD",
+    **rest,
+) -> dict[str, Any]:
     """A DeepSpeed config; ``options`` and ``rest`` are merged into it."""
+    defaults = {"MoFaSGD": OPTIONS, "GaLore": GALORE}[optimizer]
     zero = {"stage": stage, **rest.pop("zero_optimization", {})}
     if stage == 3:
         zero.setdefault("stage3_param_persistence_threshold", 40)  # norms and biases persist, matrices do not
@@ -35,7 +51,7 @@ def config(stage: int, *, dtype: str = "fp32", micro: int = 1, options: dict | N
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro,
-        "optimizer": {"type": "MoFaSGD", "params": {**OPTIONS, **(options or {})}},
+        "optimizer": {"type": optimizer, "params": {**defaults, **(options or {})}},
         "zero_optimization": zero,
         "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0
         **precision,
@@ -120,6 +136,10 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_momenta(engine) -> dict[str, Tensor]:
-    """U diag(sigma) V^T of every matrix, on rank 0; empty elsewhere. Collective."""
-    state = engine.basic_optimizer.matrices.state_dict().get("matrices", {})
-    return {name: one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}
+    """The first moment of every matrix, whole, on rank 0; empty elsewhere. Collective."""
+    matrices = engine.basic_optimizer.matrices
+    state = matrices.state_dict().get("matrices", {})
+    if "sigma" in matrices.rule.fields:
+        return {name: one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}
+    shapes = {matrix.name: matrix.shape for matrix in matrices.matrices}
+    return {name: like(one["P"] @ one["m"].mT, shapes[name]) for name, one in state.items()}

@@ -397,10 +397,10 @@ def test_exploring_needs_no_more_than_is_said(shapes, rank, k):
         (m, n), B = part.block.shape, len(part.members)
         U, V = (torch.linalg.qr(torch.randn(B, size, rank)).Q for size in (m, n))
         pieces.append(exploration.Piece(part, (U, V, torch.ones(B, rank)), *part.views(sketches)))
-    exploring.explore(pieces, working, 1.0)  # fills what is kept for good
+    exploring.explore(pieces, working, lambda m, n: 1.0)  # fills what is kept for good
     said = temporaries(parts)
     with LiveBytes() as live:
-        exploring.explore(pieces, working, 1.0)
+        exploring.explore(pieces, working, lambda m, n: 1.0)
     assert 0.1 * said < live.peak <= said
     with LiveBytes() as live:
         exploring.draw(working, 1)
@@ -472,7 +472,7 @@ def _gap(explore: int, lr: float) -> float:
     target = torch.linalg.qr(torch.randn(48, 48)).Q
     model = nn.Linear(48, 48, bias=False)
     nn.init.zeros_(model.weight)
-    optimizer = MoFaSGD(model, lr=lr, adjust_lr_fn="none", rank=2, explore=explore, explore_scale=1.0)
+    optimizer = MoFaSGD(model, lr=lr, adjust_lr_fn="none", rank=2, explore=explore, explore_scale=0.3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 60)
     for _ in range(60):
         optimizer.zero_grad()

@@ -159,6 +159,28 @@ def test_exploring_by_coordinates_moves_few_columns():
     assert close(more[..., moved], polar(missed[..., moved], 2))
 
 
+def test_exploring_rows_and_columns_moves_both():
+    grads = gradients((12, 17), 4)
+    columns = LastStep((12, 17), grads, explore=2, explore_by="coordinates")
+    both = LastStep((12, 17), grads, explore=2, explore_by="coordinates", explore_sides="both")
+    more = both.D - columns.D
+    moved = more.norm(dim=-1)[0] > 1e-9
+    assert int(moved.sum()) == 2
+    missed = both.G - next_momentum(both.old, both.G, 0.0, 1.0)
+    assert close(more[:, moved], polar(missed[:, moved], 2))
+
+
+def test_exploring_by_signs_moves_all_columns_alike():
+    grads = gradients((12, 17), 4)
+    step, plain = LastStep((12, 17), grads, explore=1, explore_by="signs"), LastStep((12, 17), grads)
+    more = step.D - plain.D
+    assert close(more.norm(dim=-2), torch.full((1, 17), 1 / math.sqrt(17), dtype=torch.float64))
+    missed = step.G - next_momentum(step.old, step.G, 0.0, 1.0)
+    e = more.mT @ missed @ missed.mT @ more  # more = h e^T / |h| with h = missed e
+    e = torch.linalg.eigh(e)[1][..., -1:]
+    assert close(more, polar(missed @ e @ e.mT, 1))
+
+
 # ---------------------------------------------------------------------- the momentum
 
 

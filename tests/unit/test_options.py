@@ -74,6 +74,7 @@ BAD = [
     ("adamw_eps", 0, "> 0"),
     ("adamw_weight_decay", -1, ">= 0"),
     ("adamw_reduce", "never", "one of"),
+    ("adamw_states", "4bit", "one of"),
 ]
 
 

@@ -1,0 +1,83 @@
+"""GaLore with bases from sketches once more, dense, in float64 and in one process: what every stage must agree with.
+
+The equations are the peer's (:mod:`ds_mofa.peers.galore`), on whole gradients of autograd's; only the bases come from
+seeded sketches of them, and are in force one step later. See :mod:`ds_mofa.rules.galore`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ds_mofa.peers.adam import adam_direction, adam_moments
+from ds_mofa.peers.orientation import like, wide
+from ds_mofa.peers.subspace import leading_subspace
+from ds_mofa.weights import Rounding, rounding_key
+from tests.reference import Reference
+
+__all__ = ["DenseGaLore", "GaLoreReference"]
+
+
+class DenseGaLore:
+    """One matrix' basis and moments.
+
+    Attributes:
+        P: (s, r), of the next step; None before the first.
+        direction: (m, n), P N of the last step; None where it was the first.
+        M: m x n, the first moment in the weights' coordinates, P m.
+    """
+
+    def __init__(self, shape, *, rank, refresh_every, betas, eps, index, seed=0):
+        self.shape, self.rank, self.index, self.seed = shape, rank, index, seed
+        self.refresh_every, self.betas, self.eps = refresh_every, betas, eps
+        self.P, self.steps = None, 0
+        self.m = self.v = torch.zeros(rank, max(shape), dtype=torch.float64)
+
+    @property
+    def M(self) -> Tensor:
+        return like(self.P @ self.m, self.shape)
+
+    def square_norm(self, G: Tensor) -> Tensor:
+        if self.P is None:
+            psi, omega = self._drawn(*self.shape)
+            return ((G @ omega).square().sum() + (G.mT @ psi).square().sum()) / 2
+        return (self.P.mT @ wide(G)).square().sum()
+
+    def move(self, G: Tensor, _: float = 0.0) -> None:
+        self.direction = None
+        if self.P is not None:
+            self.m, self.v = adam_moments(self.m, self.v, self.P.mT @ wide(G), self.betas)
+            self.direction = like(self.P @ adam_direction(self.m, self.v, self.steps, self.betas, self.eps), self.shape)
+        if self.steps % self.refresh_every == 0:
+            m, n = self.shape
+            if self.P is None:
+                psi, omega = self._drawn(m, n)
+                test = omega if m < n else psi
+            else:
+                [test] = self._drawn(max(m, n))
+            self.P = leading_subspace(wide(G) @ test, self.rank)
+        self.steps += 1
+
+    def _drawn(self, *sizes: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(rounding_key(Rounding(False, self.seed, self.steps), self.index))
+        return [(torch.randn(size, self.rank, generator=generator) / math.sqrt(self.rank)).double() for size in sizes]
+
+
+class GaLoreReference(Reference):
+    """Trains ``model`` in float64: ``matrices`` by GaLore, its other trained parameters by AdamW."""
+
+    def __init__(self, model: nn.Module, matrices: list[str], *, rank, refresh_every, alpha, betas, eps, **settings):
+        super().__init__(model, matrices, rank=rank, beta=0.0, **settings)
+        self.alpha = alpha
+        self.momenta = {
+            name: DenseGaLore(
+                tuple(self.params[name].shape), rank=rank, refresh_every=refresh_every, betas=betas, eps=eps, index=i
+            )
+            for i, name in enumerate(matrices)
+        }
+
+    def _move_matrix(self, name: str, param: Tensor, grad: Tensor) -> None:
+        lr, direction = self.lr(self.steps), self.momenta[name].direction
+        param.mul_(1 - lr * self.weight_decay)
+        if direction is not None:
+            param.sub_(lr * self.alpha * direction)
