@@ -81,9 +81,8 @@ def _coordinates(gram: Tensor, r: int) -> Tensor:
 def _sizes(looks: Sequence[Look], rests: Sequence[Tensor]) -> Sequence[Tensor]:
     """|G E| + |G (1 - P) E|, (B, 1, 1), 1 where it is zero: their difference |G P E| is no larger."""
     norms = [
-        torch.linalg.vector_norm(
-            part, dim=(-2, -1), keepdim=True, dtype=torch.float64
-        )  # squares of 1e-30 are 0 in fp32
+        # In float64: the squares of a tiny gradient are zero in fp32.
+        torch.linalg.vector_norm(part, dim=(-2, -1), keepdim=True, dtype=torch.float64)
         for (U, Y, _), rest in zip(looks, rests)
         for part in (Y[..., U.shape[-1] :], rest)
     ]

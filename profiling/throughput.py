@@ -4,16 +4,16 @@
         --runs torch:AdamW torch:MoFaSGD:r=8 zero2:AdamW zero2:MoFaSGD:r=32 --output_dir out/throughput
 
 A run is BACKEND:OPTIMIZER[:OPTION=VALUE...]. Backends: ``torch`` (one GPU, no DeepSpeed; there LoRA too, with peft) and
-``zero0`` to ``zero3``. Options: ``r`` (rank), ``explore`` (MoFaSGD's), ``capture``, ``states`` (fp32 or bf16:
+``zero0`` to ``zero3``. Options: ``r`` (rank), ``explore`` (k, of MoFaSGD), ``capture``, ``states`` (fp32 or bf16:
 DeepSpeed's master weights and optimizer states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``contiguous`` and
 ``overlap`` (0 or 1: its contiguous_gradients and overlap_comm), ``leaf`` (1: stage 3 gathers a decoder layer at a time
 rather than a linear), ``prefetch`` (its stage3_prefetch_bucket_size), ``checkpointing`` (1), ``liger`` (1:
 liger-kernel's fused norms, SwiGLU, rotary embedding and loss, as HF's ``use_liger_kernel``), ``offload`` (optimizer or
 param: DeepSpeed's offload_optimizer to the host, or that and offload_param), ``head`` (matrix: the output head is one
 of MoFaSGD's), ``head_loss`` (fused: MoFaSGD's ``fused_head`` in the place of liger-kernel's loss), ``embed`` (frozen:
-the embedding stays as it is), ``adamw`` (8bit: MoFaSGD's ``adamw_states``), ``card`` (GiB: run out of memory where a GPU
-of that size would). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention is sdpa; the batch is
-the same in every step.
+the embedding stays as it is), ``adamw`` (8bit: MoFaSGD's ``adamw_states``), ``card`` (GiB: run out of memory where a
+GPU of that size would). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention is sdpa; the
+batch is the same in every step.
 
 A run's process builds its model once and takes the shapes in their order, after --warmup steps of each.
 

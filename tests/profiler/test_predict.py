@@ -150,6 +150,17 @@ def test_the_terms_of_the_papers_setting():
     assert parts["factors"] == pytest.approx(6 * numbers, rel=1e-3)
 
 
+@pytest.mark.parametrize("offload", [None, "optimizer"])
+def test_exploring_widens_all_but_the_state(offload):
+    r, k, stage = 8, 5, {"zero": 2, "gpus": 2, "offload": offload}
+    without, found = (predict(Setting(LLAMA, "MoFaSGD", rank=r, explore=count, **stage)) for count in (0, k))
+    sides = 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    wider = {name: found["categories"][name] - without["categories"][name] for name in ("sketches", "factors")}
+    assert wider["sketches"] == pytest.approx(4 * k * sides, rel=1e-2)
+    assert wider["factors"] == pytest.approx((2 + 1 / 4) * k * sides, rel=1e-2)
+    assert found["host"] == without["host"]
+
+
 def test_8_bit_moments_take_a_byte_a_number_and_the_scales():
     head_and_norms = 2 * 128256 * 4096 + 65 * 4096  # whole blocks all of them
     full, found = (predict(Setting(LLAMA, "MoFaSGD", adamw_states=states)) for states in ("full", "8bit"))
@@ -167,6 +178,7 @@ RUNS = [
     "torch:MoFaSGD:r=4:adamw=8bit:head_loss=fused:checkpointing=1",
     "torch:MoFaSGD:r=4:adamw=8bit:head_loss=fused:head=matrix",
     "torch:MoFaSGD:r=4:embed=frozen",
+    "torch:MoFaSGD:r=4:explore=3",
 ]
 
 
@@ -188,17 +200,6 @@ def test_what_a_run_keeps_is_what_was_predicted(run, monkeypatch):
     for kind in ("weights", "AdamW states", "sketches", "factors"):
         # Counters of the steps.
         assert counted.get(kind, 0) == pytest.approx(predicted.get(kind, 0), rel=0.005, abs=400), kind
-
-
-@pytest.mark.parametrize("offload", [None, "optimizer"])
-def test_exploring_widens_all_but_the_state(offload):
-    r, k, stage = 8, 5, {"zero": 2, "gpus": 2, "offload": offload}
-    without, found = (predict(Setting(LLAMA, "MoFaSGD", rank=r, explore=count, **stage)) for count in (0, k))
-    sides = 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
-    wider = {name: found["categories"][name] - without["categories"][name] for name in ("sketches", "factors")}
-    assert wider["sketches"] == pytest.approx(4 * k * sides, rel=1e-2)
-    assert wider["factors"] == pytest.approx((2 + 1 / 4) * k * sides, rel=1e-2)
-    assert found["host"] == without["host"]
 
 
 @pytest.mark.parametrize("optimizer", ["LoRA", "Muon", "GaLore"])
