@@ -161,6 +161,34 @@ def test_exploring_widens_all_but_the_state(offload):
     assert found["host"] == without["host"]
 
 
+@pytest.mark.parametrize(
+    ("r", "k", "seq", "micro_batches", "gb"),
+    [(8, 0, 1024, 8, 30.84), (8, 8, 1024, 8, 30.97), (32, 32, 1024, 8, 31.99), (32, 32, 4096, 2, 56.57)],
+)
+def test_exploring_takes_what_was_measured(r, k, seq, micro_batches, gb):
+    """docs/benchmarks/explore_*, one H200."""
+    found = predict(Setting(LLAMA, "MoFaSGD", rank=r, explore=k, seq=seq, micro_batches=micro_batches))
+    assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("choice", "seq", "micro_batches", "gb"),
+    [
+        ({}, 1024, 8, 22.33),
+        ({}, 2048, 4, 22.64),
+        ({"head": "matrix"}, 1024, 8, 19.64),
+        ({"head": "matrix"}, 2048, 4, 19.69),
+        ({"embed": "frozen"}, 1024, 8, 20.21),
+        ({"embed": "frozen"}, 2048, 4, 20.52),
+    ],
+)
+def test_8_bit_moments_take_what_was_measured(choice, seq, micro_batches, gb):
+    """docs/benchmarks/eight-bit_*, one H200, nothing on the host."""
+    common = {"checkpointing": True, "fused_head": True, "adamw_states": "8bit", "seq": seq}
+    found = predict(Setting(LLAMA, "MoFaSGD", rank=8, micro_batches=micro_batches, **common, **choice))
+    assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.01)
+
+
 def test_8_bit_moments_take_a_byte_a_number_and_the_scales():
     head_and_norms = 2 * 128256 * 4096 + 65 * 4096  # whole blocks all of them
     full, found = (predict(Setting(LLAMA, "MoFaSGD", adamw_states=states)) for states in ("full", "8bit"))
