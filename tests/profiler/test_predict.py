@@ -163,7 +163,7 @@ def test_exploring_widens_all_but_the_state(offload):
 
 @pytest.mark.parametrize(
     ("r", "k", "seq", "micro_batches", "gb"),
-    [(8, 0, 1024, 8, 30.84), (8, 8, 1024, 8, 30.97), (32, 32, 1024, 8, 31.99), (32, 32, 4096, 2, 56.57)],
+    [(8, 8, 1024, 8, 30.97), (32, 32, 4096, 2, 56.57)],
 )
 def test_exploring_takes_what_was_measured(r, k, seq, micro_batches, gb):
     """docs/benchmarks/explore_*, one H200."""
@@ -175,11 +175,8 @@ def test_exploring_takes_what_was_measured(r, k, seq, micro_batches, gb):
     ("choice", "seq", "micro_batches", "gb"),
     [
         ({}, 1024, 8, 22.33),
-        ({}, 2048, 4, 22.64),
-        ({"head": "matrix"}, 1024, 8, 19.64),
         ({"head": "matrix"}, 2048, 4, 19.69),
         ({"embed": "frozen"}, 1024, 8, 20.21),
-        ({"embed": "frozen"}, 2048, 4, 20.52),
     ],
 )
 def test_8_bit_moments_take_what_was_measured(choice, seq, micro_batches, gb):
