@@ -27,8 +27,6 @@ WAYS = {
     "ZeRO-3, optimizer offloaded": {"zero": 3, "offload": "optimizer"},
     "ZeRO-3, parameters too": {"zero": 3, "offload": "param"},
 }
-# Of the one run in stage 3 with offload that was measured: 9.12 GB allocated, 6.21 predicted (docs/capacity.md).
-SHORT = 9.12 / 6.21
 
 
 def main() -> None:
@@ -77,11 +75,7 @@ def weights(setting: Setting) -> int:
 def needs(setting: Setting) -> tuple[int, int]:
     """Bytes of the device, and of the host, that one rank cannot do without."""
     found = predict(setting)
-    categories = found["categories"]
-    need = found["total"] - categories.get("allocator slack", 0)
-    if setting.zero == 3 and setting.offload:
-        need += round((SHORT - 1) * (found["allocated"] - categories.get("weights", 0)))
-    return need, found["host"]
+    return found["total"] - found["categories"].get("allocator slack", 0), found["host"]
 
 
 if __name__ == "__main__":

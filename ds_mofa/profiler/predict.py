@@ -268,6 +268,7 @@ def _zero(setting: Setting) -> ZeroSettings:
         contiguous_gradients=setting.contiguous,
         stage3_prefetch_bucket_size=setting.prefetch,
         leaf_module=setting.leaf,
+        head_read_outside=setting.liger and not setting.fused_head,
     )
 
 

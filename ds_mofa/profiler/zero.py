@@ -51,6 +51,7 @@ class ZeroSettings:
     stage3_param_persistence_threshold: int = 100_000
     stage3_prefetch_bucket_size: int = 100_000_000
     leaf_module: bool = False  # whether a layer is gathered as one
+    head_read_outside: bool = False  # the model reads the output head's weight itself, for liger-kernel's loss
     sub_group_size: int = 1_000_000_000
     overlap_comm: bool = True
     contiguous_gradients: bool = True

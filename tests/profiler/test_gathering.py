@@ -51,6 +51,46 @@ def test_a_leaf_is_gathered_as_one():
     assert found.reserved == (40 + 4 * 20) * MIB
 
 
+def layers(count: int) -> list[str]:
+    return [f"layers.{i}.{name}" for i in range(count) for name in "qk"]
+
+
+@pytest.mark.parametrize(("distance", "kept"), [(0, 0), (2 * ELEMENTS, 1), (2 * ELEMENTS + 1, 2), (6 * ELEMENTS, 3)])
+def test_the_last_leaves_stay_for_the_model_s_backward(distance, kept):
+    """A leaf counts the layers after it, and then finds itself in the model, whose backward comes first."""
+    limits = {"stage3_max_reuse_distance": distance, "stage3_prefetch_bucket_size": 0}
+    found = gathered(settings(**limits, leaf_module=True), weights(*layers(8)))
+    assert found.at_loss == kept * 2 * 20 * MIB
+
+
+@pytest.mark.parametrize(
+    ("distance", "outside", "whole"),
+    [
+        (2 * ELEMENTS, False, ["head"]),  # head's forward and backward are that far
+        (2 * ELEMENTS + 1, False, ["embed", "head"]),
+        (ELEMENTS, True, ["head"]),
+        (ELEMENTS + 1, True, ["embed", "head"]),
+    ],
+)
+def test_to_an_embedding_leaves_are_no_distance(distance, outside, whole):
+    limits = {"stage3_max_reuse_distance": distance, "stage3_prefetch_bucket_size": 0}
+    zero = settings(**limits, leaf_module=True, head_read_outside=outside)
+    found = gathered(zero, weights("embed", *layers(8), "head"))
+    count = -(-distance // (2 * ELEMENTS)) if outside else max(0, -(-(distance - ELEMENTS) // (2 * ELEMENTS)))
+    assert found.at_loss == (len(whole) + 2 * count) * 20 * MIB
+
+
+def test_a_head_that_is_the_embedding_is_there_all_the_time():
+    limits = {"stage3_max_reuse_distance": 1, "stage3_prefetch_bucket_size": 0}
+    zero = settings(**limits, leaf_module=True, head_read_outside=True)
+    assert gathered(zero, weights("embed", *layers(8))).at_loss == (1 + 2) * 20 * MIB
+
+
+def test_one_rank_needs_no_common_buffer():
+    zero = ZeroSettings(stage=3, world_size=1, stage3_prefetch_bucket_size=0, leaf_module=True)
+    assert gathered(zero, weights(*layers(2))).reserved == 4 * 20 * MIB
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_only_empty_segments_are_given_back(kept):
     allocator = CachingAllocator()

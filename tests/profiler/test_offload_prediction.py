@@ -59,9 +59,14 @@ def test_the_same_without_offload_and_with_bf16_states(seq, micro_batches):
 
 
 def test_offloaded_weights_leave_the_gpu():
-    """Measured: 9.12 GB, which the prediction does not reach (docs/capacity.md); what is on the host is 41.63 GB."""
+    """Measured: 9.12 GB, when the head's gradient is converted; gathered are head, embedding and the last five layers."""
     found = predict(Setting(LLAMA, "MoFaSGD", zero=3, offload="param", leaf=True, prefetch=50_000_000, **COMMON))
-    assert found["categories"].get("weights", 0) < 0.01e9 and found["allocated"] < 9.12e9
+    assert found["categories"].get("weights", 0) < 0.01e9
+    assert found["when"] == "backward, on the way to the host (lm_head.weight)"
+    layer = 2 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    gathered = 2 * (2 * 128256 * 4096) + 5 * layer
+    assert found["categories"]["communication buffers"] == 2 * COMMON["bucket"] + gathered
+    assert found["allocated"] == pytest.approx(9.12e9, rel=0.001)
     assert found["host"] + 2.44e9 == pytest.approx(41.63e9, rel=0.12)
 
 
