@@ -115,7 +115,9 @@ def test_all_points_were_looked_at():
     assert len(measured()) >= 26
 
 
-@pytest.mark.parametrize("optimizer", ["MoFaSGD:r=4", "MoFaSGD:r=4:explore=3", "AdamW"])
+@pytest.mark.parametrize(
+    "optimizer", ["MoFaSGD:r=4", pytest.param("MoFaSGD:r=4:explore=3", marks=pytest.mark.slow), "AdamW"]
+)
 def test_backward_in_stage_2_is_what_ranks_count(optimizer, tmp_path):
     """Two processes on a CPU, few tokens and a small bucket, so that gradients and their copies decide the peak."""
     run = f"zero2:{optimizer}:bucket=20000"
