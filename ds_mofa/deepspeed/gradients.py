@@ -40,7 +40,7 @@ class GradientMixin:
     goes, 2.1 GB for that head, and keeps a buffer there, as large as the largest parameter, in which what the host has
     added up comes back to the gradient of the next micro-batch. Here both go by pieces of 64 MiB at most, in the same
     stream and order, so each number is converted and added as it was. A gradient that the host has is gone at once,
-    where DeepSpeed lets those of all but the last micro-batch live until the next forward; and one that is larger than
+    where DeepSpeed lets those of all but the last micro-batch live until the backward ends; and one that is larger than
     the bucket goes without the copy that DeepSpeed makes of it for its all-reduce, where one rank has nothing to reduce.
 
     Attributes:

@@ -25,7 +25,7 @@ def offloaded_candidates(
 
     A gradient is reduced when the next one does not fit into its bucket; one larger than the bucket waits until then
     where it is, in stages 1 and 2 as a copy, which is made while autograd still holds the original. DeepSpeed lets it
-    live, in all but the step's last micro-batch, until the next forward; :mod:`ds_mofa.deepspeed.gradients` does not, and
+    live, in all but the step's last micro-batch, until the backward ends; :mod:`ds_mofa.deepspeed.gradients` does not, and
     on one rank in stage 2 neither copies it nor lets it wait. There is also a buffer of the largest parameter, or of a
     piece, that brings what the host has added up. In stage 3 that copy is of a shard.
     """

@@ -29,7 +29,7 @@ def whole_to_host(monkeypatch):
 
 
 @pytest.fixture
-def kept_until_the_next_forward(monkeypatch):
+def kept_until_backward_ends(monkeypatch):
     """As it was when docs/benchmarks/pieces_* were measured."""
     patched(monkeypatch, host_at_once=False)
 
@@ -89,7 +89,7 @@ def test_the_gpu_with_a_fused_head_and_with_a_head_that_is_a_matrix(seq, micro_b
     assert predict(setting)["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
 
 
-@pytest.mark.usefixtures("kept_until_the_next_forward")
+@pytest.mark.usefixtures("kept_until_backward_ends")
 @pytest.mark.parametrize(
     ("seq", "micro_batches", "choice", "gb"),
     [
