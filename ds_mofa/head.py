@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ds_mofa.options import OptionError
-from ds_mofa.sketch import OURS, Sketch, add_product, plain_linear
+from ds_mofa.sketch import OURS, Sketch, add_product, plain_linear, wanted
 
 __all__ = ["BLOCK_BYTES", "LOGITS_BYTES", "FusedHead", "FusedLoss", "peak_bytes"]
 
@@ -137,8 +137,14 @@ class FusedLoss(torch.autograd.Function):
         if db is not None:
             db = db.mul_(scale / ctx.lift).to(ctx.bias_dtype)
         if own is not None:
-            ctx.sketch.Y.addcmul_(own.Y, (scale / ctx.lift).to(own.Y.dtype))
-            ctx.sketch.Z.addcmul_(own.Z, (scale / ctx.lift).to(own.Z.dtype))
+            asked = wanted(ctx.next_functions[1][0])
+            if asked is None:
+                raise RuntimeError(
+                    "autograd.grad asks for the gradient of the output head, and the fused head of a matrix has sketches "
+                    'alone: set "fused_head": false'
+                )
+            if asked:
+                ctx.sketch.add_sums(own, scale / ctx.lift)
         return dx, dw, db, None, None, None, None
 
 
@@ -274,8 +280,10 @@ class FusedHead:
             inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
         targets, items = targets.reshape(-1), call.items
         items = (targets != call.ignore_index).sum() if items is None else torch.as_tensor(items, device=x.device)
+        # A hook on the weight is one more who wants the gradient itself.
+        sketch = None if self._head.weight._backward_hooks else self._sketch
         with torch.autocast(device, enabled=False):
-            return FusedLoss.apply(*inputs, targets, items, call.ignore_index, self._sketch)
+            return FusedLoss.apply(*inputs, targets, items, call.ignore_index, sketch)
 
     # ------------------------------------------------------------------ a forward, in its order
 

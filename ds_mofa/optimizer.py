@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -9,7 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_mofa import ownership
+from ds_mofa.absentees import Absentees
 from ds_mofa.adamw_8bit import AdamW8bit, check_states
+from ds_mofa.gradient import Gradients
 from ds_mofa.head import FusedHead
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import Split, split_parameters
@@ -20,6 +24,11 @@ from ds_mofa.rules.rule import Rule
 from ds_mofa.step import MatrixStep
 
 __all__ = ["MatrixOptimizer", "MoFaSGD"]
+
+_NO_COPY = (
+    "{title} cannot be copied or pickled: it is part of its model's forward and backward. Save state_dict(); for a copy of "
+    "the model build a new {title} and load it there"
+)
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -51,13 +60,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"{title} needs the model, to tell an embedding from a matrix: {title}(model, ...) or "
                 f"{title}(param_groups, model=model, ...)"
             )
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise OptionError(
-                f"{title} was built outside DeepSpeed in a run of several processes, where nothing would add up its "
-                f'sketches. Use deepspeed.initialize with "optimizer": {{"type": "{title}"}} in the config'
-            )
+        _refuse_several_processes(title)
         parsed, _ = self.options_class.from_config(options)
         split = split_parameters(model, params, parsed)
+        ownership.release((matrix.param for matrix in split.matrices), to=f"another {title}")
         head = FusedHead(model) if parsed.fused_head else None
         adamw = None
         device = split.matrices[0].param.device
@@ -65,7 +71,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             adamw = _plain_adamw(split.adamw_groups, parsed, device)
         rule = self.rule_class(parsed)
         matrices = MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device, head=head, rule=rule)
-        self._assemble(split, parsed, adamw, matrices)
+        self._assemble(split, parsed, adamw, matrices, Gradients(matrices))
+        self._model = weakref.ref(model)
+        self._absentees = Absentees(split, self.adamw_groups)
+        print(f"ds_mofa: {split.summary()}", flush=True)
 
     @classmethod
     def from_parts(
@@ -77,9 +86,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return self
 
     def _assemble(
-        self, split: Split, options: Options, adamw: torch.optim.Optimizer | None, matrices: MatrixStep
+        self,
+        split: Split,
+        options: Options,
+        adamw: torch.optim.Optimizer | None,
+        matrices: MatrixStep,
+        gradients: Gradients | None = None,
     ) -> None:
         self.options, self.split, self.adamw, self.matrices = options, split, None, matrices
+        self._gradients = gradients  # None where a backend has its own
         self._matrix_groups: list[dict[str, Any]] = []
         self._clip: Tensor | float = 1.0
         self._built = False
@@ -116,47 +131,76 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.matrices.pending:
-            self.matrices.reduce()
+        self._reduce()
+        if self._gradients is not None:
+            self._absentees.check(self._model())
+            self._clip = self._gradients.clip()
         if self.matrices.finite:
             if self.adamw is not None:
                 with phase("AdamW"), self.adamw_lr():
                     self.adamw.step()
             self.matrices.update(self._matrix_groups, self._clip)
+            if self._gradients is not None:  # graphs from before must know, as they do of a write by torch's optimizers
+                torch.autograd.graph.increment_version([matrix.param for matrix in self.split.matrices])
         else:
             self.matrices.discard()
-        self._clip = 1.0
+        self._forget_clip()
         return loss
+
+    def _reduce(self) -> None:
+        self.matrices.claim.check()
+        if self._gradients is not None:
+            _refuse_several_processes(self.options.title)
+            self._gradients.settle()
+        elif not self.matrices.pending:
+            self.matrices.reduce()
+
+    def _forget_clip(self) -> None:
+        self._clip = 1.0
+        if self._gradients is not None:
+            self._gradients.forget()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradients of this step down to a global norm of at most ``max_norm``.
 
-        The norm is over AdamW's gradients and the matrices' projected ones, of which only the sketches exist;
-        ``torch.nn.utils.clip_grad_norm_`` would see AdamW's alone. Call it after the last backward and before
-        ``step``; a second call finds the gradients as the first has left them.
+        The norm is over AdamW's gradients and the matrices' projected ones, of which only the sketches exist. In one
+        process ``torch.nn.utils.clip_grad_norm_`` does the same, through what stands in ``.grad``. Call it after the last
+        backward and before ``step``; a second call finds the gradients as the first has left them.
 
         Returns:
             The norm before clipping, a scalar tensor.
         """
-        if not self.matrices.pending:
-            self.matrices.reduce()
+        self._reduce()
         grads = [p.grad for group in self.adamw_groups for p in group["params"] if p.grad is not None]
+        if self._gradients is not None:
+            self._clip = self._gradients.clip()
         ours = self.matrices.norm.float() * self._clip
         norm = torch.linalg.vector_norm(torch.stack([ours, *map(torch.linalg.vector_norm, grads)]))
         clip = clip_factor(norm, max_norm)
         for grad in grads:
             grad.mul_(clip)
-        self._clip = self._clip * clip
+        if self._gradients is not None:
+            self._gradients.scale_all(clip)
+        else:
+            self._clip = self._clip * clip
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients and sketches since the last step."""
         if self.adamw is not None:
             self.adamw.zero_grad(set_to_none)
-        self.matrices.clear()
-        self.matrices.drop_pending()
+        if self._gradients is not None:
+            self._gradients.let_go()
+        else:
+            self.matrices.clear()
+            self.matrices.drop_pending()
         self._clip = 1.0
+
+    def detach(self) -> None:
+        """Give the model back as it was before this optimizer, for another one, or to export it."""
+        self.zero_grad()
+        self.matrices.detach()
 
     @contextlib.contextmanager
     def adamw_lr(self) -> Iterator[None]:
@@ -182,6 +226,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return self.adamw.param_groups if self.adamw is not None else []
 
     # ------------------------------------------------------------------ state
+
+    def __deepcopy__(self, memo):
+        raise TypeError(_NO_COPY.format(title=self.options.title))
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(_NO_COPY.format(title=self.options.title))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only: the factors by name, AdamW's state, every group's settings."""
@@ -245,6 +295,14 @@ class MoFaSGD(MatrixOptimizer):
 
     options_class = Options
     rule_class = MoFaSGDRule
+
+
+def _refuse_several_processes(title: str) -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise OptionError(
+            f"{title} was built outside DeepSpeed in a run of several processes, where nothing would add up its "
+            f'sketches. Use deepspeed.initialize with "optimizer": {{"type": "{title}"}} in the config'
+        )
 
 
 def _plain_adamw(groups: list[dict[str, Any]], options: Options, device: torch.device) -> torch.optim.Optimizer:

@@ -53,6 +53,7 @@ class Split:
         matrix_groups: one param group for each incoming group that has matrices.
         adamw_groups: one param group for each incoming group that has anything else.
         title: of the matrices' optimizer.
+        frozen: the parameters that it was given and that required no gradient, by name.
     """
 
     matrices: list[Matrix]
@@ -60,6 +61,7 @@ class Split:
     matrix_groups: list[dict[str, Any]]
     adamw_groups: list[dict[str, Any]]
     title: str = "MoFaSGD"
+    frozen: dict[nn.Parameter, str] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> str:
         """One paragraph for the log: what the matrices' optimizer trains, by shape, and AdamW, by reason."""
@@ -115,6 +117,7 @@ def split_parameters(
         matrices, rest = [], []
         for param in incoming["params"]:
             if not param.requires_grad:
+                split.frozen[param] = names.get(param, "")
                 continue
             if param in seen:
                 raise OptionError(f"parameter {names.get(param)!r} is in two param groups: give each only once")

@@ -4,12 +4,20 @@ Two ways, the same sums. The *linear* never computes G: for y = x W^T the gradie
 Y = dY^T (X V) and Z = X^T (dY U), two thin products each in the place of the weight-gradient GEMM. The
 *hook* sketches a gradient that autograd has computed and drops it; it serves every 2-D parameter that is
 not an ``nn.Linear``, and catches what reaches a linear's weight by another road.
+
+Capture follows autograd: what is added is what autograd would have added to ``.grad``. ``autograd.grad(loss, x)`` and
+``backward(inputs=...)`` that leave a weight out add nothing to its sketch; where the module's ``weight`` is not the
+parameter (``functional_call``, a parametrization, pruning), where a hook stands on the weight, and where
+``autograd.grad`` asks for the gradient itself, G is computed and goes the way of every gradient.
 """
 
 import types
+import weakref
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F  # noqa: F401  what TorchScript finds in nn.Linear's forward
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -18,7 +26,10 @@ from ds_mofa.options import CaptureMode, OptionError
 from ds_mofa.parameters import Matrix
 from ds_mofa.phases import phase
 
-__all__ = ["Sketch", "Queue", "attach", "SketchedLinear", "OURS", "add_product", "plain_linear"]
+if TYPE_CHECKING:
+    from ds_mofa.gradient import SketchedGradient
+
+__all__ = ["Sketch", "Queue", "attach", "SketchedLinear", "OURS", "add_product", "plain_linear", "wanted"]
 
 # zero.Init replaces F.linear for the whole process by one that computes weight gradients.
 plain_linear = torch._C._nn.linear
@@ -33,36 +44,114 @@ class Sketch:
         Z: (n, r), fp32, sum of G^T U.
         U: (m, r), working copy in the compute dtype; before the first step the test matrix Psi.
         V: (n, r), likewise; before the first step Omega.
+        param: the matrix, from :func:`attach` on.
+        grad: what ``param.grad`` is while it has a gradient; None where ``.grad`` stays None.
+        filled: with a ``grad``: whether Y and Z hold anything.
     """
 
-    __slots__ = ("Y", "Z", "U", "V", "_queue", "_addresses")
+    __slots__ = ("Y", "Z", "U", "V", "param", "grad", "filled", "key", "_queue", "_addresses", "__weakref__")
 
     def __init__(self, Y: Tensor, Z: Tensor, U: Tensor, V: Tensor, queue: "Queue | None" = None):
         self.Y, self.Z, self.U, self.V = Y, Z, U, V
+        self.param: nn.Parameter | None = None
+        self.grad: "SketchedGradient | None" = None
+        self.filled = False
+        self.key = _key_of(self)
         self._queue = queue
         self._addresses = tuple(tensor.data_ptr() for tensor in (Y, Z, U, V))
 
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
         """Add G = dy^T x without forming it. x: (..., n), dy: (..., m), of one dtype."""
-        # In a compiled backward the products stand in the graph themselves.
-        if self._queue is not None and x.dtype == self.V.dtype == dy.dtype and not torch.compiler.is_compiling():
+        self.open(self.Y, self.Z)
+        if self._queue is not None and x.dtype == self.V.dtype == dy.dtype:
             self._queue.add(self._addresses, x.contiguous(), dy.contiguous())
             return
+        self.add_linear_to(self.Y, self.Z, x, dy)
+
+    def add_linear_to(self, Y: Tensor, Z: Tensor, x: Tensor, dy: Tensor) -> None:
+        """:meth:`add_linear` into other sums, at once."""
         with phase("capture"):
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            add_product(self.Y, dy.mT, x @ self.V.to(x.dtype))
-            add_product(self.Z, x.mT, dy @ self.U.to(dy.dtype))
+            add_product(Y, dy.mT, x @ self.V.to(x.dtype))
+            add_product(Z, x.mT, dy @ self.U.to(dy.dtype))
+
+    @torch.no_grad()
+    def add_gradient(self, grad: Tensor, Y: Tensor | None = None, Z: Tensor | None = None) -> None:
+        """Add a gradient that exists. grad: (m, n)."""
+        Y, Z = (self.Y, self.Z) if Y is None else (Y, Z)
+        self.open(Y, Z)
+        grad = grad.to_dense() if grad.is_sparse else grad
+        add_product(Y, grad, self.V.to(grad.dtype))
+        add_product(Z, grad.mT, self.U.to(grad.dtype))
+
+    def add_sums(self, other: "Sketch", scale: Tensor) -> None:
+        """Add what another sketch of the same factors holds, times a scalar tensor."""
+        self.open(self.Y, self.Z)
+        self.Y.addcmul_(other.Y, scale.to(other.Y.dtype))
+        self.Z.addcmul_(other.Z, scale.to(other.Z.dtype))
+
+    def open(self, Y: Tensor, Z: Tensor) -> None:
+        """Before something is added to Y and Z: let ``.grad`` say that there is a gradient."""
+        mark = self.grad
+        if mark is not None and not (self.filled and self.param.grad is mark):
+            mark.begin(self, Y, Z)
 
     def emptied(self) -> "Sketch":
         """One with the same factors, and sums of its own that are zero."""
         return Sketch(torch.zeros_like(self.Y), torch.zeros_like(self.Z), self.U, self.V)
 
-    @torch.no_grad()
-    def add_gradient(self, grad: Tensor) -> None:
-        """Add a gradient that exists. grad: (m, n)."""
-        grad = grad.to_dense() if grad.is_sparse else grad
-        add_product(self.Y, grad, self.V.to(grad.dtype))
-        add_product(self.Z, grad.mT, self.U.to(grad.dtype))
+
+_sketches: "weakref.WeakValueDictionary[int, Sketch]" = weakref.WeakValueDictionary()
+_last_key = 0
+
+
+def _key_of(sketch: Sketch) -> Tensor:
+    """A number for the sketch, as a tensor: a compiled graph takes it as an input, where an int would be a constant of
+    the graph, and every layer would be compiled for itself.
+    """
+    global _last_key
+    _last_key += 1
+    _sketches[_last_key] = sketch
+    return torch.tensor(_last_key, dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("ds_mofa::add_linear", mutates_args=("Y", "Z"))
+def _add_linear(Y: Tensor, Z: Tensor, x: Tensor, dy: Tensor, key: Tensor) -> None:
+    """:meth:`Sketch.add_linear` in a compiled backward, which computes all that it may be asked for: whether this one is
+    asked for the weight's gradient is known only when it runs.
+    """
+    sketch = _sketches[int(key)]
+    if sketch.param is not None:
+        answer = wanted(_leaf_node(sketch.param))
+        if answer is None:
+            raise RuntimeError(
+                "autograd.grad asks for the gradient of a matrix through a compiled forward, which has sketches of it "
+                "alone: call the model without torch.compile there"
+            )
+        if not answer:
+            return
+    sketch.open(Y, Z)
+    sketch.add_linear_to(Y, Z, x, dy)
+
+
+def _leaf_node(param: nn.Parameter) -> torch.autograd.graph.Node:
+    """The AccumulateGrad node of a leaf, from within an operator, below autograd: autograd makes it and hands it out."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+        return torch.autograd.graph.get_gradient_edge(param).node
+
+
+def wanted(node: torch.autograd.graph.Node | None) -> bool | None:
+    """Whether the running backward accumulates into the leaf of this AccumulateGrad node; None where it is an
+    ``autograd.grad`` that returns that leaf's gradient.
+    """
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError as error:
+        if "autograd.grad" not in str(error):
+            raise
+        return None
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
@@ -89,6 +178,7 @@ class Queue:
         self._rank, self._dtype = rank, dtype
         self._waiting: list[tuple] = []
         self._bytes = 0
+        self._backward = -1  # of the last that came
 
     @classmethod
     def serving(cls, working: Tensor, sketches: Tensor, rank: int) -> "Queue | None":
@@ -106,7 +196,10 @@ class Queue:
         """
         if x.numel() == 0:  # an expert that no token went to
             return
-        if not self._waiting:
+        backward = torch._C._current_graph_task_id()
+        if not self._waiting or backward != self._backward:
+            self.take()  # left by a backward that raised: autograd keeps what such a one has added
+            self._backward = backward
             torch.autograd.Variable._execution_engine.queue_callback(self.take)
         self._waiting.append((addresses, x, dy))
         self._bytes += (x.numel() + dy.numel()) * x.element_size()
@@ -124,7 +217,7 @@ class Queue:
                 _capture.launch(waiting, self._rank, self._dtype)
 
     def forget(self) -> None:
-        """Drop what waits: a backward that raised has left it."""
+        """Drop what waits."""
         self._waiting, self._bytes = [], 0
 
 
@@ -135,7 +228,10 @@ class SketchedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Sketch, gathered) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sketch, ctx.gathered, ctx.has_bias = sketch, gathered, bias is not None
-        return plain_linear(x, _as(weight, x.dtype), None if bias is None else _as(bias, x.dtype))
+        y = plain_linear(x, _as(weight, x.dtype), None if bias is None else _as(bias, x.dtype))
+        if not torch.compiler.is_compiling() and y._is_view():  # as it is with a bias: no view may be written in place
+            y = torch.ops.aten._unsafe_view(y, y.shape)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -146,7 +242,7 @@ class SketchedLinear(torch.autograd.Function):
 def _backward(ctx, dy: Tensor):
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dx = db = None
+    dx = dw = db = None
     if need_x:
         if ctx.gathered is None:
             dx = dy @ _as(weight, dy.dtype)
@@ -154,10 +250,21 @@ def _backward(ctx, dy: Tensor):
             with ctx.gathered(weight) as whole:
                 dx = dy @ _as(whole, dy.dtype)
     if need_weight:
-        ctx.sketch.add_linear(x, dy)
+        sketch = ctx.sketch
+        if torch.compiler.is_compiling():
+            if type(sketch) is Sketch:
+                _add_linear(sketch.Y, sketch.Z, x, dy, sketch.key)
+            else:
+                sketch.add_linear(x, dy)
+        else:
+            asked = wanted(ctx.next_functions[1][0])
+            if asked is None or asked and sketch.param is not None and sketch.param._backward_hooks:
+                dw = _as(dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]), weight.dtype)
+            elif asked:
+                sketch.add_linear(x, dy)
     if ctx.has_bias and need_bias:
         db = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx, None, db, None, None
+    return dx, dw, db, None, None
 
 
 _backward_once = once_differentiable(_backward)
@@ -172,8 +279,10 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Sketch, gathered) -> Tensor:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return SketchedLinear.apply(x, weight, bias, sketch, gathered)
+    if torch._C._are_functorch_transforms_active():  # what is transformed is autograd's to differentiate
+        return plain_linear(x, _as(weight, x.dtype), None if bias is None else _as(bias, x.dtype))
     return _apply(x, weight, bias, sketch, gathered)
 
 
@@ -191,12 +300,17 @@ def attach(matrices: Sequence[Matrix], sketches: Sequence[Sketch], mode: Capture
         The attachment, whose ``remove()`` puts the model back as it was.
     """
     attachment = Attachment()
-    for matrix, sketch in zip(matrices, sketches):
-        if mode == "linear":
-            for module in matrix.modules:
-                if type(module) is nn.Linear:
-                    attachment.replace_forward(module, sketch, gathered)
-        attachment.add_hook(matrix.param, sketch)
+    try:
+        for matrix, sketch in zip(matrices, sketches):
+            sketch.param = matrix.param
+            if mode == "linear":
+                for module in matrix.modules:
+                    if type(module) is nn.Linear and module._parameters.get("weight") is matrix.param:
+                        attachment.replace_forward(module, matrix.param, sketch, gathered)
+            attachment.add_hook(matrix.param, sketch)
+    except OptionError:
+        attachment.remove()
+        raise
     return attachment
 
 
@@ -207,37 +321,47 @@ class Attachment:
         self._forwards: list[tuple[nn.Module, types.MethodType]] = []
         self._hooks = []
 
-    def replace_forward(self, module: nn.Linear, sketch: Sketch, gathered) -> None:
-        if "forward" in vars(module) and not hasattr(module.forward, OURS):
-            other = getattr(module.forward, "__qualname__", repr(module.forward))
+    def replace_forward(self, module: nn.Linear, param: nn.Parameter, sketch: Sketch, gathered) -> None:
+        other = vars(module).get("forward")
+        if other is not None and not hasattr(other, OURS) and getattr(other, "__func__", None) is not nn.Linear.forward:
+            other = getattr(other, "__qualname__", repr(other))
             raise OptionError(
                 f'the forward of {module} has been replaced by {other}, which capture "linear" would undo: build '
                 'the optimizer before that is done, or set capture to "hook"'
             )
 
-        def forward(self, x: Tensor) -> Tensor:
-            if self is not module:  # a deep copy, made for an average or a reference, has no sketch of its own
-                return nn.Linear.forward(self, x)
+        def forward(self, input: Tensor) -> Tensor:
             weight, bias = self.weight, self.bias
+            # A deep copy, made for an average or a reference, has no sketch; nor has a weight that is computed or lent.
+            if self is not module or weight is not param or torch._C._get_tracing_state() is not None:
+                return nn.Linear.forward(self, input)
             if not torch.is_grad_enabled() or not weight.requires_grad:
-                return plain_linear(x, weight, bias)
-            device = x.device.type
-            if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-                x = x.to(torch.get_autocast_dtype(device))
+                return plain_linear(input, weight, bias)
+            device = input.device.type
+            if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+                input = input.to(torch.get_autocast_dtype(device))
                 with torch.autocast(device, enabled=False):
-                    return _sketched_linear(x, weight, bias, sketch, gathered)
-            return _sketched_linear(x, weight, bias, sketch, gathered)
+                    return _sketched_linear(input, weight, bias, sketch, gathered)
+            if input.dtype != weight.dtype:
+                return nn.Linear.forward(self, input)  # which says what is wrong, in training as in evaluation
+            return _sketched_linear(input, weight, bias, sketch, gathered)
 
         setattr(forward, OURS, True)
-        module.forward = types.MethodType(forward, module)
+        forward.__wrapped__ = nn.Linear.forward  # whose source TorchScript compiles
+        module.forward = types.MethodType(forward, module)  # a pickle of it is nn.Linear's own
         self._forwards.append((module, module.forward))
 
     def add_hook(self, param: nn.Parameter, sketch: Sketch) -> None:
         def hook(param: nn.Parameter) -> None:
-            if param.grad is not None:
-                with phase("capture"):
-                    sketch.add_gradient(param.grad)
-                param.grad = None
+            grad = param.grad
+            if grad is None or grad is sketch.grad:  # the latter has sketched what was added to it
+                return
+            with phase("capture"):
+                if sketch.grad is None:
+                    sketch.add_gradient(grad)
+                    param.grad = None
+                else:
+                    sketch.open(sketch.Y, sketch.Z)
 
         self._hooks.append(param.register_post_accumulate_grad_hook(hook))
 

@@ -9,12 +9,14 @@ import contextlib
 import itertools
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_mofa import ownership
 from ds_mofa import sketch as sketching
 from ds_mofa.diagnostics import Report
 from ds_mofa.head import FusedHead
@@ -75,8 +77,13 @@ class MatrixStep:
         head: to change the model by, where the options say ``fused_head``.
         rule: the maths; None for MoFaSGD's.
 
+    The matrices are this object's until :meth:`detach`, until another one is built over any of them, or until it is
+    garbage: then the model is as it was before.
+
     Attributes:
         factors: this rank's segment of the rule's state, flat.
+        captured: the sketch of each matrix.
+        claim: on the matrices.
     """
 
     def __init__(
@@ -92,6 +99,11 @@ class MatrixStep:
         head: FusedHead | None = None,
         rule: Rule | None = None,
     ):
+        self._undo = contextlib.ExitStack()  # what puts the model back; it must not keep this object alive
+        self.claim = ownership.claim(
+            options.title, {matrix.param: matrix.name for matrix in matrices}, self._undo.close
+        )
+        weakref.finalize(self, self._undo.close).atexit = False
         self.matrices, self.options, self.exchange, self._shard_of = list(matrices), options, exchange, shard_of
         self.rule = MoFaSGDRule(options) if rule is None else rule
         self._device, self._staging = device, Staging(device)
@@ -126,34 +138,43 @@ class MatrixStep:
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
         ]
         self._queue = sketching.Queue.serving(self.working, self.sketches, self.rule.columns)
-        sketches = [sketching.Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
-        self._attachment = sketching.attach(self.matrices, sketches, options.capture, gathered)
-        self._head = head
+        self.captured = [sketching.Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
+        attachment = sketching.attach(self.matrices, self.captured, options.capture, gathered)
+        self._undo.callback(attachment.remove)
         if head is not None:
-            captured = zip(self.matrices, sketches) if options.capture == "linear" else ()
+            captured = zip(self.matrices, self.captured) if options.capture == "linear" else ()
             head.attach(next((sketch for matrix, sketch in captured if matrix.param is head.weight), None))
+            self._undo.callback(head.remove)
 
     # ------------------------------------------------------------------ the step, in its order
 
     @torch.no_grad()
-    def reduce(self, loss_scale: float = 1.0) -> None:
+    def reduce(self, loss_scale: float = 1.0, *, beside: bool = False) -> None:
         """Give every owner the mean sketches of its matrices, and every rank their norm. Collective.
 
         Args:
             loss_scale: what the loss was multiplied by.
-        """
-        with phase("reduce"):
-            self._reduce(loss_scale)
+            beside: add to what is pending, which else is dropped.
 
-    def _reduce(self, loss_scale: float) -> None:
+        Raises:
+            LostError: another optimizer has taken the matrices over.
+        """
+        self.claim.check()
+        with phase("reduce"):
+            self._reduce(loss_scale, beside)
+
+    def _reduce(self, loss_scale: float, beside: bool) -> None:
         if self._queue is not None:
             self._queue.take()
-        pending = self.exchange.reduce_scatter(self.sketches, self.layout.segment)
-        pending.mul_(self.exchange.mean_scale / loss_scale)
+        reduced = self.exchange.reduce_scatter(self.sketches, self.layout.segment)
+        reduced.mul_(self.exchange.mean_scale / loss_scale)
         self.sketches.zero_()
-        norm = self.exchange.sum(self.rule.square_norm(self.owner, pending, self.steps)).sqrt()
+        self._pending = reduced.add_(self._pending) if beside else reduced
+        self._measure()
+
+    def _measure(self) -> None:
+        norm = self.exchange.sum(self.rule.square_norm(self.owner, self._pending, self.steps)).sqrt()
         self._norm, self._finite = torch.where(norm < _LARGEST_NORM, norm, math.inf), None
-        self._pending = pending
 
     @property
     def norm(self) -> Tensor:
@@ -163,6 +184,27 @@ class MatrixStep:
         NaN or Inf, or where it would be above 1e18.
         """
         return self._norm
+
+    def norms(self) -> Tensor:
+        """Norm of each matrix's pending gradient, (matrices,), fp32 or better. In one process."""
+        pieces, squares = self.owner.pieces(self._pending), self.rule.squares(self.owner, self._pending, self.steps)
+        members = itertools.chain.from_iterable(piece.part.members for piece in pieces)
+        places = sorted(range(len(self.matrices)), key=dict(enumerate(members)).__getitem__)
+        norms = torch.cat([square.double() for square in squares]).sqrt().to(self._pending.dtype)
+        return norms[torch.tensor(places, device=norms.device)]
+
+    def scale_pending(self, factors: Mapping[int, Sequence[Tensor | float]]) -> None:
+        """Multiply the pending gradient of each of these matrices by its factors. In one process."""
+        for index, some in factors.items():
+            for view, factor in itertools.product(self.layout.views(self._pending, index)[:2], some):
+                view.mul_(factor)
+        self._measure()
+
+    def drop_pending_of(self, index: int) -> None:
+        """Forget the pending gradient of one matrix. In one process."""
+        for view in self.layout.views(self._pending, index):
+            view.zero_()
+        self._measure()
 
     @property
     def finite(self) -> bool:
@@ -222,11 +264,14 @@ class MatrixStep:
             self._queue.forget()
         self.sketches.zero_()
 
+    def on_detach(self, undo: Callable[[], Any]) -> None:
+        """Have something else undone as well when the model is put back. ``undo`` must not keep this object alive."""
+        self._undo.callback(undo)
+
     def detach(self) -> None:
         """Put the model back as it was before this object."""
-        if self._head is not None:
-            self._head.remove()
-        self._attachment.remove()
+        self.claim.give_up()
+        self._undo.close()
 
     # ------------------------------------------------------------------ state
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_mofa.peers.orientation import wide
 
@@ -40,6 +40,9 @@ class ProjectedGradient:
         value: the sum so far: P^T G (r, l), in float32 or better, or G (s, l) in its own dtype. None: no backward yet.
         P: of ``value``.
     """
+
+    param: nn.Parameter | None = None
+    grad = None  # as ds_mofa.sketch.Sketch has them: here the matrix' .grad stays None
 
     def __init__(self, shape: tuple[int, int], projector: Callable[[], Tensor | None]):
         self.value: Tensor | None = None

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ds_mofa.gradient import SketchedGradient
+
 __all__ = ["Known", "inventory", "buckets", "sizes", "leaves", "tensors", "unwrap_optimizer"]
 
 
@@ -136,9 +138,9 @@ def _short_lived(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str,
 
 
 def leaves(item: Any) -> list[Tensor]:
-    """Every tensor in a tensor, list, tuple or dict; nothing of anything else."""
+    """Every tensor with memory in a tensor, list, tuple or dict; nothing of anything else."""
     if isinstance(item, Tensor):
-        return [item]
+        return [] if isinstance(item, SketchedGradient) else [item]
     parts = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
     return [leaf for part in parts for leaf in leaves(part)]
 

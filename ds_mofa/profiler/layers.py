@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_mofa.parameters import full_shape
+from ds_mofa.profiler.inventory import leaves
 from ds_mofa.profiler.trace import Allocation, Span, alive, new_gradients
 
 __all__ = ["LayerMark", "find_layers", "watch_layers", "after_each_layer", "verdict"]
@@ -65,7 +66,7 @@ def watch_layers(
 def matrix_gradients(model: nn.Module) -> int:
     """Bytes of the ``.grad`` of all matrices in the model's layers."""
     grads = [p.grad for _, layer in find_layers(model) for p in layer.parameters() if len(full_shape(p)) == 2]
-    return sum(grad.untyped_storage().nbytes() for grad in grads if grad is not None)
+    return sum(grad.untyped_storage().nbytes() for grad in leaves(grads))
 
 
 def after_each_layer(

@@ -84,6 +84,10 @@ class GaLoreRule(Rule):
                 square += 0 * torch.linalg.vector_norm(short, dtype=torch.float64)
         return square
 
+    def projected_squares(self, owner: Owner, reduced: Tensor) -> list[Tensor]:
+        sides = (_sides(piece.part.block.shape, piece.Y, piece.Z) for piece in owner.pieces(reduced))
+        return [torch.linalg.vector_norm(long, dim=(-2, -1), dtype=torch.float64).square() for _, long in sides]
+
     def update(self, owner: Owner, reduced: Tensor, working: Tensor, clip: float | Tensor, steps: int) -> None:
         refreshes = self._refreshes(steps)
         if refreshes and steps > 0:

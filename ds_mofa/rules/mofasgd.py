@@ -78,6 +78,9 @@ class MoFaSGDRule(Rule):
         nothing = reduced.new_zeros((), dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
         return sum((projected_norm(*grams).sum() for grams in self._grams), nothing)
 
+    def projected_squares(self, owner: Owner, reduced: Tensor) -> list[Tensor]:
+        return [projected_norm(*grams) for grams in self._grams]
+
     def update(self, owner: Owner, reduced: Tensor, working: Tensor, clip: float | Tensor, steps: int) -> None:
         beta, gamma = self._options.beta, self._options.gamma * clip  # a clipped gradient is a lighter one
         if steps == 0:

@@ -87,6 +87,17 @@ class Rule(abc.ABC):
     def projected_square(self, owner: "Owner", reduced: Tensor, steps: int) -> Tensor:
         """:meth:`square_norm` after the first step; float64, also on an owner of no matrix."""
 
+    def squares(self, owner: "Owner", reduced: Tensor, steps: int) -> list[Tensor]:
+        """:meth:`square_norm` of each matrix: (B,) for each of ``owner.pieces``. It is called after that method."""
+        if steps == 0:
+            sketches = ((piece.Y[..., : self.rank], piece.Z[..., : self.rank]) for piece in owner.pieces(reduced))
+            return [sum(sketch.double().square().sum((-2, -1)) for sketch in pair) / 2 for pair in sketches]
+        return self.projected_squares(owner, reduced)
+
+    @abc.abstractmethod
+    def projected_squares(self, owner: "Owner", reduced: Tensor) -> list[Tensor]:
+        """:meth:`squares` after the first step."""
+
     @abc.abstractmethod
     def update(self, owner: "Owner", reduced: Tensor, working: Tensor, clip: float | Tensor, steps: int) -> None:
         """Work ``reduced`` into what :meth:`publish` and :meth:`keep` need, in its place.

@@ -698,8 +698,9 @@ def test_another_rank_before_the_first_step(capsys):
     """There is no momentum to resize yet: the run starts as one of the new rank."""
     resumed, fresh = build(), build()
     other, wanted = optimizer_of(resumed, rank=2), optimizer_of(fresh, rank=2)
+    state = optimizer_of(build(), rank=4).state_dict()
     capsys.readouterr()
-    other.load_state_dict(optimizer_of(build(), rank=4).state_dict())
+    other.load_state_dict(state)
     assert capsys.readouterr().out == ""
     train(resumed, other, range(3))
     train(fresh, wanted, range(3))

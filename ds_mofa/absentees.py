@@ -1,0 +1,61 @@
+"""Parameters that get no gradient, and what that may mean: they are in the model no more, or others should be trained."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ds_mofa.parameters import Split
+
+__all__ = ["Absentees"]
+
+logger = logging.getLogger("ds_mofa")
+
+
+class Absentees:
+    """Looks at what has no gradient in a step; every parameter once for as long as it has none.
+
+    Args:
+        split: whose matrices and frozen parameters to look at.
+        adamw_groups: and the others.
+    """
+
+    def __init__(self, split: Split, adamw_groups: Iterable[Mapping[str, Any]]):
+        self._trained = {matrix.param: matrix.name for matrix in split.matrices}
+        self._trained |= {param: "" for group in adamw_groups for param in group["params"]}
+        self._frozen = dict(split.frozen)
+        self._known: set[nn.Parameter] = set()  # without a gradient, and in the model
+
+    def check(self, model: nn.Module | None) -> None:
+        """Before a step.
+
+        Raises:
+            RuntimeError: a parameter that is to be trained has been replaced in the model.
+        """
+        self.report_thawed()
+        absent = {param for param in self._trained if param.grad is None}
+        if model is not None and not absent <= self._known:
+            present = set(model.parameters())
+            for param in absent - self._known:
+                if param not in present:
+                    name = self._trained[param] or f"a parameter of shape {tuple(param.shape)}"
+                    raise RuntimeError(
+                        f"{name} is in the model no more: load_state_dict(assign=True), resize_token_embeddings or an "
+                        "assignment has put another parameter in its place since the optimizer was built. Build the "
+                        "optimizer after that"
+                    )
+        self._known = absent
+
+    def report_thawed(self) -> None:
+        """Say once which parameters were frozen when the optimizer was built, and are not any more."""
+        thawed = [name for param, name in self._frozen.items() if param.requires_grad]
+        if thawed:
+            logger.warning(
+                "ds_mofa: %d parameters were frozen when the optimizer was built and require a gradient now, such as %r: "
+                "they are not trained, and their gradients pile up. Unfreeze before the optimizer is built, or build a "
+                "new one",
+                len(thawed),
+                thawed[0],
+            )
+            self._frozen = {param: name for param, name in self._frozen.items() if not param.requires_grad}
