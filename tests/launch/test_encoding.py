@@ -53,7 +53,7 @@ def test_a_chat_learns_every_answer_and_its_end():
 
 def test_a_template_without_marks_gives_the_same_labels():
     plain = encoder(without_marks(BYTE_CHAT_TEMPLATE))
-    assert plain.marked_template is None
+    assert plain.template("here", None).marked is None
     assert plain("chat", {"messages": CHAT}, "here") == {"input_ids": CHAT_IDS, "labels": CHAT_LABELS}
 
 
