@@ -151,17 +151,13 @@ class Encoder:
         Returns:
             (ids, mask), mask 1 on the tokens of the assistant's messages that are learned.
         """
-
-        def rendered(messages: list[dict], question: bool = False) -> list[int]:
-            return self.ids(template.render(messages, where, tools, add_generation_prompt=question)[0])
-
-        ids = rendered(messages)
+        ids = self.ids(template.render(messages, where, tools)[0])
         mask = [0] * len(ids)
         for number, learn in enumerate(learnt):
             if not learn:
                 continue
-            question = rendered(messages[:number], question=True)
-            answered = rendered(messages[: number + 1])
+            question = self.ids(template.before_answer(messages, number, where, tools))
+            answered = self.ids(template.render(messages[: number + 1], where, tools)[0])
             if answered[: len(question)] != question or ids[: len(answered)] != answered:
                 raise UserError(
                     f"{where}: the tokenizer's chat template rewrites earlier messages (message {number + 1}), so the "

@@ -4,11 +4,11 @@ import copy
 import difflib
 import functools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -57,7 +57,7 @@ class ChatTemplate:
         alone.chat_template = self.source
         try:
             variant = get_training_chat_template(alone)
-        except (ValueError, TypeError, TemplateError):  # unknown to TRL, or not made for the chats that it tries
+        except Exception:  # unknown to TRL, or not made for the chats that it tries: whatever a template may raise
             variant = None
         if variant is None and has_generation_markers(self.source):
             return self.source
@@ -111,6 +111,20 @@ class ChatTemplate:
             **self.tokenizer.special_tokens_map,
         )
         return texts[0], spans[0] if marked else []
+
+    def before_answer(self, messages: list[dict], number: int, where: str, tools: list | None) -> str:
+        """What comes before the answer that is message ``number``: the conversation before it, and the generation prompt.
+
+        Many templates look at the first message, and cannot write a conversation of none. What comes before an answer
+        that is the first is then what does not depend on its words.
+        """
+        if number == 0:
+            try:
+                return self.rendered([], tools, add_generation_prompt=True)[0]
+            except Exception:
+                answers = [{**messages[0], "content": words} for words in ("First.", "Other.")]
+                return os.path.commonprefix([self.render([answer], where, tools)[0] for answer in answers])
+        return self.render(messages[:number], where, tools, add_generation_prompt=True)[0]
 
     def fit(self, messages: list[dict], where: str, tools: list | None) -> list[dict]:
         """Messages in their normal form, as this template wants them.
