@@ -270,13 +270,14 @@ def check_agreement(config: dict, path: str, args: TrainingArguments) -> None:
 
 def check_batch_size(config: dict, path: str, args: TrainingArguments) -> None:
     """DeepSpeed wants the batch of all ranks to be the product of its parts."""
-    written, each, times = config.get("train_batch_size"), args.per_device_train_batch_size, args.gradient_accumulation_steps
+    written = config.get("train_batch_size")
+    each, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if written in (None, "auto") or args.auto_find_batch_size or written == each * times * ranks:
         return
     raise UserError(
-        f'{path}: "train_batch_size" is {json.dumps(written)} there, and --per_device_train_batch_size {each} on {ranks} '
-        f"rank{'s' * (ranks > 1)}, --gradient_accumulation_steps {times} times, make {each * times * ranks}. Write "
+        f'{path}: "train_batch_size" is {json.dumps(written)} there, and --per_device_train_batch_size {each} on '
+        f"{ranks} rank{'s' * (ranks > 1)}, --gradient_accumulation_steps {times} times, make {each * times * ranks}. Write "
         '"auto" in the JSON, or change one of the others.'
     )
 
@@ -290,12 +291,13 @@ def check_warmup(config: dict, path: str, args: TrainingArguments) -> None:
     steps = params.get("warmup_num_steps", 1000)  # DeepSpeed's default
     if steps == "auto" and args.warmup_steps <= 0:
         raise UserError(
-            f'{path}: "scheduler": "warmup_num_steps" is "auto" there, and no --warmup_steps says how many; {name} needs '
-            'at least 1. Give --warmup_steps, or leave "scheduler" out of the JSON for --lr_scheduler_type.'
+            f'{path}: "scheduler": "warmup_num_steps" is "auto" there, and no --warmup_steps says how many; {name} '
+            'needs at least 1. Give --warmup_steps, or leave "scheduler" out of the JSON for --lr_scheduler_type.'
         )
     if steps != "auto" and (isinstance(steps, bool) or not isinstance(steps, int) or steps <= 0):
         raise UserError(
-            f'{path}: "scheduler": "warmup_num_steps" is {json.dumps(steps)}; {name} needs a whole number of at least 1.'
+            f'{path}: "scheduler": "warmup_num_steps" is {json.dumps(steps)}; {name} needs a whole number of '
+            "at least 1."
         )
 
 
@@ -342,12 +344,12 @@ def check_data_arguments(args: DataArguments, training_args: TrainingArguments) 
 
 
 def check_trl_data_options(args: DataArguments, training_args: TrainingArguments) -> None:
-    """TRL's options for data that it encodes itself; these reach it encoded, and it would pass over them or come late."""
+    """TRL's options for data that it encodes itself: ours reach it encoded, so they would do nothing, or too late."""
     for option in ("chat_template_path", "eos_token"):
         if getattr(training_args, option) is not None:
             raise UserError(
-                f"--{option}: the data are encoded with the tokenizer as it is. Set it in the tokenizer's own folder, and "
-                "give that as --tokenizer_name_or_path."
+                f"--{option}: the data are encoded with the tokenizer as it is. Set it in the tokenizer's own folder, "
+                "and give that as --tokenizer_name_or_path."
             )
     if training_args.completion_only_loss is False:
         raise UserError(

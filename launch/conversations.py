@@ -54,7 +54,7 @@ def normal_form(record: dict, where: str, ignored: frozenset[str] = frozenset())
         message["role"] == "assistant" if flag is None else flag for message, flag in zip(messages, said, strict=True)
     ]
     if not any(learnt):
-        raise UserError(f"{where}: no message of the assistant is to be learned. Remove the record, or learn one of them.")
+        raise UserError(f"{where}: no message of the assistant is to be learned. Remove the record, or learn one.")
     if any(flag is not None for flag in said):
         chat["learnt"] = learnt
     return chat
@@ -95,7 +95,8 @@ def masked(said: list[bool | None], messages: list[dict], mask: object, where: s
     if not isinstance(mask, list) or len(mask) != len(messages):
         found = f"{len(mask)}" if isinstance(mask, list) else shown(mask)
         raise UserError(
-            f"{where}: 'loss_mask' must be a list with one 0 or 1 for each of the {len(messages)} messages, not {found}."
+            f"{where}: 'loss_mask' must be a list with one 0 or 1 for each of the {len(messages)} messages, not "
+            f"{found}."
         )
     if any(flag is not None for flag in said):
         raise UserError(f"{where}: both the record and its messages say what is learned. Keep one of them.")
@@ -147,7 +148,7 @@ def plain_call(call: dict, where: str) -> dict:
 
 
 def arguments(given: object, where: str) -> dict:
-    """The arguments of a call: an object, or JSON text of one, as OpenAI's format has it; none of them: an empty one."""
+    """The arguments of a call: an object, or JSON text of one, as OpenAI's format has it; without any an empty one."""
     if given is None or (isinstance(given, str) and not given.strip()):
         return {}
     what = f"{where}: 'arguments' of a tool call"

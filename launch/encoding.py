@@ -102,8 +102,8 @@ class Encoder:
         except ValueError:
             names = ", ".join(sorted(self.tokenizer.chat_template))
             raise UserError(
-                f"{where}: the tokenizer has several chat templates ({names}) and none of them is the default. Name one "
-                "of them 'default' in the tokenizer's folder."
+                f"{where}: the tokenizer has several chat templates ({names}) and none of them is the default. Name "
+                "one of them 'default' in the tokenizer's folder."
             ) from None
         if source not in self.templates:
             self.templates[source] = ChatTemplate(self.tokenizer, source)
@@ -139,8 +139,8 @@ class Encoder:
             if len(owners) == marks:
                 return owners
         raise UserError(
-            f"{where}: the tokenizer's chat template does not mark each message of the assistant by itself, so those that "
-            "are not to be learned cannot be told from the others. Cut the record off after the last that is, or split it."
+            f"{where}: the tokenizer's chat template does not mark each message of the assistant by itself, so those "
+            "that are not to be learned cannot be told from the others. Remove them, or split the record."
         )
 
     def answers_by_prefix(

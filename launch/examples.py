@@ -17,7 +17,10 @@ def encoded_records(
     block_length: int | None,
     answers_only: bool = False,
 ) -> Iterator[dict[str, list[int]]]:
-    """Generate the examples of files: blocks of texts, and records as they are; see ``Encoder`` for ``answers_only``."""
+    """Generate the examples of files: blocks of texts, and records as they are.
+
+    ``answers_only`` as in ``Encoder``.
+    """
     encoder = Encoder(tokenizer, answers_only)
     for path in paths:
         records = read_records(path, ignore_keys)

@@ -49,7 +49,7 @@ def parse(text: str, where: str, advice: str = "Correct it.") -> object:
 
 
 def shown(value: object) -> str:
-    """A value as JSON, cut short, for a message; what JSON has no form for, as a date of a dataset, as Python's text."""
+    """A value as JSON, cut short, for a message; what JSON has no form for, such as a date, as Python writes it."""
     return json.dumps(value, default=str)[:60]
 
 

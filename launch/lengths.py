@@ -25,14 +25,14 @@ def check_lengths(args: TrainingArguments, train_data: Dataset, eval_data: Datas
         lost = answers_lost(data, args.max_length, keep)
         if lost == len(data):
             raise UserError(
-                f"{name} data: --max_length {args.max_length} cuts all answers off, in each of the {len(data):,} examples, "
-                "so there is nothing to learn. Give a larger --max_length, or shorten the prompts."
+                f"{name} data: --max_length {args.max_length} cuts all answers off, in each of the {len(data):,} "
+                "examples, so there is nothing to learn. Give a larger --max_length, or shorten the prompts."
             )
         if lost:
             say(
                 args,
-                f"{name} data: --max_length {args.max_length} cuts all answers off in {lost:,} of {len(data):,} examples; "
-                "nothing is learned from these.",
+                f"{name} data: --max_length {args.max_length} cuts all answers off in {lost:,} of {len(data):,} "
+                "examples; nothing is learned from these.",
             )
 
 
@@ -56,7 +56,7 @@ def check_batches(loader: DataLoader, args: TrainingArguments) -> None:
     """
     if len(loader) == 0:
         raise UserError(
-            f"--dataloader_drop_last: {len(loader.dataset):,} training examples (rows, where they are packed) are fewer "
-            f"than one batch, {args.per_device_train_batch_size} on each of {args.world_size} ranks, so there would be no "
-            "step. Leave the option out, lower --per_device_train_batch_size, or give more data."
+            f"--dataloader_drop_last: {len(loader.dataset):,} training examples (rows, where they are packed) are "
+            f"fewer than one batch, {args.per_device_train_batch_size} on each of {args.world_size} ranks, so there "
+            "would be no step. Leave the option out, lower --per_device_train_batch_size, or give more data."
         )

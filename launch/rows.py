@@ -13,11 +13,7 @@ def without_filled_in(value: object, feature: object) -> object:
         feature: its type: a dict for an object, a list or ``datasets.List`` for a list, or another.
     """
     if isinstance(value, dict) and isinstance(feature, dict):
-        return {
-            key: without_filled_in(entry, feature.get(key))
-            for key, entry in value.items()
-            if entry is not None
-        }
+        return {key: without_filled_in(entry, feature.get(key)) for key, entry in value.items() if entry is not None}
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
         return [without_filled_in(entry, inner) for entry in value]

@@ -113,7 +113,7 @@ class ChatTemplate:
         return texts[0], spans[0] if marked else []
 
     def before_answer(self, messages: list[dict], number: int, where: str, tools: list | None) -> str:
-        """What comes before the answer that is message ``number``: the conversation before it, and the generation prompt.
+        """What comes before the answer that is message ``number``: the messages before it, and the generation prompt.
 
         Many templates look at the first message, and cannot write a conversation of none. What comes before an answer
         that is the first is then what does not depend on its words.
@@ -174,7 +174,7 @@ class ChatTemplate:
         return CallForm(itself, None, with_content=True)  # what is wrong with it, a record's own rendering will say
 
     def writes_call(self, arguments: Callable[[dict], object], content: str | None) -> bool:
-        """Whether a call's name, arguments and content are in what the template writes, and nothing in Python's form."""
+        """Whether the template writes a call's name, arguments and content, and nothing as Python writes it."""
         given = {"probe_key": "probe_value"}
         call = {
             "id": "probe0000",

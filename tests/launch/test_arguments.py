@@ -136,7 +136,7 @@ def test_the_batch_of_all_ranks_is_the_product_of_its_parts(tmp_path, monkeypatc
     for right in (fits, "auto"):
         parse(*config_file(tmp_path, train_batch_size=right, **parts), *times)
     for wrong in (fits + 1, str(fits), True):
-        with pytest.raises(UserError, match=f'a.json: "train_batch_size" is .*size 3 on {ranks} rank.*4 times, make {fits}'):
+        with pytest.raises(UserError, match=f"train_batch_size. is .*size 3 on {ranks} rank.*4 times, make {fits}"):
             parse(*config_file(tmp_path, train_batch_size=wrong, **parts), *times)
 
 

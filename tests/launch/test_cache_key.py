@@ -48,10 +48,8 @@ def test_a_second_run_encodes_nothing(arguments, monkeypatch):
 
 def test_changed_code_encodes_again(arguments, monkeypatch, tmp_path):
     assert labels(arguments) == [-100, *b"b", EOS]
-    whole = Encoder.prompt_and_answer
-    monkeypatch.setattr(
-        Encoder, "prompt_and_answer", lambda *args: (ids := whole(*args)["input_ids"]) and {"input_ids": ids, "labels": ids}
-    )
+    whole = Encoder.text_piece
+    monkeypatch.setattr(Encoder, "prompt_and_answer", lambda self, *parts: whole(self, "".join(parts), True, True))
     changed = shutil.copytree(LAUNCH, tmp_path / "launch")
     with (changed / "encoding.py").open("a") as code:
         code.write("# what is learned has changed\n")
@@ -100,9 +98,13 @@ def test_no_source_is_left_out():
 
 def test_all_processes_agree(tmp_path):
     """Ranks, and later runs, look for the same key, in whatever order their sets are."""
-    code = "from launch.cache_key import encoding_key; from launch.tokenizer import byte_tokenizer; print(encoding_key(byte_tokenizer()))"
+    code = (
+        "from launch.cache_key import encoding_key; from launch.tokenizer import byte_tokenizer;"
+        "print(encoding_key(byte_tokenizer()))"
+    )
     environment = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": os.pathsep.join([str(LAUNCH.parent), *sys.path])}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert run.stdout.strip() == encoding_key(byte_tokenizer()), run.stderr
 
 

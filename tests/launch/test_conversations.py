@@ -77,7 +77,7 @@ UNCLEAR = {
     "a mask with 2": (answered(FIRST, loss_mask=[0, 2]), "'loss_mask' of message 2 is 2; it must be 0 or 1"),
     "two that differ": (answered(FIRST | {"weight": 0, "train": True}), "by one of .'train', 'weight'. and not by"),
     "mask and message": (answered(FIRST | {"weight": 0}, loss_mask=[0, 1]), "both the record and its messages"),
-    "a learned user": ({"messages": [USER | {"train": True}, FIRST]}, "message 1: 'train' says that a message of the user"),
+    "a learned user": ({"messages": [USER | {"train": True}, FIRST]}, "message 1: 'train' says .* of the user"),
     "a learned user by mask": (answered(FIRST, loss_mask=[1, 1]), "'loss_mask' of message 1 says .* of the user"),
     "nothing learned": (answered(FIRST | {"weight": 0}), "no message of the assistant is to be learned"),
 }
@@ -102,11 +102,14 @@ def test_marks_that_run_over_several_messages_are_refused_where_it_matters():
 
 
 def call(arguments: object, **more) -> dict:
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}]} | more
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]} | more
 
 
 OBJECT = {"city": "Zürich", "days": 2}
-REAL_TEMPLATES = ["qwen2_5", "qwen3", "glm4moe", "gptoss", "llama3_1", "deepseekv3", "gemma4", "lfm2_v2", "qwen3_5_think"]
+REAL_TEMPLATES = [
+    "qwen2_5", "qwen3", "glm4moe", "gptoss", "llama3_1", "deepseekv3", "gemma4", "lfm2_v2", "qwen3_5_think",
+]  # fmt: skip
 
 
 def real_template(name: str) -> str:
@@ -118,15 +121,13 @@ def real_template(name: str) -> str:
 @pytest.mark.parametrize("name", REAL_TEMPLATES)
 def test_arguments_as_text_are_those_of_the_object(name):
     """In every published template, whether it writes JSON of an object, adds text to text, or has a form of its own."""
-    template, text = real_template(name), json.dumps(OBJECT)
-    tool = ChatTemplate(byte_tokenizer(), template)
-    as_object, as_text = (
-        tool.render(tool.fit(checked_record(answered(call(given, content="")), "file:7")[1]["messages"], "file:7", None), "")
-        for given in (OBJECT, text)
-    )
-    assert as_text == as_object
-    assert "Zürich" in as_object[0]
-    assert '\\"' not in as_object[0]
+    template = ChatTemplate(byte_tokenizer(), real_template(name))
+    texts = []
+    for given in (OBJECT, json.dumps(OBJECT)):
+        _, chat = checked_record(answered(call(given)), "file:7")
+        texts.append(template.render(template.fit(chat["messages"], "file:7", None), "file:7")[0])
+    assert texts[0] == texts[1]
+    assert "Zürich" in texts[0] and '\\"' not in texts[0]
 
 
 def test_a_template_that_adds_text_to_text_is_given_text():
@@ -174,7 +175,8 @@ def test_tools_as_text_are_those_of_the_list():
 @pytest.mark.parametrize("none", [None, [], "", "[]"])
 def test_no_tools_are_none(none):
     """Not an empty list: templates ask whether tools are none, and write a heading for those that are not."""
-    assert encode(answered(FIRST, tools=none), real_template("llama3_1")) == encode(answered(FIRST), real_template("llama3_1"))
+    template = real_template("llama3_1")
+    assert encode(answered(FIRST, tools=none), template) == encode(answered(FIRST), template)
 
 
 def test_tools_that_the_template_does_not_read_are_refused():
@@ -196,10 +198,10 @@ def test_ignored_keys_are_left_out_of_messages_too_but_for_known_ones():
 
 
 LINES = {
-    "misspelt content": ('{"role": "assistant", "content": "b", "contnet": "c"}', "unknown key 'contnet'.*did you mean 'content'"),
-    "misspelt calls": ('{"role": "assistant", "content": "b", "tool_call": []}', "unknown key 'tool_call'.*'tool_calls'"),
+    "misspelt content": ('{"role": "assistant", "content": "b", "contnet": "c"}', "key 'contnet'.*mean 'content'"),
+    "misspelt calls": ('{"role": "assistant", "content": "b", "tool_call": []}', "key 'tool_call'.*'tool_calls'"),
     "a key twice": ('{"role": "assistant", "content": "b", "content": "c"}', "the key 'content' stands twice"),
-    "a key twice in arguments": (json.dumps(call('{"a": 1, "a": 2}')), "'arguments' of a tool call: the key 'a' stands twice"),
+    "a key twice in arguments": (json.dumps(call('{"a": 1, "a": 2}')), "'arguments' .*: the key 'a' stands twice"),
     "arguments are not JSON": (json.dumps(call("print(1)")), "'arguments' of a tool call: not valid JSON"),
     "arguments are a list": (json.dumps(call("[1]")), "'arguments' of a tool call must be an object"),
     "arguments are a number": (json.dumps(call(3)), "'arguments' of a tool call must be an object.*not 3"),
@@ -208,15 +210,15 @@ LINES = {
         r"unknown keys \['argument'\] in a tool call",
     ),
     "a call without a name": ('{"role": "assistant", "tool_calls": [{"function": {}}]}', "must have a 'function'"),
-    "calls are an object": ('{"role": "assistant", "tool_calls": {"name": "f"}}', "'tool_calls' must be a list of objects"),
+    "calls are an object": ('{"role": "assistant", "tool_calls": {"name": "f"}}', "must be a list of objects"),
     "a user's call": ('{"role": "user", "content": "", "tool_calls": [{"name": "f"}]}', "which only an assistant's"),
-    "half a pair": (r'{"role": "assistant", "content": "b\ud83d"}', r"half of a surrogate pair, '.ud83d', stands alone"),
+    "half a pair": (r'{"role": "assistant", "content": "b\ud83d"}', r"half of a surrogate pair, '.ud83d', stands"),
     "half a pair in arguments": (
         r'{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{\"a\": \"\\ud83d\"}"}}]}',
         "half of a surrogate pair",
     ),
     "half a pair in a key": (r'{"role": "assistant", "content": "b", "\udc00": 1}', "half of a surrogate pair"),
-    "content is a list": ('{"role": "assistant", "content": ["b"], "tool_calls": [{"name": "f"}]}', "needs a 'content'"),
+    "content is a list": ('{"role": "assistant", "content": ["b"], "tool_calls": [{"name": "f"}]}', "needs a"),
     "NaN": ('{"role": "assistant", "content": "b", "weight": NaN}', "NaN is not a number of JSON"),
     "a number without end": ('{"role": "assistant", "content": "b", "weight": ' + "1" * 5000 + "}", "cannot be read"),
 }  # fmt: skip

@@ -186,7 +186,9 @@ def test_an_assistant_who_begins_is_refused_in_the_template_s_words_where_it_doe
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("fault", ["1 + 'a'", "messages[0].content.nothing()", "'a'.split(3)", "'a'.index('b')", "1 // 0"])
+@pytest.mark.parametrize(
+    "fault", ["1 + 'a'", "messages[0].content.nothing()", "'a'.split(3)", "'a'.index('b')", "1 // 0"]
+)
 def test_whatever_a_template_raises_is_one_line(fault):
     with pytest.raises(UserError, match="file:7: the tokenizer's chat template refuses this conversation") as raised:
         encoder("{{ %s }}" % fault + BYTE_CHAT_TEMPLATE)("chat", {"messages": CHAT}, "file:7")  # noqa: UP031
