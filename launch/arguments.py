@@ -94,6 +94,7 @@ class DataArguments:
     ignore_keys: list[str] = field(
         default_factory=list, metadata={"help": "Keys of the records to leave out, such as `id source`."}
     )
+    answers_only: bool = field(default=False, init=False)  # --assistant_only_loss, an option of TRL's
 
 
 @dataclass
@@ -263,6 +264,41 @@ def check_agreement(config: dict, path: str, args: TrainingArguments) -> None:
                 f'{path}: "{key}" is {json.dumps(written)} there, and --{option} is {given}. Give one of them alone, '
                 'or write "auto" in the JSON.'
             )
+    check_batch_size(config, path, args)
+    check_warmup(config, path, args)
+
+
+def check_batch_size(config: dict, path: str, args: TrainingArguments) -> None:
+    """DeepSpeed wants the batch of all ranks to be the product of its parts."""
+    written = config.get("train_batch_size")
+    each, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if written in (None, "auto") or args.auto_find_batch_size or written == each * times * ranks:
+        return
+    raise UserError(
+        f'{path}: "train_batch_size" is {json.dumps(written)} there, and --per_device_train_batch_size {each} on '
+        f"{ranks} rank{'s' * (ranks > 1)}, --gradient_accumulation_steps {times} times, make {each * times * ranks}. Write "
+        '"auto" in the JSON, or change one of the others.'
+    )
+
+
+def check_warmup(config: dict, path: str, args: TrainingArguments) -> None:
+    """DeepSpeed's schedulers with a warm-up take no warm-up of 0 steps, which HF's --warmup_steps is by default."""
+    params = nested_value(config, "scheduler.params")
+    name = nested_value(config, "scheduler.type")
+    if not isinstance(params, dict) or not str(name).startswith("Warmup"):
+        return
+    steps = params.get("warmup_num_steps", 1000)  # DeepSpeed's default
+    if steps == "auto" and args.warmup_steps <= 0:
+        raise UserError(
+            f'{path}: "scheduler": "warmup_num_steps" is "auto" there, and no --warmup_steps says how many; {name} '
+            'needs at least 1. Give --warmup_steps, or leave "scheduler" out of the JSON for --lr_scheduler_type.'
+        )
+    if steps != "auto" and (isinstance(steps, bool) or not isinstance(steps, int) or steps <= 0):
+        raise UserError(
+            f'{path}: "scheduler": "warmup_num_steps" is {json.dumps(steps)}; {name} needs a whole number of '
+            "at least 1."
+        )
 
 
 def check_model_arguments(args: ModelArguments) -> None:
@@ -298,9 +334,26 @@ def check_data_arguments(args: DataArguments, training_args: TrainingArguments) 
         raise UserError(
             "--eval_packing would count some examples twice. Leave it out; --packing is for training alone."
         )
+    check_trl_data_options(args, training_args)
     has_eval_data = bool(args.eval_file or args.dataset_eval_split)
     wants_eval = training_args.eval_strategy != "no" or training_args.eval_on_start
     if wants_eval and not has_eval_data:
         raise UserError(
             "Evaluation is asked for but there is nothing to evaluate on. Add --eval_file or --dataset_eval_split."
         )
+
+
+def check_trl_data_options(args: DataArguments, training_args: TrainingArguments) -> None:
+    """TRL's options for data that it encodes itself: ours reach it encoded, so they would do nothing, or too late."""
+    for option in ("chat_template_path", "eos_token"):
+        if getattr(training_args, option) is not None:
+            raise UserError(
+                f"--{option}: the data are encoded with the tokenizer as it is. Set it in the tokenizer's own folder, "
+                "and give that as --tokenizer_name_or_path."
+            )
+    if training_args.completion_only_loss is False:
+        raise UserError(
+            "--completion_only_loss false: prompts are not learned here. Use records with 'text' to learn all of them."
+        )
+    # TRL would look for conversations in what is encoded already; here every record is asked.
+    args.answers_only, training_args.assistant_only_loss = training_args.assistant_only_loss, False

@@ -15,18 +15,23 @@ def encoded_records(
     ignore_keys: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     block_length: int | None,
-    stamps: tuple,
+    answers_only: bool = False,
 ) -> Iterator[dict[str, list[int]]]:
     """Generate the examples of files: blocks of texts, and records as they are.
 
-    ``stamps`` is there for the cache, which compares the arguments: a changed file changes them.
+    ``answers_only`` as in ``Encoder``.
     """
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, answers_only)
     for path in paths:
         records = read_records(path, ignore_keys)
         if Path(path).suffix == ".txt":
             if block_length is None:
                 raise UserError(f"{path}: a text is trained on in blocks, so --max_length must be a number of tokens.")
+            if answers_only:
+                raise UserError(
+                    f"{path}: --assistant_only_loss is for conversations, and this is a text. Leave it out, or give "
+                    ".jsonl records with 'messages'."
+                )
             pieces = (encoder(shape, record, where)["input_ids"] for where, shape, record in records)
             for block in blocks(pieces, block_length):
                 yield {"input_ids": block, "labels": block}

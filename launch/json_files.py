@@ -26,10 +26,43 @@ def read_json(path: str, what: str) -> dict:
     return content
 
 
+def parse(text: str, where: str, advice: str = "Correct it.") -> object:
+    """Parse JSON text that stands in a place of its own, such as a line of a file.
+
+    Raises:
+        UserError: it is not JSON, or an object of it has a key twice; the message begins with ``where``.
+    """
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=lambda pairs: unique(pairs, where),
+            parse_constant=lambda name: refuse_constant(name, where),
+        )
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}). {advice}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON (nested too deeply). {advice}") from None
+    except UserError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{where}: cannot be read ({error}). Correct it.") from None
+
+
+def shown(value: object) -> str:
+    """A value as JSON, cut short, for a message; what JSON has no form for, such as a date, as Python writes it."""
+    return json.dumps(value, default=str)[:60]
+
+
+def refuse_constant(name: str, where: str) -> None:
+    """NaN and Infinity, which Python reads and other readers of JSON do not."""
+    raise UserError(f"{where}: not valid JSON ({name} is not a number of JSON). Correct it.")
+
+
 def unique(pairs: list[tuple[str, object]], path: str) -> dict:
     """An object of a JSON file; of a key given twice, JSON readers drop the first in silence."""
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise UserError(f"{path}: the key {twice[0]!r} stands twice in one object. Keep one of them.")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = min(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"{path}: the key {twice!r} stands twice in one object. Keep one of them.")
+    return found

@@ -5,24 +5,27 @@ A record is one of four shapes, told apart by its keys:
     {"text": "..."}                                                     a text
     {"prompt": "...", "completion": "..."}                              a prompt and the answer to learn
     {"instruction": "...", "input": "..." (may be left out), "output": "..."}   the same, as instruction data has it
-    {"messages": [{"role": "user", "content": "..."}, ...]}             a chat
+    {"messages": [{"role": "user", "content": "..."}, ...]}             a chat (see conversations.py)
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from launch.conversations import normal_form
 from launch.errors import UserError
+from launch.json_files import parse, shown
 
 # Required keys and optional ones, by shape.
 SHAPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "text": (frozenset({"text"}), frozenset()),
     "prompt": (frozenset({"prompt", "completion"}), frozenset()),
     "instruction": (frozenset({"instruction", "output"}), frozenset({"input"})),
-    "chat": (frozenset({"messages"}), frozenset({"tools"})),
+    "chat": (frozenset({"messages"}), frozenset({"tools", "loss_mask"})),
 }
-ACCEPTED = "accepted: text | prompt, completion | instruction, input (optional), output | messages, tools (optional)"
-ROLES = ("system", "user", "assistant", "tool")
+ACCEPTED = (
+    "accepted: text | prompt, completion | instruction, input (optional), output | messages, tools and loss_mask "
+    "(optional)"
+)
 # Texts are read in pieces of about this many characters, so that a large file never lies in memory as a whole.
 TEXT_PIECE = 1 << 20
 
@@ -92,15 +95,10 @@ def read_jsonl(file: Path, ignore_keys: Iterable[str]) -> Iterator[tuple[str, st
                 continue
             where = f"{file}:{number}"
             try:
-                record = json.loads(raw.decode("utf-8"))
+                text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from None
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: not valid JSON ({error.msg}, column {error.colno}). Each line must be one whole record."
-                ) from None
-            except RecursionError:
-                raise UserError(f"{where}: not valid JSON (nested too deeply). Each line must be one record.") from None
+            record = parse(text, where, "Each line must be one whole record.")
             found = True
             yield where, *checked_record(record, where, ignored)
     if not found:
@@ -116,7 +114,7 @@ def checked_record(record: object, where: str, ignored: frozenset[str] = frozens
         ignored: keys to leave out.
 
     Returns:
-        (shape, record) with the ignored keys gone.
+        (shape, record) with the ignored keys gone, and a chat in its normal form.
     """
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record must be a JSON object {{...}}, not a {type(record).__name__}; {ACCEPTED}.")
@@ -137,10 +135,31 @@ def checked_record(record: object, where: str, ignored: frozenset[str] = frozens
             f"--ignore_keys {' '.join(unknown)}."
         )
     if shape == "chat":
-        check_messages(record["messages"], where)
+        record = normal_form(record, where, ignored)
     else:
         check_strings(record, where)
+    check_characters(record, where)
     return shape, record
+
+
+def check_characters(value: object, where: str) -> None:
+    """Every string in it is text: JSON may hold half of a surrogate pair, which no encoding can write."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            check_characters(key, where)
+            check_characters(entry, where)
+    elif isinstance(value, list):
+        for entry in value:
+            check_characters(entry, where)
+    elif isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ascii(value[error.start])
+            raise UserError(
+                f"{where}: half of a surrogate pair, {half}, stands alone, which is no character. Text was cut in the "
+                "middle of an emoji or the like: write the whole pair, or remove the half."
+            ) from None
 
 
 def check_strings(record: dict, where: str) -> None:
@@ -149,23 +168,6 @@ def check_strings(record: dict, where: str) -> None:
         if key == "input" and value is None:
             continue
         if not isinstance(value, str):
-            raise UserError(f"{where}: {key!r} must be a string, not {json.dumps(value)[:60]}. Correct the record.")
+            raise UserError(f"{where}: {key!r} must be a string, not {shown(value)}. Correct the record.")
         if not value and key != "input":
             raise UserError(f"{where}: {key!r} is empty, so there is nothing to learn. Fill it or remove the record.")
-
-
-def check_messages(messages: object, where: str) -> None:
-    """A chat is a non-empty list of messages with a known role, one of them the assistant's."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: 'messages' must be a non-empty list of {{'role': ..., 'content': ...}}.")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{where}: message {number} must be an object with a 'role' and a 'content'.")
-        if message["role"] not in ROLES:
-            raise UserError(
-                f"{where}: message {number} has the role {message['role']!r}; known roles: {', '.join(ROLES)}."
-            )
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise UserError(f"{where}: message {number} ({message['role']}) needs a 'content' string.")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{where}: no message has the role 'assistant', so there is no answer to learn from.")

@@ -27,6 +27,7 @@ from launch.checkpoints import LAST, checkpoint_to_resume
 from launch.data import load_data
 from launch.distributed import join_ranks, leave_ranks
 from launch.errors import RankError, UserError
+from launch.lengths import check_lengths
 from launch.models import load_model
 from launch.output import check_output, writing
 from launch.preemption import EXIT_CODE, SaveOnSigterm
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> None:
     tokenizer, tokenizer_description = load_tokenizer(model_args.tokenizer_source)
     with args.main_process_first(desc="tokenizing"):
         train_data, eval_data = load_data(data_args, tokenizer, args.max_length)
+    check_lengths(args, train_data, eval_data)
     model = load_model(model_args, args, tokenizer)
     check_output(args, model)
     say(args, banner(model_args, args, model, tokenizer_description, train_data, eval_data))

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 from ds_mofa.deepspeed.registration import optimizer_of
 from launch.checkpoints import remove_old, seal, unseal
 from launch.encoding import IGNORED
+from launch.lengths import check_batches
 from launch.output import writing
 
 
@@ -37,6 +38,11 @@ class FineTuner(SFTTrainer):
         self._interval_tokens = 0  # all tokens trained on, when the interval began
         self._reported = 0  # step of the last diagnostics that were logged
         self._eval_sums = torch.zeros(2, dtype=torch.float64)  # (summed loss, tokens) of this rank's evaluation
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        check_batches(loader, self.args)
+        return loader
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         if self._interval_start is None:

@@ -120,3 +120,55 @@ def test_accelerate_names_the_config_through_the_environment(monkeypatch):
     assert deepspeed_config_path([]) == "a.json"
     assert deepspeed_config_path(["--deepspeed", "b.json"]) == "b.json"
     assert deepspeed_config_path(["--deepspeed=b.json"]) == "b.json"
+
+
+def config_file(tmp_path, **content) -> list[str]:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(content))
+    return [*MODEL, *DATA, "--deepspeed", str(file)]
+
+
+@pytest.mark.parametrize(("ranks", "fits"), [(1, 12), (4, 48)])
+def test_the_batch_of_all_ranks_is_the_product_of_its_parts(tmp_path, monkeypatch, ranks, fits):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    parts = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": "auto"}
+    times = ["--gradient_accumulation_steps", "4"]
+    for right in (fits, "auto"):
+        parse(*config_file(tmp_path, train_batch_size=right, **parts), *times)
+    for wrong in (fits + 1, str(fits), True):
+        with pytest.raises(UserError, match=f"train_batch_size. is .*size 3 on {ranks} rank.*4 times, make {fits}"):
+            parse(*config_file(tmp_path, train_batch_size=wrong, **parts), *times)
+
+
+@pytest.mark.parametrize("name", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
+def test_a_scheduler_s_warm_up_has_steps(tmp_path, name):
+    def words(steps: object) -> list[str]:
+        return config_file(tmp_path, scheduler={"type": name, "params": {"warmup_num_steps": steps}})
+
+    with pytest.raises(UserError, match='a.json: .*"warmup_num_steps" is "auto" there, and no --warmup_steps'):
+        parse(*words("auto"))
+    assert parse(*words("auto"), "--warmup_steps", "2")[2].warmup_steps == 2
+    assert parse(*words("auto"), "--warmup_steps", "0.1")[2].warmup_steps == 0.1  # HF's: a part of all steps
+    assert parse(*words(5))[2].warmup_steps == 5
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(UserError, match=f'a.json: .*"warmup_num_steps" is {wrong}; {name} needs a whole number'):
+            parse(*words(wrong))
+
+
+def test_a_scheduler_without_a_warm_up_needs_none(tmp_path):
+    parse(*config_file(tmp_path, scheduler={"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 1}}))
+
+
+def test_answers_only_is_asked_of_the_records_and_not_of_trl():
+    _, data, args = parse(*MODEL, *DATA, *CONFIG, "--assistant_only_loss")
+    assert data.answers_only and not args.assistant_only_loss
+    _, data, args = parse(*MODEL, *DATA, *CONFIG)
+    assert not data.answers_only and not args.assistant_only_loss
+
+
+@pytest.mark.parametrize(
+    "words", [("--chat_template_path", "x.jinja"), ("--eos_token", "</s>"), ("--completion_only_loss", "false")]
+)
+def test_options_for_data_that_trl_encodes_itself_are_refused(words):
+    with pytest.raises(UserError, match=f"^{words[0]}"):
+        parse(*MODEL, *DATA, *CONFIG, *words)

@@ -2,8 +2,11 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset, Features, Json, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -15,6 +18,7 @@ from launch.data import load_data
 from launch.errors import UserError
 from launch.examples import blocks
 from launch.models import config_from_shape
+from launch.rows import without_filled_in
 from launch.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -104,3 +108,106 @@ def test_packed_examples_do_not_see_each_other(tmp_path):
             assert labels[0, start] == -100
             start += length
     assert start == sum(len(text) + 1 for text in texts)
+
+
+CALL_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content or '' }}{% for call in message.tool_calls or [] %}"
+    "{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %};{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}{% endfor %}{{ tools | tojson if tools else '' }}"
+)
+
+
+def call(name: str, arguments: object) -> dict:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
+def tool(name: str, **parameters) -> dict:
+    return {"name": name, "parameters": parameters}
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_a_dataset_s_tool_calls_have_their_own_arguments_alone(tmp_path, format):
+    """Arrow gives the objects of a column all keys of the others, with null in them."""
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, call("f", {"a": 1})], "tools": [tool("f", a="int")]},
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                call("g", {"b": {"c": "x"}}),
+                {"role": "tool", "content": "r", "name": "g"},
+                {"role": "assistant", "content": "no", "weight": 0},
+                call("f", {"a": 2}),
+            ],
+            "tools": [tool("g", b="object"), tool("f", a="int")],
+        },
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "w"}], "tools": None},
+    ]
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    if format == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+        stored = pq.read_table(folder / "train.parquet").to_pylist()
+        assert stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}
+    else:
+        (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CALL_TEMPLATE
+    train, _ = load_data(DataArguments(dataset_name=str(folder)), tokenizer, 4)
+    texts = [bytes(ids).decode() for ids in train["input_ids"]]
+    assert texts == [
+        '<user>q<assistant>f({"a": 1});[{"name": "f", "parameters": {"a": "int"}}]',
+        '<user>q<assistant>g({"b": {"c": "x"}});<tool>r<assistant>no;<assistant>f({"a": 2});'
+        '[{"name": "g", "parameters": {"b": "object"}}, {"name": "f", "parameters": {"a": "int"}}]',
+        "<user>q<assistant>w;",
+    ]
+    learned = [bytes(label for label in labels if label != -100).decode() for labels in train["labels"]]
+    assert learned == ['f({"a": 1});', 'g({"b": {"c": "x"}});f({"a": 2});', "w;"]
+
+
+def test_a_file_s_own_null_is_an_argument(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, call("f", {"a": None})]}))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CALL_TEMPLATE
+    train, _ = load_data(DataArguments(train_file=[str(file)]), tokenizer, 4)
+    assert bytes(train["input_ids"][0]).decode() == '<user>q<assistant>f({"a": null});'
+
+
+def test_nulls_are_dropped_where_a_schema_fills_them_in():
+    features = Features({"open": Json(), "list": List({"a": Value("int64"), "b": {"c": Value("string")}})})
+    row = {"open": {"a": None}, "list": [{"a": None, "b": {"c": None}}, {"a": 3, "b": None}]}
+    stored = Dataset.from_list([row], features=features)
+    found = {key: without_filled_in(value, stored.features[key]) for key, value in stored[0].items()}
+    assert found == {"open": {"a": None}, "list": [{"b": {}}, {"a": 3}]}
+
+
+def test_a_bad_row_of_a_dataset_is_named(tmp_path):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rows = [{"messages": [{"role": "user", "content": "q"}, call("f", text)]} for text in ("{}", "{", "{}")]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CALL_TEMPLATE
+    with pytest.raises(UserError, match=r"\[train\] row 1: 'arguments' of a tool call: not valid JSON"):
+        load_data(DataArguments(dataset_name=str(folder)), tokenizer, 4)
+
+
+def test_a_dataset_that_cannot_be_read_is_one_line(tmp_path):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(UserError, match=f"{folder}: split 'train' could not be loaded") as raised:
+        load_data(DataArguments(dataset_name=str(folder)), TOKENIZER, 4)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_answers_only_is_for_conversations(tmp_path, name):
+    file = tmp_path / name
+    file.write_text('{"text": "a"}')
+    arguments = DataArguments(train_file=[str(file)])
+    load_data(arguments, TOKENIZER, 4)
+    arguments.answers_only = True  # not what the cache holds
+    with pytest.raises(UserError, match=f"{file}:?1?: --assistant_only_loss is for conversations"):
+        load_data(arguments, TOKENIZER, 4)

@@ -244,6 +244,17 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
     assert "Traceback" not in run.stdout + run.stderr
 
 
+def test_no_step_at_all_is_an_error_and_not_a_model(tmp_path):
+    make_inputs(tmp_path)
+    batches = ["--dataloader_drop_last", "--per_device_train_batch_size", "1000"]
+    run = train(tmp_path, "--output_dir", "model", *batches, ranks=2)
+    assert run.returncode != 0
+    said = r"train.py: error: --dataloader_drop_last: \d+ training examples .* than one batch, 1000 on each of 2 ranks"
+    assert len(re.findall(said, run.stderr)) == 1
+    assert "Traceback" not in run.stdout + run.stderr
+    assert not (tmp_path / "model/model.safetensors").exists()
+
+
 def test_without_a_launcher_it_says_how_to_start(tmp_path):
     environment = {key: value for key, value in command_environment(tmp_path).items() if key != "RANK"}
     run = subprocess.run(

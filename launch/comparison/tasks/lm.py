@@ -147,7 +147,7 @@ class LanguageModelling(Task):
             return self._examples(train), self._examples(held_out)
 
     def _examples(self, file: Path) -> np.ndarray:
-        records = encoded_records((str(file),), (), self._tokenizer, self.length, ())
+        records = encoded_records((str(file),), (), self._tokenizer, self.length)
         whole = [record["input_ids"] for record in records if len(record["input_ids"]) == self.length]
         if not whole:
             raise UserError(
