@@ -68,7 +68,6 @@ def complements(sides: Sequence[Side]) -> list[Basis]:
     """
     if sides[0].X.dtype == torch.float64:
         return [_by_householder(U, X) for U, X, _ in sides]
-    # With fewer than c + k rows there is room for the whole complement of span U: any basis of it will do.
     starts = [_with_room(side) for side in sides]
     grams = [sketch_gram(start.U, start.X) if start.gram is None else start.gram for start in starts]
     kept = [U.shape[-1] for U, _, _ in sides]
@@ -169,9 +168,15 @@ def _joined(*parts: Tensor) -> Tensor:
 
 
 def _with_room(side: Side) -> Side:
+    """The side itself or, where it has fewer than c + k rows, the whole complement of span U in the place of X.
+
+    Any basis of it will do. Generic columns would not: where U was filled up with the same ones, none is left of them.
+    """
     U, X, _ = side
-    m, c = U.shape[-2:]
-    return side if m >= c + X.shape[-1] else Side(U, generic_columns(X, m - c))
+    c = U.shape[-1]
+    if U.shape[-2] >= c + X.shape[-1]:
+        return side
+    return Side(U, torch.linalg.qr(U.double(), mode="complete").Q[..., c:].to(X.dtype))
 
 
 def _by_householder(U: Tensor, Y: Tensor) -> Basis:

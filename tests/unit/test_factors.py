@@ -190,6 +190,25 @@ def test_factors_stay_orthonormal_and_exact_over_hundreds_of_steps(dtype):
             assert departure_from_orthonormal(factors.V) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("rank", [1, 2, 6], ids="rank {}".format)
+@pytest.mark.parametrize("m, n, r", [(6, 12, 4), (12, 6, 4), (6, 6, 4), (12, 40, 8), (48, 64, 32)])
+@DTYPES
+def test_updates_after_a_start_are_exact_where_the_rows_are_one_and_a_half_times_the_rank(m, n, r, rank, dtype):
+    """The start fills U up with as many columns as the complement of U has, which must not be made of the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    G = _of_rank(rank)(random_factors(m, n, r, generator), generator)
+    psi, omega = (_normal(1, rows, r, generator=generator) for rows in (m, n))
+    factors = start_factors(*(x.to(dtype) for x in (G @ omega, G.mT @ psi, psi)), gamma=0.15)
+    for _ in range(8):
+        G = _of_rank(rank)(factors, generator)
+        wanted = truncated(next_momentum(factors, G, 0.85, 0.15), r)
+        Y, Z = sketches(Factors(*(part.double() for part in factors)), G)
+        factors = update_factors(factors, Y.to(dtype), Z.to(dtype), beta=0.85, gamma=0.15)
+        assert relative_error(dense(factors), wanted) < TOLERANCE[dtype]
+        assert departure_from_orthonormal(factors.U) < TOLERANCE[dtype]
+        assert departure_from_orthonormal(factors.V) < TOLERANCE[dtype]
+
+
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_nothing_moves_where_there_is_neither_momentum_nor_gradient(shape, dtype):
