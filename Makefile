@@ -2,7 +2,8 @@
 #
 #   make train                    fine-tune a tiny LLaMA on two ranks (or on all GPUs) with MoFaSGD: 3 to 4 minutes on a CPU
 #   make train OPTIMIZER=AdamW    the same run with AdamW
-#   make test                     the tests that need no GPU
+#   make test                     the tests that need no GPU: without ranks, then on ranks
+#   make test-fast                of them, those of the parts: minutes less, for between two commits
 #   make test-slow, make test-gpu the others
 #   make test-long                of the slow ones, the 2000 steps on two ranks
 #   make verify-claim             AdamW and MoFaSGD in the paper's setting, measured and judged: needs a GPU of 80 GB
@@ -35,7 +36,7 @@ endif
 # The environment's own tools (deepspeed, ninja) come first; DeepSpeed looks ninja up by name.
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: help setup train test test-slow test-long test-gpu verify-claim clean
+.PHONY: help setup train test test-fast test-slow test-long test-gpu verify-claim clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -68,13 +69,22 @@ $(TORCHAO): $(STAMP)
 	rm -rf "$@/test"  # of its own tests, in the place of Python's
 	@touch "$@"
 
-test test-slow test-long test-gpu: $(TORCHAO)
-test test-slow test-long test-gpu: export PYTHONPATH := $(abspath $(TORCHAO))
+test test-fast test-slow test-long test-gpu: $(TORCHAO)
+test test-fast test-slow test-long test-gpu: export PYTHONPATH := $(abspath $(TORCHAO))
 
-# Tests that start ranks of their own fill the cores; the others use one, so two of their files run at once.
+# Tests that start ranks of their own fill the cores; the others use one, so two of their files run at once. Both halves
+# run, whatever the first one says; stopped by hand, neither goes on.
 test: $(STAMP)
-	python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/ranks
-	python -m pytest tests/ranks
+	@trap 'exit 130' INT TERM; without=0; ranks=0; \
+	python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/ranks || without=$$?; \
+	python -m pytest tests/ranks || ranks=$$?; \
+	say() { case $$2 in 0) echo "$$1: passed";; 5) echo "$$1: FAILED, no test was collected";; \
+	        *) echo "$$1: FAILED, pytest exit $$2";; esac; }; \
+	say "tests without ranks" $$without; say "tests on ranks" $$ranks; \
+	[ $$without = 0 ] && [ $$ranks = 0 ]
+
+test-fast: $(STAMP)
+	python -m pytest --numprocesses $(JOBS) --dist loadfile tests/unit
 
 test-slow: $(STAMP)
 	python -m pytest -m slow

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ds_mofa.phases import PHASES
 from ds_mofa.profiler import load_report
 from ds_mofa.profiler.layers import verdict
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {
@@ -25,12 +25,6 @@ MODEL = {
 }  # fmt: skip
 LENGTH = 64
 STEPS = 6
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def command_environment(folder: Path) -> dict[str, str]:

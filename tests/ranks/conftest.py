@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 _HERE = Path(__file__).parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent)]  # the scenes' modules, and the reference
+# The scenes' modules, and the reference. Not in the first place: the scripts of launch/ write theirs over it when a test
+# imports them.
+sys.path[1:1] = [str(_HERE), str(_HERE.parent)]
 
 from launching import Case, Launcher, Ran  # noqa: E402
 

@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -32,6 +31,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 
 __all__ = ["Case", "Launcher", "Ran", "cases", "on_ranks", "remove_shared_buffers"]
 
@@ -161,7 +161,7 @@ class Launcher:
     def _launch(self, world: int, cases: list[Case]) -> tuple[int, str]:
         listing = self._directory / f"world{world}.json"
         listing.write_text(json.dumps([self._entry(case) for case in cases]))
-        port = _free_port()
+        port = free_port()
         paths = [str(_HERE.parent.parent), str(_HERE.parent), str(_HERE), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"}
         environment.setdefault("OMP_NUM_THREADS", "1")
@@ -208,9 +208,3 @@ def remove_shared_buffers(port: int) -> None:
 def _end_with_parent() -> None:
     """Have Linux tell the launcher to stop when pytest is killed: it stops its ranks."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

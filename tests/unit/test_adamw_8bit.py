@@ -69,17 +69,17 @@ def full(params):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_learns_as_full_moments_do(dtype):
     """From a loss of ln 301 = 5.7 to where nearly all is learnt; the mean loss on the way is within 1 % of full moments',
-    the last one within 5 %.
+    that of the second half within 3 % (over 16 seeds 0.993 to 1.019; of the last ten steps alone 0.967 to 1.049).
     """
     means, ends = {}, {}
     for states in ("full", "8bit"):
         losses = train(*built(dtype=dtype, adamw_states=states), range(120))
-        means[states], ends[states] = sum(losses) / 120, sum(losses[-10:]) / 10
-        assert ends[states] < 0.01 * losses[0]
+        means[states], ends[states] = sum(losses) / 120, sum(losses[60:]) / 60
+        assert sum(losses[-10:]) / 10 < 0.01 * losses[0]
     assert means["8bit"] == pytest.approx(means["full"], rel=0.01)
     # In bf16, full moments lose updates to rounding to nearest.
-    assert ends["8bit"] < 1.05 * ends["full"]
-    assert ends["8bit"] > 0.95 * ends["full"] or dtype == torch.bfloat16
+    assert ends["8bit"] < 1.03 * ends["full"]
+    assert ends["8bit"] > 0.97 * ends["full"] or dtype == torch.bfloat16
 
 
 def test_a_number_of_a_moment_takes_a_byte():

@@ -32,7 +32,9 @@ from tests.unit.dense_reference import (
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp64", "fp32"])
-EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=60)
+# None between 0 and what is left of fp32 below the smallest momentum here: 1e-308 of it is 0 there, in the reference not.
+BETAS = st.just(0.0) | st.floats(1e-6, 0.99)
 
 
 def _normal(*shape, generator):
@@ -157,7 +159,7 @@ def test_update_is_the_truncated_svd_of_momentum_plus_projected_gradient(gradien
     rank=st.floats(0, 1),
     gradient=st.sampled_from(list(GRADIENTS)),
     momentum=st.sampled_from(list(MOMENTA)),
-    beta=st.floats(0, 0.99),
+    beta=BETAS,
     heavy_ball=st.booleans(),
     seed=st.integers(0, 2**32),
 )

@@ -11,7 +11,7 @@ from ds_mofa.staging import Staging
 from ds_mofa.weights import Rounding, Shard, write_updates
 
 CPU = torch.device("cpu")
-EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=150)
 
 
 @pytest.fixture

@@ -188,14 +188,44 @@ def test_the_first_step_ignores_weights_and_global_randomness():
     assert same(*results)
 
 
+LENGTHS = {"spectral": 2e-2, "inverse_sigma": 1e-2}
+
+
+def late(losses):
+    """The median loss of a run's second half over the mean of its first five: no single step decides."""
+    return statistics.median(losses[len(losses) // 2 :]) / statistics.mean(losses[:5])
+
+
 @CAPTURE
 @RULE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_falls(capture, update_rule, dtype):
     model = build(dtype)
-    lr = {"spectral": 2e-2, "inverse_sigma": 1e-2}[update_rule]
-    losses = train(model, optimizer_of(model, lr=lr, update_rule=update_rule, capture=capture), range(120))
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    optimizer = optimizer_of(model, lr=LENGTHS[update_rule], update_rule=update_rule, capture=capture)
+    losses = train(model, optimizer, range(120))
+    assert late(losses) < 0.5  # 0.01 to 0.39 over 24 seeds of weights and batches
+    # Steps of 1 / sigma grow as gradients vanish, so single losses of inverse_sigma leap up when all is learnt (the last
+    # five came to 0.001 to 1.6 of the first five): where, rounding decides.
+    if update_rule == "spectral":
+        assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+@RULE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moved, least", [(0, 0.75), (-1, 1.4)], ids=["still", "uphill"])
+def test_it_would_not_fall_so_far_if_matrices_stayed_or_went_uphill(update_rule, dtype, moved, least):
+    """The control of the test above: AdamW's part alone comes to 0.82 at best, steps of the wrong sign to 1.56."""
+    model = build(dtype)
+    optimizer = optimizer_of(model, lr=LENGTHS[update_rule], update_rule=update_rule)
+    matrices = [model.get_parameter(name) for name in MATRICES]
+    losses = []
+    for step in range(120):
+        before = [matrix.detach().clone() for matrix in matrices]
+        losses += train(model, optimizer, [step])
+        with torch.no_grad():
+            for matrix, start in zip(matrices, before):
+                matrix.copy_(start + moved * (matrix - start))
+    assert late(losses) > least
 
 
 def test_the_matrices_alone_make_the_loss_fall():

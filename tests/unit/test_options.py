@@ -202,7 +202,7 @@ ANY_VALUE = st.recursive(
 ANY_KEY = st.sampled_from([*NAMES, "betas", "eps", "learning_rate", "ranks"]) | st.text(max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.dictionaries(ANY_KEY, ANY_VALUE, max_size=4))
 @example({"include": ["(" * 5000 + ")" * 5000]})
 @example({"include": ["a{99999999999999999999}"]})

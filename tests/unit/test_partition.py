@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ds_mofa.partition import _ALIGNMENT, Exchange, Layout
 
-EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=150)
 SHAPE = st.tuples(st.integers(1, 40), st.integers(1, 40))
 # Few different shapes, so that blocks of many matrices are common.
 SHAPES = st.lists(SHAPE, min_size=1, max_size=5).flatmap(

@@ -27,7 +27,7 @@ def _blocks(shapes, rank):
 SHAPES = st.lists(st.sampled_from([(3, 5), (40, 7), (7, 40), (16, 16)]), max_size=20)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(shapes=SHAPES, rank=st.integers(1, 9), limit=st.floats(1, 1e5))
 def test_every_matrix_is_in_one_sub_batch_and_none_is_too_large(shapes, rank, limit):
     blocks = _blocks(shapes, rank)
