@@ -86,6 +86,11 @@ class GradientMixin:
         if not self._holds_back():
             super().overlapping_partition_gradients_reduce_epilogue()
 
+    def reduce_ipg_grads(self, comm_dtype=None):
+        # DeepSpeed counts on a gradient in every backward; one that reaches matrices alone has none for it.
+        if any(bucket.params for bucket in self.ipg_buckets.values()):
+            super().reduce_ipg_grads(comm_dtype)
+
     def reduce_ready_partitions_and_remove_grads(self, param, i):
         if i not in self.scattered:
             super().reduce_ready_partitions_and_remove_grads(param, i)
