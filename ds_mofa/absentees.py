@@ -26,6 +26,11 @@ class Absentees:
         self._trained |= {param: "" for group in adamw_groups for param in group["params"]}
         self._frozen = dict(split.frozen)
         self._known: set[nn.Parameter] = set()  # without a gradient, and in the model
+        self._foreign: set[nn.Parameter] = set()  # in the model, and not this optimizer's to train
+
+    def begin(self, model: nn.Module) -> None:
+        """When the optimizer is built: what is in the model by now, and was not given to it, is none of its business."""
+        self._foreign = {param for param in model.parameters() if param not in self._trained}
 
     def check(self, model: nn.Module | None) -> None:
         """Before a step.
@@ -36,16 +41,31 @@ class Absentees:
         self.report_thawed()
         absent = {param for param in self._trained if param.grad is None}
         if model is not None and not absent <= self._known:
-            present = set(model.parameters())
-            for param in absent - self._known:
-                if param not in present:
-                    name = self._trained[param] or f"a parameter of shape {tuple(param.shape)}"
-                    raise RuntimeError(
-                        f"{name} is in the model no more: load_state_dict(assign=True), resize_token_embeddings or an "
-                        "assignment has put another parameter in its place since the optimizer was built. Build the "
-                        "optimizer after that"
-                    )
+            self._look(model, absent - self._known)
         self._known = absent
+
+    def _look(self, model: nn.Module, absent: set[nn.Parameter]) -> None:
+        """What is absent should be in the model all the same; what is in the model should be known."""
+        present = {param: name for name, param in model.named_parameters()}
+        new = [name for param, name in present.items() if param not in self._trained and param not in self._foreign]
+        new = [name for name in new if model.get_parameter(name).requires_grad]
+        instead = f" (in the model now, and not trained: {', '.join(new[:3])})" if new else ""
+        for param in absent:
+            if param not in present:
+                name = self._trained[param] or f"a parameter of shape {tuple(param.shape)}"
+                raise RuntimeError(
+                    f"{name} is in the model no more{instead}: load_state_dict(assign=True), resize_token_embeddings or an "
+                    "assignment has put another parameter in its place since the optimizer was built. Build the optimizer "
+                    "after that"
+                )
+        if new:
+            logger.warning(
+                "ds_mofa: %d parameters came into the model after the optimizer was built, such as %r: they are not "
+                "trained. Build the optimizer after that",
+                len(new),
+                new[0],
+            )
+            self._foreign |= {model.get_parameter(name) for name in new}
 
     def report_thawed(self) -> None:
         """Say once which parameters were frozen when the optimizer was built, and are not any more."""

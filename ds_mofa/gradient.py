@@ -183,9 +183,11 @@ class Gradients:
         sketch = self._step.captured[index]
         grad, mark = sketch.param.grad, sketch.grad
         if mark.dtype != sketch.param.dtype or mark.device != sketch.param.device:
+            mark = self._renewed(sketch, mark)
+        if grad is None and sketch.filled and sketch.unmarked:
             raise RuntimeError(
-                f"{mark.matrix!r} was {mark.dtype} on {mark.device} when the optimizer was built and is {sketch.param.dtype} "
-                f"on {sketch.param.device}: move or cast the model before the optimizer is built"
+                f"{mark.matrix!r} has a gradient of an earlier backward, and compiled autograd does not let .grad say whether "
+                "it was let go since: take one backward a step under compiled autograd, or accumulate without it"
             )
         if grad is not mark:
             if sketch.filled:
@@ -196,6 +198,17 @@ class Gradients:
         sketch.filled = self._fresh = True
         if grad is not None and grad is not mark:
             sketch.add_gradient(grad, Y, Z)
+
+    def _renewed(self, sketch: Sketch, mark: SketchedGradient) -> SketchedGradient:
+        """A mark for a parameter that was cast since the last one was made."""
+        param = sketch.param
+        if param.device != mark.device:
+            raise RuntimeError(
+                f"{mark.matrix!r} was on {mark.device} when the optimizer was built, where its sketches are, and is on "
+                f"{param.device}: move the model before the optimizer is built"
+            )
+        sketch.grad = SketchedGradient(param, mark.matrix, self, mark._index)
+        return sketch.grad
 
     # ------------------------------------------------------------------ what .grad is asked
 
@@ -241,11 +254,24 @@ class Gradients:
 
     # ------------------------------------------------------------------ the step
 
+    def are_a_dry_run(self, rates: Iterable[float]) -> bool:
+        """Whether this is the step of torch.distributed.checkpoint that is to bring the state about: every rate 0, and
+        every ``.grad`` set to zeros. Then they are let go.
+        """
+        if any(rates) or any(_is_own(sketch) or sketch.param.grad is None for sketch in self._step.captured):
+            return False
+        if any(bool(sketch.param.grad.any()) for sketch in self._step.captured):
+            return False
+        self.let_go()
+        return True
+
     def settle(self) -> None:
         """Take each ``.grad`` as it is: one that was let go is dropped, one set by hand is sketched; and reduce."""
         for index, sketch in enumerate(self._step.captured):
             grad = sketch.param.grad
-            if grad is None:
+            if grad is None and sketch.filled and sketch.unmarked:
+                sketch.param.grad = sketch.grad
+            elif grad is None:
                 if sketch.filled or self._step.pending:
                     self.drop(index)
             elif grad is not sketch.grad:
@@ -261,7 +287,7 @@ class Gradients:
             self.fold()
         step.reduce(beside=step.pending)
         for sketch in step.captured:
-            sketch.filled = False
+            sketch.filled = sketch.unmarked = False
         self._fresh, self._norms = False, None
 
     def clip(self) -> Tensor | float:
@@ -286,14 +312,18 @@ class Gradients:
         self._step.clear()
         self._step.drop_pending()
         for sketch in self._step.captured:
-            sketch.param.grad, sketch.filled = None, False
+            sketch.param.grad, sketch.filled, sketch.unmarked = None, False, False
         self._fresh = False
         self.forget()
 
 
+def _is_own(sketch: Sketch) -> bool:
+    return sketch.param.grad is sketch.grad
+
+
 def _take_off(sketches: list[Sketch]) -> None:
     for sketch in sketches:
-        if sketch.param.grad is sketch.grad:
+        if _is_own(sketch):
             sketch.param.grad = None
 
 

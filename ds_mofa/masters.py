@@ -19,7 +19,7 @@ class Masters:
     They are made in the first step, since a backend may partition the weights after the optimizer is built.
 
     Args:
-        wanted: whether there are to be any; without, every method does nothing.
+        wanted: whether there are to be any, of 16-bit weights; without, every method does nothing.
         matrices: what they are of.
         exchange: the collectives.
         device: where those are.
@@ -43,14 +43,30 @@ class Masters:
         self._matrices, self._exchange, self._device = matrices, exchange, device
         self._shard_of, self._zeros = shard_of, zeros
         self.tensors: list[Tensor] | None = None
+        self._versions: list[int] = []  # of the weights when this object's owner had written them
 
     def of(self, indices: Sequence[int]) -> list[Tensor] | None:
         """Those of these matrices, made where there are none yet."""
         if not self._wanted:
             return None
         if self.tensors is None:
+            self._wanted = any(matrix.param.dtype in (torch.bfloat16, torch.float16) for matrix in self._matrices)
+            if not self._wanted:
+                return None
             self._read()
         return [self.tensors[index] for index in indices]
+
+    def written(self) -> None:
+        """The weights are as the masters say: call it after a step."""
+        if self.tensors is not None:
+            self._versions = [matrix.param._version for matrix in self._matrices]
+
+    def look(self) -> None:
+        """Read anew where something else has written the weights since :meth:`written`: before a step."""
+        if self.tensors is not None and self._versions:
+            for matrix, master, version in zip(self._matrices, self.tensors, self._versions):
+                if matrix.param._version != version:
+                    master.copy_(self._shard_of(matrix).flat)
 
     def refresh(self) -> None:
         """Read them anew from the weights, after something else has written those."""
@@ -83,6 +99,7 @@ class Masters:
                 whole = master.to(self._device)
                 self._exchange.broadcast(whole, 0)
                 master.copy_(whole)
+        self._versions = []
 
     def _read(self) -> None:
         weights = [self._shard_of(matrix).flat for matrix in self._matrices]

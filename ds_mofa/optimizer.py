@@ -25,6 +25,11 @@ from ds_mofa.step import MatrixStep
 
 __all__ = ["MatrixOptimizer", "MoFaSGD"]
 
+_NO_TORCH_STATE = (
+    "torch.distributed.checkpoint asks {title} for a state by parameter, which it does not have in one process: save "
+    "optimizer.state_dict() and load it with optimizer.load_state_dict()"
+)
+
 _NO_COPY = (
     "{title} cannot be copied or pickled: it is part of its model's forward and backward. Save state_dict(); for a copy of "
     "the model build a new {title} and load it there"
@@ -74,6 +79,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._assemble(split, parsed, adamw, matrices, Gradients(matrices))
         self._model = weakref.ref(model)
         self._absentees = Absentees(split, self.adamw_groups)
+        self._absentees.begin(model)
         print(f"ds_mofa: {split.summary()}", flush=True)
 
     @classmethod
@@ -97,7 +103,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._gradients = gradients  # None where a backend has its own
         self._matrix_groups: list[dict[str, Any]] = []
         self._clip: Tensor | float = 1.0
-        self._built = False
+        self._built = self._looked_for_state = False
         super().__init__(split.matrix_groups, {"lr": options.lr, "weight_decay": options.weight_decay})
         self.adamw, self._built = adamw, True
 
@@ -131,6 +137,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._gradients is not None and self._gradients.are_a_dry_run([group["lr"] for group in self.param_groups]):
+            self._looked_for_state = True
+            return loss
         self._reduce()
         if self._gradients is not None:
             self._absentees.check(self._model())
@@ -139,9 +148,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if self.adamw is not None:
                 with phase("AdamW"), self.adamw_lr():
                     self.adamw.step()
+            if self._gradients is not None:
+                self.matrices.masters.look()
             self.matrices.update(self._matrix_groups, self._clip)
             if self._gradients is not None:  # graphs from before must know, as they do of a write by torch's optimizers
                 torch.autograd.graph.increment_version([matrix.param for matrix in self.split.matrices])
+                self.matrices.masters.written()
         else:
             self.matrices.discard()
         self._forget_clip()
@@ -234,8 +246,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
         raise TypeError(_NO_COPY.format(title=self.options.title))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only: the factors by name, AdamW's state, every group's settings."""
-        return self.with_matrix_state(self.matrices.state_dict())
+        """Tensors and numbers only, copies on the CPU: the factors by name, AdamW's state, every group's settings."""
+        looked, self._looked_for_state = self._looked_for_state, False
+        if looked:
+            raise NotImplementedError(_NO_TORCH_STATE.format(title=self.options.title))
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state = self.with_matrix_state(self.matrices.state_dict())
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            state = _given(hook(self, state), state)
+        return state
 
     def with_matrix_state(self, matrices: dict[str, Any]) -> dict[str, Any]:
         """The whole state around the matrices', which it takes a collective to gather."""
@@ -243,7 +263,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             "mofasgd": matrices,
             "masters": self.matrices.masters.state_dict(),
             "matrix_groups": self.group_settings(),
-            "adamw": self.adamw.state_dict() if self.adamw is not None else None,
+            "adamw": _copied(self.adamw.state_dict()) if self.adamw is not None else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -252,13 +272,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it does not fit; then nothing has changed, unless AdamW's own part is what does not.
         """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _given(hook(self, state_dict), state_dict)
         self.check_group_settings(state_dict["matrix_groups"])
         check_states(state_dict["adamw"], isinstance(self.adamw, AdamW8bit))
         self.matrices.load_state_dict(state_dict["mofasgd"])
         self.load_group_settings(state_dict["matrix_groups"])
         if self.adamw is not None:
-            self.adamw.load_state_dict(state_dict["adamw"])
+            with _groups_kept(self.adamw):
+                self.adamw.load_state_dict(state_dict["adamw"])
         self.matrices.masters.load_state_dict(state_dict["masters"])
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def group_settings(self) -> list[dict[str, Any]]:
         """What the matrix groups say besides their parameters."""
@@ -295,6 +320,32 @@ class MoFaSGD(MatrixOptimizer):
 
     options_class = Options
     rule_class = MoFaSGDRule
+
+
+def _given(value: Any, otherwise: Any) -> Any:
+    """What a hook has returned, which may be nothing."""
+    return otherwise if value is None else value
+
+
+def _copied(state: Any) -> Any:
+    """A state's tensors as copies on the CPU: torch hands out the optimizer's own, which go on changing."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    return type(state)(map(_copied, state)) if isinstance(state, list | tuple) else state
+
+
+@contextlib.contextmanager
+def _groups_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within: loading a state leaves the param groups the dicts that they are, which wrappers and schedulers hold."""
+    groups = list(optimizer.param_groups)
+    yield
+    for group, loaded in zip(groups, optimizer.param_groups, strict=True):
+        if group is not loaded:
+            group.clear()
+            group.update(loaded)
+    optimizer.param_groups = groups
 
 
 def _refuse_several_processes(title: str) -> None:

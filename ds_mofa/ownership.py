@@ -8,13 +8,14 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["Claim", "LostError", "claim", "release"]
 
 logger = logging.getLogger("ds_mofa")
 
-_claims: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()  # parameter -> weak reference to the claim on it
+# By the id of a parameter, which a claim that is held keeps alive. A weak reference to the parameter itself would keep torch
+# from swapping it (torch.utils.swap_tensors).
+_claims: "weakref.WeakValueDictionary[int, Claim]" = weakref.WeakValueDictionary()
 
 
 class LostError(RuntimeError):
@@ -27,10 +28,12 @@ class Claim:
     Attributes:
         title: of the optimizer.
         names: of its matrices.
+        params: the matrices; none when it has ended.
     """
 
-    def __init__(self, title: str, names: list[str], let_go: Callable[[], None]):
-        self.title, self.names = title, names
+    def __init__(self, title: str, matrices: Mapping[nn.Parameter, str], let_go: Callable[[], None]):
+        self.title, self.names = title, list(matrices.values())
+        self.params = list(matrices)
         self._let_go: Callable[[], None] | None = let_go
         self._lost_to: str | None = None
 
@@ -49,13 +52,14 @@ class Claim:
 
     def give_up(self) -> None:
         """End it, by the optimizer's own wish."""
-        self._let_go = None
+        self._let_go, self.params = None, []
 
     def lose(self, to: str) -> None:
         """End it, because ``to`` takes over: the optimizer lets go of the model, and is told when it steps next."""
         if self._let_go is None:
             return
         let_go, self._let_go, self._lost_to = self._let_go, None, to
+        self.params = []
         logger.warning("ds_mofa: %s takes over the matrices of a %s that was built before", to, self.title)
         let_go()
 
@@ -69,9 +73,9 @@ def claim(title: str, matrices: Mapping[nn.Parameter, str], let_go: Callable[[],
         let_go: puts the model back as it was before the optimizer; it must not keep the optimizer alive.
     """
     release(matrices, to=f"another {title}")
-    own = Claim(title, list(matrices.values()), let_go)
+    own = Claim(title, matrices, let_go)
     for param in matrices:
-        _claims[param] = weakref.ref(own)
+        _claims[id(param)] = own
     return own
 
 
@@ -82,7 +86,6 @@ def release(params: Iterable[nn.Parameter], to: str) -> None:
         to: who takes over, for the messages.
     """
     for param in params:
-        reference = _claims.get(param)
-        holder = reference() if reference is not None else None
+        holder = _claims.get(id(param))
         if holder is not None:
             holder.lose(to)

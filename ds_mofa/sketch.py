@@ -47,15 +47,16 @@ class Sketch:
         param: the matrix, from :func:`attach` on.
         grad: what ``param.grad`` is while it has a gradient; None where ``.grad`` stays None.
         filled: with a ``grad``: whether Y and Z hold anything.
+        unmarked: they do, and ``.grad`` could not be made to say so.
     """
 
-    __slots__ = ("Y", "Z", "U", "V", "param", "grad", "filled", "key", "_queue", "_addresses", "__weakref__")
+    __slots__ = ("Y", "Z", "U", "V", "param", "grad", "filled", "unmarked", "key", "_queue", "_addresses", "__weakref__")
 
     def __init__(self, Y: Tensor, Z: Tensor, U: Tensor, V: Tensor, queue: "Queue | None" = None):
         self.Y, self.Z, self.U, self.V = Y, Z, U, V
         self.param: nn.Parameter | None = None
         self.grad: "SketchedGradient | None" = None
-        self.filled = False
+        self.filled = self.unmarked = False
         self.key = _key_of(self)
         self._queue = queue
         self._addresses = tuple(tensor.data_ptr() for tensor in (Y, Z, U, V))
@@ -131,6 +132,8 @@ def _add_linear(Y: Tensor, Z: Tensor, x: Tensor, dy: Tensor, key: Tensor) -> Non
         if not answer:
             return
     sketch.open(Y, Z)
+    # Compiled autograd writes .grad once more, as it was when it was traced, after all has run.
+    sketch.unmarked = sketch.grad is not None and torch._dynamo.compiled_autograd.in_compiled_autograd_region
     sketch.add_linear_to(Y, Z, x, dy)
 
 

@@ -131,8 +131,7 @@ class MatrixStep:
         self.on_report: Callable[[Report], None] | None = None
         self.rule.prepare(self.layout, self.working, self.steps)
 
-        wanted = options.master_weights and compute in (torch.bfloat16, torch.float16)
-        self.masters = Masters(wanted, self.matrices, exchange, device, shard_of, self.owner.zeros)
+        self.masters = Masters(options.master_weights, self.matrices, exchange, device, shard_of, self.owner.zeros)
 
         views = [
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
