@@ -27,6 +27,8 @@ __all__ = [
     "update_factors",
     "update_many",
     "start_factors",
+    "waiting_factors",
+    "gradient_came",
     "gram_matrices",
     "projected_norm",
     "live_directions",
@@ -151,6 +153,24 @@ def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float) -> Factors
     P, sigma, Wt = torch.linalg.svd(T.mT)
     sigma = torch.cat([gamma * sigma, sigma.new_zeros(*sigma.shape[:-1], r - c)], dim=-1)
     return Factors(_complete(Q @ P, r), sigma, _complete(V @ Wt.mT, r))
+
+
+def waiting_factors(psi: Tensor, omega: Tensor) -> Factors:
+    """The factors of a matrix whose first gradient has not come by the first step: no momentum, random directions.
+
+    What comes then is met by :func:`update_factors`, whose projection would see nothing of a gradient beyond fixed
+    directions.
+
+    Args:
+        psi: the test matrices of the first step, (B, m, r) and full rank.
+        omega: likewise, (B, n, r).
+    """
+    return Factors(torch.linalg.qr(psi).Q, psi.new_zeros(psi.shape[0], psi.shape[-1]), torch.linalg.qr(omega).Q)
+
+
+def gradient_came(Y: Tensor, Z: Tensor) -> Tensor:
+    """Which matrices have had a gradient, (B,) bool: those with a number that is not zero, a NaN too, in a sketch."""
+    return Y.flatten(1).any(1) | Z.flatten(1).any(1)
 
 
 def projected_norm(left: Tensor, right: Tensor) -> Tensor:

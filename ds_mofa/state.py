@@ -64,7 +64,8 @@ def unpack(
         )
     ones, ranks = [], set()
     for matrix in matrices:
-        one = tuple(saved[matrix.name][key] for key in rule.fields)
+        given = rule.completed(saved[matrix.name], int(state["steps"]))
+        one = tuple(given[key] for key in rule.fields)
         r = one[-1].shape[-1]
         for key, value, shape in zip(rule.fields, one, rule.tensors(*matrix.shape, r)):
             if value.shape != shape:
