@@ -122,7 +122,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if self.adamw is not None:
                 with phase("AdamW"), self.adamw_lr():
                     self.adamw.step()
-            self.matrices.update(self._matrix_groups, self._clip)
+            clip, self._clip = self._clip, 1.0  # whatever a report's receiver may raise
+            self.matrices.update(self._matrix_groups, clip)
         else:
             self.matrices.discard()
         self._clip = 1.0

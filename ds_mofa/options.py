@@ -43,7 +43,7 @@ class Options:
         update_rule: ``"spectral"``, W -= lr U V^T (the paper's equation), or ``"inverse_sigma"``,
             W -= lr U diag(1 / sigma) V^T with 1 / sigma at most ``inverse_sigma_clamp`` (what the paper's
             code runs).
-        inverse_sigma_clamp: see ``update_rule``; > 0.
+        inverse_sigma_clamp: see ``update_rule``; > 0. With fp16 matrices at most 65504, with ``balance`` 6550.
         balance: p, 0 to 1. Each matrix's update is multiplied by (b / |sigma|)^p, b the geometric mean of all matrices'
             |sigma|: one whose gradients are small moves further, as it does under AdamW. At most by 10, at least by
             1 / 10. Costs an all-reduce of two numbers a step; 0 (the paper's rule) does without.
@@ -54,7 +54,8 @@ class Options:
             a run with another k is taken as it is. Of an m x n matrix at most min(m, n) - r of the k have an effect.
             With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing.
         explore_scale: s = ``explore_scale`` sqrt(min(m, n) / k), > 0: at 1, A E^T and F B^T are each as long as the
-            update of a momentum of full rank would be. ``balance`` multiplies all of the update alike.
+            update of a momentum of full rank would be. ``balance`` multiplies all of the update alike. With fp16 matrices
+            s, times 10 with ``balance``, is at most 65504.
         rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
             small the update) or ``"nearest"``. Without effect on fp32 weights.
         master_weights: keep an fp32 master of each 16-bit matrix, 4 more bytes a weight (a shard of it under

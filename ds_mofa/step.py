@@ -180,6 +180,8 @@ class MatrixStep:
     def update(self, groups: Sequence[Mapping[str, Any]], clip: float | Tensor = 1.0) -> None:
         """Move state and weights by the pending sketches. Collective.
 
+        What ``on_report`` raises is raised here, after a whole step.
+
         Args:
             groups: the matrix param groups, for ``lr`` and ``weight_decay``.
             clip: factor on the gradient, <= 1, from clipping by the global norm.
@@ -194,8 +196,7 @@ class MatrixStep:
                 self._take_back()
                 self.discard(_NO_FACTORS)
                 return
-            if self._reports_now():
-                self._report(new, clip)
+            report = self._report(new, clip) if self._reports_now() else None
             self.rule.forget()
             self.rule.keep(self.owner, new)
         self.steps += 1
@@ -203,6 +204,10 @@ class MatrixStep:
             self._apply(groups)
             self._staging.finish()  # a checkpoint, ZeRO's gathering: whoever reads the host's memory next may do so
             self.rule.prepare(self.layout, self.working, self.steps)
+        if report is not None:
+            self.report = report
+            if self.on_report is not None:
+                self.on_report(report)
 
     def discard(self, reason: str = _NO_NUMBER) -> None:
         """Skip this step: state and weights stay as they are."""
@@ -290,15 +295,13 @@ class MatrixStep:
         every = self.options.diagnostics_every
         return every > 0 and (self.steps + 1) % every == 0
 
-    def _report(self, new: Tensor, clip: float | Tensor) -> None:
+    def _report(self, new: Tensor, clip: float | Tensor) -> Report | None:
         """Measure this rank's matrices, and give every rank the measures of all. Collective."""
         values = self.rule.measures(self.owner, new, clip, len(self.matrices))
         if values is None:
-            return
+            return None
         names = [matrix.name for matrix in self.matrices]
-        self.report = Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))
-        if self.on_report is not None:
-            self.on_report(self.report)
+        return Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))
 
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
         rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
@@ -320,7 +323,7 @@ class MatrixStep:
 
     def _agree(self, problem: str | None) -> None:
         """Raise on every rank if rank 0 has a problem."""
-        failed = self.exchange.sum(torch.tensor([float(problem is not None)], device=self._device))
+        failed = self.exchange.sum(torch.tensor([float(problem is not None)], dtype=torch.float32, device=self._device))
         if failed:
             raise ValueError(problem or f"rank 0 could not load the {self.rule.name} state; its message says why")
 

@@ -115,7 +115,8 @@ def _keys(rounding: "Rounding", indices: tuple[int, ...], device: torch.device) 
     """int64 (B,): ``rounding_key`` of each matrix."""
     from ds_mofa.weights import rounding_key
 
-    return torch.tensor([rounding_key(rounding, index) for index in indices]).to(device, non_blocking=True)
+    keys = [rounding_key(rounding, index) for index in indices]
+    return torch.tensor(keys, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -211,7 +211,7 @@ def basis_of(Y: Tensor) -> Tensor:
         turn = torch.eye(r, dtype=torch.float64, device=Y.device).expand(len(Y), r, r)
     P = side.turned(turn)
     largest = P.gather(-2, P.abs().argmax(dim=-2, keepdim=True))
-    return P * torch.where(largest < 0, -1.0, 1.0)
+    return torch.where(largest < 0, -P, P)
 
 
 def _is_wide(shape: tuple[int, int]) -> bool:

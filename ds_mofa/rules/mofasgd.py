@@ -24,7 +24,7 @@ from ds_mofa.factors import (
     waiting_factors,
 )
 from ds_mofa.kernels import triton_serves
-from ds_mofa.options import Options
+from ds_mofa.options import OptionError, Options
 from ds_mofa.owner import Owner, Piece
 from ds_mofa.partition import Block, Exchange, Layout, Shapes
 from ds_mofa.rules.exploration import Exploration
@@ -172,6 +172,13 @@ class MoFaSGDRule(Rule):
         return part.views(working) if self._exploration is None else self._exploration.written(part, working)
 
     def prepare(self, layout: Layout, working: Tensor, steps: int) -> None:
+        """See :class:`Rule`.
+
+        Raises:
+            OptionError: a coefficient may be larger than the working copies' dtype can hold.
+        """
+        if steps == 0:
+            self._refuse_overflow(layout, working.dtype)
         super().prepare(layout, working, steps)
         if not self._options.explore:
             return
@@ -182,7 +189,7 @@ class MoFaSGDRule(Rule):
 
     def resized(self, saved: Sequence[State], ranks: set[int]) -> tuple[list[State], str]:
         """See :func:`ds_mofa.factors.resized`."""
-        new, kept = [], torch.zeros(2, dtype=torch.float64)  # squares of sigma: after and before
+        new, kept = [], torch.zeros(2, dtype=torch.float64, device="cpu")  # squares of sigma: after and before
         for U, V, sigma in saved:
             one = resized(Factors(U, sigma, V), self.rank)
             kept += torch.stack([one.sigma.double().square().sum(), sigma.double().square().sum()])
@@ -194,6 +201,24 @@ class MoFaSGDRule(Rule):
             effect += "the momentum's squared norm"
         were = ", ".join(map(str, sorted(ranks)))
         return new, f"the checkpoint's factors have rank {were}, this run's {self.rank}: {effect}"
+
+    def _refuse_overflow(self, layout: Layout, dtype: torch.dtype) -> None:
+        options = self._options
+        most = torch.finfo(dtype).max / (_MOST_BALANCED if options.balance else 1)
+        reason = f"{dtype} holds no number above {torch.finfo(dtype).max:g}"
+        if options.balance:
+            reason += f", and balance multiplies by up to {_MOST_BALANCED:g}"
+        if options.update_rule == "inverse_sigma" and options.inverse_sigma_clamp > most:
+            raise OptionError(
+                f"inverse_sigma_clamp={options.inverse_sigma_clamp!r} does not fit the matrices: {reason}. Set it to at "
+                f"most {math.floor(most)}, or train in bf16"
+            )
+        longest = max(options.explore_length(*block.shape) for block in layout.blocks)
+        if options.explore and longest > most:
+            raise OptionError(
+                f"explore_scale={options.explore_scale!r} makes directions of length {longest:g} of the matrices: "
+                f"{reason}. Set it to at most {options.explore_scale * most / longest:g}, or train in bf16"
+            )
 
     def _level(self, owner: Owner, updated: Tensor | None, device: torch.device, exchange: Exchange) -> Tensor:
         """The mean of log |sigma| over all matrices that move: a gradient came, and they have momentum. Collective."""

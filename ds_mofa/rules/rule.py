@@ -170,4 +170,5 @@ class Rule(abc.ABC):
 
     def draw(self, view: Tensor, generator: torch.Generator) -> None:
         """Gaussian of variance 1 / r, so that |G Omega| ~ |G|."""
-        view.copy_(torch.randn(view.shape, generator=generator) / math.sqrt(self.rank))
+        drawn = torch.randn(view.shape, generator=generator, dtype=torch.float32, device="cpu")
+        view.copy_(drawn / math.sqrt(self.rank))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_mofa import MoFaSGD, OptionError, Options, adamw_8bit
-from ds_mofa.adamw_8bit import BLOCK, SMALLEST, AdamW8bit, moment_bytes
+from ds_mofa.adamw_8bit import BLOCK, SMALLEST, AdamW8bit, moment_bytes, rounding_seed
 
 
 class Model(nn.Module):
@@ -209,6 +209,32 @@ def test_small_updates_of_bf16_weights_arrive_in_the_mean():
 
 def test_rounding_to_nearest_loses_them():
     assert moved("nearest")[0] == 0.0
+
+
+def test_no_two_steps_parameters_and_groups_round_with_the_same_bits():
+    """Each element of 130 equal parameters in two groups, in two steps: as many patterns as there are."""
+    params = [nn.Parameter(torch.ones(300).bfloat16()) for _ in range(130)]
+    optimizer = AdamW8bit([{"params": params[:70]}, {"params": params[70:]}], Options(lr=2e-3))
+    patterns = []
+    for _ in range(2):
+        for param in params:
+            with torch.no_grad():
+                param.fill_(1)
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        patterns += [tuple(param.tolist()) for param in params]
+    assert len(set(patterns)) == len(patterns) and len({value for one in patterns for value in one}) == 2
+
+
+def test_rounding_seeds_are_the_runs_the_steps_and_the_parameters():
+    seeds = [rounding_seed(0, step, index, 70) for step in range(1, 400) for index in range(70)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**32 for seed in seeds)
+    others = {rounding_seed(1, step, index, 70) for step in range(1, 400) for index in range(70)}
+    assert len(others & set(seeds)) < 10  # of 2^32, two sets of 27 930 have a fifth of one in common
+    shared = sum(
+        rounding_seed(0, s, 64, 70) == rounding_seed(0, s + d, 0, 70) for s in range(1, 400) for d in range(1, 400)
+    )
+    assert shared == 0
 
 
 def test_rounding_leaves_the_callers_random_numbers_alone():
