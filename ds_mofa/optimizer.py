@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_mofa.adamw_8bit import AdamW8bit, check_states
+from ds_mofa.groups import check_rates
 from ds_mofa.head import FusedHead
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import Split, split_parameters
@@ -27,16 +28,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Args:
         params: the model, or parameters, named parameters or param groups of it together with ``model``.
-            A group's own ``lr`` and ``weight_decay`` go before the options'.
+            A group's own ``lr`` and ``weight_decay`` go before the options'; what else it may say is in
+            :func:`ds_mofa.groups.check_group`.
         model: the model that owns the parameters; which module holds a parameter tells an embedding from a
             matrix.
         **options: see ``options_class``, where each has its range, unit and source.
 
     Raises:
-        OptionError: an option out of range, or nothing to train.
+        OptionError: an option or a group's value out of range, or nothing to train.
 
     Of the matrices, ``param_groups`` come first, then AdamW's. One schedule moves them all: AdamW's groups
-    carry the matrices' ``lr`` and step at ``lr * lr_scale``.
+    carry the matrices' ``lr`` and step at ``lr * lr_scale``, lr_scale = adamw_lr / lr of the options. A group's own
+    ``lr`` (``{"params": ..., "lr": lr * 0.9**k}``) so scales both its parts by one ratio, and schedulers see it in both.
     """
 
     options_class: ClassVar[type[Options]]
@@ -111,11 +114,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Move every parameter once, by the gradients of all backwards since the last step.
 
         A step whose sketches hold a NaN or Inf changes nothing at all; ``optimizer.matrices.skipped`` counts it.
+
+        Raises:
+            OptionError: a schedule has made a group's ``lr`` or ``weight_decay`` negative or no number. Nothing moves.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_rates(self.param_groups)
         if not self.matrices.pending:
             self.matrices.reduce()
         if self.matrices.finite:

@@ -307,19 +307,25 @@ class MatrixStep:
         rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
         for part in itertools.chain.from_iterable(map(self.rule.parts, self.layout.blocks)):
             U, V, coefficients = self.rule.written(part, self.working)
-            group = groups[part.block.group]
-            write_wherever(
-                self._staging,
-                [self._shard_of(self.matrices[index]) for index in part.members],
-                U,
-                V,
-                coefficients,
-                indices=part.members,
-                step_size=float(group["lr"]) * self.rule.lr_factor(*part.block.shape),
-                decay=1.0 - float(group["lr"]) * group["weight_decay"],
-                rounding=rounding,
-                masters=self.masters.of(part.members),
-            )
+            lr, weight_decay = float(groups[part.block.group]["lr"]), float(groups[part.block.group]["weight_decay"])
+            first = 0
+            # One shape is not one orientation: beside a Conv1D's weight may lie that of a linear the other way round.
+            factors = [self.rule.lr_factor(*self.matrices[index].map_shape) for index in part.members]
+            for factor, run in itertools.groupby(factors):
+                some = slice(first, first + len(list(run)))
+                first, members = some.stop, part.members[some]
+                write_wherever(
+                    self._staging,
+                    [self._shard_of(self.matrices[index]) for index in members],
+                    U[some],
+                    V[some],
+                    coefficients[some],
+                    indices=members,
+                    step_size=lr * factor,
+                    decay=1.0 - lr * weight_decay,
+                    rounding=rounding,
+                    masters=self.masters.of(members),
+                )
 
     def _agree(self, problem: str | None) -> None:
         """Raise on every rank if rank 0 has a problem."""

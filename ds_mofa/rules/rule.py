@@ -148,7 +148,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def lr_factor(self, m: int, n: int) -> float:
-        """What lr is multiplied by for an m x n matrix."""
+        """What lr is multiplied by for a linear map of n inputs and m outputs."""
 
     def prepare(self, layout: Layout, working: Tensor, steps: int) -> None:
         """Make the working copies what the next backward sketches with: after each write, a start, or a load."""

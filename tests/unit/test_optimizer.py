@@ -436,6 +436,28 @@ def test_each_group_steps_at_its_own_lr_and_decay():
     assert length("first.weight", 1.0) == pytest.approx(1e-2 * 2, rel=1e-6)
 
 
+def test_a_conv1d_s_transposed_weight_moves_like_the_linear_s():
+    """The factor "original" is of the linear map, in one batch with a linear of the other orientation."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv, linear, other = Conv1D(8, 32), nn.Linear(32, 8, bias=False), nn.Linear(8, 32, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.T)
+    assert conv.weight.shape == other.weight.shape  # (32, 8), of maps from 32 to 8 and from 8 to 32
+    model = nn.ModuleList([other, conv, linear]).double()
+    optimizer = MoFaSGD(model, rank=2, lr=0.1, adjust_lr_fn="original", weight_decay=0.5)
+    before = weights_of(model)
+    x, dy = torch.randn(1, 32).double(), torch.randn(1, 8).double()  # of rank one, that the first step is exact for
+    y, dx = torch.randn(1, 8).double(), torch.randn(1, 32).double()
+    ((conv(x) * dy).sum() + (linear(x) * dy).sum() + (other(y) * dx).sum()).backward()
+    optimizer.step()
+    moved = {name: param.detach() - 0.95 * before[name] for name, param in model.named_parameters()}
+    assert relative_error(moved["1.weight"], moved["2.weight"].T) < 1e-10
+    assert float(moved["2.weight"].norm()) == pytest.approx(0.1)
+    assert float(moved["0.weight"].norm()) == pytest.approx(0.1 * 2)  # sqrt(32 / 8)
+
+
 def test_add_param_group_is_refused():
     optimizer = optimizer_of(build())
     with pytest.raises(OptionError, match="takes all its parameters when it is built"):
