@@ -5,8 +5,8 @@ otherwise, without a word: a flat partition that is 2 elements longer would cost
 learning rate as a tensor that nobody replaces, steps a tensor of any size at once, and compiles on a CPU too. Hence the
 loop around it here:
 
-*Pieces.* A parameter is stepped in pieces of whole blocks, of one size, so its temporaries are those of a piece and the
-compiler meets few shapes. What is left past the last whole block, 255 elements at most, has moments in fp32.
+*Pieces.* A parameter is stepped in pieces of whole blocks, of one size, so its temporaries are those of a piece, the
+compiler meets few shapes, and in a tensor of 2^31 elements and more it indexes within 32 bits. What is left past the last whole block, 255 elements at most, has moments in fp32.
 
 *Plain tensors.* Codes and scales are state of their own, so that checkpoints hold no objects of a library and DeepSpeed
 does not take a moment for one that it may cut.

@@ -85,12 +85,12 @@ def _refuse_unknown(key: str, value: Any, where: str, names: set[str], options: 
         raise OptionError(f'{where}: lr_scale is how {title} keeps AdamW\'s rate: write the group\'s own "lr", scaled')
     if key in names:
         raise OptionError(f"{where}: {key!r} is an option of the whole optimizer: give it to {title}, not to a group")
-    close = difflib.get_close_matches(str(key), [*_TAKEN, *sorted(names)], n=1)
+    close = difflib.get_close_matches(str(key), [*_TAKEN, *sorted(names)], n=1, cutoff=0.75)
     if not close and _is_label(value):
         return
     raise OptionError(
         f"{where} has an unknown key {key!r}"
-        + (f"; did you mean {close[0]!r}?" if close else "")
+        + (f"; did you mean {close[0]!r}?" if close else ".")
         + f" A group takes {', '.join(_TAKEN)}, the last two for AdamW's part of it, and labels such as name"
     )
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ds_mofa import MoFaSGD, weights
+from ds_mofa import MoFaSGD, Options, weights
+from ds_mofa.adamw_8bit import AdamW8bit
 from ds_mofa.factors import Factors, update_factors
 from ds_mofa.kernels import svd
 from ds_mofa.sketch import Queue
@@ -322,3 +323,25 @@ def test_a_bf16_model_learns_and_keeps_no_weight_gradient():
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_8_bit_moments_of_more_than_two_billion_elements():
+    """AdamW's step of the last elements of a tensor of 2^31 and more is that of a small tensor, compiled."""
+    pytest.importorskip("torchao")
+    size, tail = 2**31 + 1024, 1024
+    if torch.cuda.mem_get_info()[0] < 8 * size:
+        pytest.skip("needs 17 GB")
+    start, grad = torch.randn(tail, device="cuda"), torch.randn(tail, device="cuda")
+    ends = []
+    for numel in (size, 4096 + tail):
+        param = torch.nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16, device="cuda"))
+        param.grad = torch.zeros_like(param)
+        with torch.no_grad():
+            param[-tail:], param.grad[-tail:] = start, grad
+        optimizer = AdamW8bit([param], Options(lr=1e-2, rounding="nearest"))
+        for _ in range(2):
+            optimizer.step()
+        ends.append((param.detach()[-tail:].clone(), int(param.detach()[:-tail].count_nonzero())))
+        del param, optimizer
+    assert torch.equal(ends[0][0], ends[1][0]) and not torch.equal(ends[0][0], start.bfloat16())
+    assert ends[0][1] == ends[1][1] == 0

@@ -243,6 +243,51 @@ def test_rounding_leaves_the_callers_random_numbers_alone():
     assert moved("stochastic")[1] == wanted
 
 
+# ---------------------------------------------------------------------- more than 2^31 elements
+
+LARGE = 2**31 + 3 * BLOCK + 7
+
+
+def test_the_pieces_of_a_tensor_beyond_32_bits_cover_it_and_are_small():
+    """What the compiler and the library see has 2^24 elements at most, whose indices fit 32 bits."""
+    param = torch.empty(LARGE, dtype=torch.bfloat16, device="meta")
+    optimizer = AdamW8bit([nn.Parameter(torch.zeros(1))], Options())
+    state, end = adamw_8bit._new_state(param), 0
+    for view, at in optimizer._pieces(state, LARGE):
+        assert at.start == end < at.stop
+        for moment in view.values():
+            assert moment.numel() == at.stop - at.start <= 2**24
+        end = at.stop
+    assert end == LARGE
+    assert state["exp_avg_codes"].numel() == 2**31 + 3 * BLOCK and state["exp_avg_sq_rest"].numel() == 7
+
+
+def test_elements_beyond_32_bits_are_stepped_like_any_others(monkeypatch):
+    """Of memory that is mostly never touched: only the pieces past 2^31 are stepped, beside a small tensor's."""
+    tail = LARGE - 2**31
+    pieces = AdamW8bit._pieces
+
+    def last_pieces(self, state, numel):
+        return ((view, at) for view, at in pieces(self, state, numel) if numel < 2**31 or at.start >= 2**31)
+
+    monkeypatch.setattr(AdamW8bit, "_pieces", last_pieces)
+    ends, generator = [], torch.Generator().manual_seed(0)
+    start, grads = torch.randn(tail, generator=generator), [torch.randn(tail, generator=generator) for _ in range(3)]
+    for size in (LARGE, SMALLEST + tail):
+        param = nn.Parameter(torch.empty(size, dtype=torch.bfloat16))
+        param.grad = torch.empty_like(param)
+        with torch.no_grad():
+            param[-tail:] = start
+            if size < LARGE:
+                param[:-tail], param.grad[:-tail] = 0, 0
+        optimizer = AdamW8bit([param], Options(lr=1e-3, rounding="nearest"))
+        for grad in grads:
+            param.grad[-tail:] = grad
+            optimizer.step()
+        ends.append(param.detach()[-tail:].clone())
+    assert torch.equal(*ends) and not torch.equal(ends[0], start.bfloat16())
+
+
 # ---------------------------------------------------------------------- states that are saved
 
 
