@@ -6,7 +6,8 @@ learning rate as a tensor that nobody replaces, steps a tensor of any size at on
 loop around it here:
 
 *Pieces.* A parameter is stepped in pieces of whole blocks, of one size, so its temporaries are those of a piece, the
-compiler meets few shapes, and in a tensor of 2^31 elements and more it indexes within 32 bits. What is left past the last whole block, 255 elements at most, has moments in fp32.
+compiler meets few shapes, and in a tensor of 2^31 elements and more it indexes within 32 bits. What is left past the
+last whole block, 255 elements at most, has moments in fp32.
 
 *Plain tensors.* Codes and scales are state of their own, so that checkpoints hold no objects of a library and DeepSpeed
 does not take a moment for one that it may cut.
@@ -89,7 +90,8 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, (group, param) in enumerate((group, param) for group in self.param_groups for param in group["params"]):
+        members = ((group, param) for group in self.param_groups for param in group["params"])
+        for index, (group, param) in enumerate(members):
             if param.grad is not None:
                 self._step(param, group, index)
         return loss

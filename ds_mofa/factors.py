@@ -199,7 +199,8 @@ def leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     # The columns of K Q are P sigma; where sigma vanishes there is no P in them, and any will do.
     P = scaled / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2)
     [basis] = complements([Side(P[..., :0], P)])
-    return _polished(basis.turned(torch.eye(r, dtype=P.dtype, device=P.device).expand(len(P), r, r))), sigma, _polished(Q)
+    axes = torch.eye(r, dtype=P.dtype, device=P.device).expand(len(P), r, r)
+    return _polished(basis.turned(axes)), sigma, _polished(Q)
 
 
 def _polished(P: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Of the matrices, ``param_groups`` come first, then AdamW's. One schedule moves them all: AdamW's groups
     carry the matrices' ``lr`` and step at ``lr * lr_scale``, lr_scale = adamw_lr / lr of the options. A group's own
-    ``lr`` (``{"params": ..., "lr": lr * 0.9**k}``) so scales both its parts by one ratio, and schedulers see it in both.
+    ``lr`` (``{"params": ..., "lr": lr * 0.9**k}``) so scales both its parts by one ratio, and schedulers see it in
+    both.
     """
 
     options_class: ClassVar[type[Options]]

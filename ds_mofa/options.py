@@ -55,8 +55,8 @@ class Options:
             a run with another k is taken as it is. Of an m x n matrix at most min(m, n) - r of the k have an effect.
             With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing.
         explore_scale: s = ``explore_scale`` sqrt(min(m, n) / k), > 0: at 1, A E^T and F B^T are each as long as the
-            update of a momentum of full rank would be. ``balance`` multiplies all of the update alike. With fp16 matrices
-            s, times 10 with ``balance``, is at most 65504.
+            update of a momentum of full rank would be. ``balance`` multiplies all of the update alike. With fp16
+            matrices s, times 10 with ``balance``, is at most 65504.
         rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
             small the update) or ``"nearest"``. Without effect on fp32 weights.
         master_weights: keep an fp32 master of each 16-bit matrix, 4 more bytes a weight (a shard of it under
@@ -80,8 +80,8 @@ class Options:
     Everything else that is trained, by AdamW:
 
     Attributes:
-        adamw_lr: learning rate; None: lr / 10. What is left to AdamW of a param group with an ``lr`` of its own steps at
-            adamw_lr * (the group's lr / lr): layer-wise rates scale both alike.
+        adamw_lr: learning rate; None: lr / 10. What is left to AdamW of a param group with an ``lr`` of its own steps
+            at adamw_lr * (the group's lr / lr): layer-wise rates scale both alike.
         adamw_betas: decay rates of the two moments.
         adamw_eps: added to the denominator.
         adamw_weight_decay: decoupled; None: the same as ``weight_decay``. Parameter groups that set

@@ -117,8 +117,8 @@ def split_parameters(
     ``weight_decay`` go before the options'; its AdamW part steps at ``adamw_lr`` times its ``lr`` over the options'.
 
     Raises:
-        OptionError: nothing is a matrix, a pattern matches nothing, ``include`` names what cannot be one, or a group says
-            what :func:`ds_mofa.groups.check_group` refuses.
+        OptionError: nothing is a matrix, a pattern matches nothing, ``include`` names what cannot be one, or a group
+            says what :func:`ds_mofa.groups.check_group` refuses.
     """
     names = names if names is not None else {p: name for name, p in model.named_parameters()}
     holders = defaultdict(list)

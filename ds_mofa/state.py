@@ -31,7 +31,8 @@ def packed(
         named[matrix.name] = {key: view.clone() for key, view in zip(rule.fields, views, strict=True)}
     named_rule = {} if rule.name == _UNNAMED else {"rule": rule.name}
     counters = {"format": STATE_FORMAT, "steps": steps, "skipped": skipped}
-    return {**named_rule, **{key: torch.tensor(value, device="cpu") for key, value in counters.items()}, "matrices": named}
+    numbers = {key: torch.tensor(value, device="cpu") for key, value in counters.items()}
+    return {**named_rule, **numbers, "matrices": named}
 
 
 def unpack(

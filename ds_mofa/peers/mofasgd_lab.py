@@ -240,7 +240,8 @@ class MoFaSGDLab(MatrixMethod):
         for index in batch.indices:
             generator = torch.Generator().manual_seed(rounding_key(Rounding(False, s["seed"]), index))
             for draws, rows in ((psi, batch.shape[0]), (omega, batch.shape[1])):
-                draws.append(torch.randn(rows, r, generator=generator, dtype=torch.float32, device="cpu") / math.sqrt(r))
+                drawn = torch.randn(rows, r, generator=generator, dtype=torch.float32, device="cpu")
+                draws.append(drawn / math.sqrt(r))
         psi, omega = (torch.stack(draws).to(G) for draws in (psi, omega))
         gamma = 1 - _beta(s, batch.t)
         factors = start_factors(G @ omega, G.mT @ psi, psi, gamma=gamma)

@@ -15,9 +15,11 @@ That step still moves by the old P, whose R it has; P' is published with it and 
 gradient is kept, and no collective is added. As in GaLore a refresh changes neither m nor v, and the vectors have
 GaLore's order and sign: Adam is elementwise, and other axes of one subspace would be another method.
 
-A matrix' first gradient has no P to be projected by. It chooses one, and moves nothing (but for weight decay); t counts
-the matrix' gradients from the second on. A matrix without a gradient does nothing in that step, and before its first one
-the test matrices Psi and Omega stay in its working copies. A one-pass estimate of P^T G would need half of the columns for its own conditioning
+A matrix' first gradient has no P to be projected by. It chooses one, and moves nothing (but for weight decay); t
+counts the matrix' gradients from the second on. A matrix without a gradient does nothing in that step, and before its
+first one the test matrices Psi and Omega stay in its working copies.
+
+A one-pass estimate of P^T G in the first step would need half of the columns for its own conditioning
 (:func:`ds_mofa.factors.start_factors`), and feed Adam's second moment, which remembers 1 / (1 - b2) steps, with it.
 
 Measured along the training of a byte-level LLaMA by AdamW (configs/studies/lm.yaml: 1.7 M parameters, 28 matrices of

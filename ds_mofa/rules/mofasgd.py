@@ -210,8 +210,8 @@ class MoFaSGDRule(Rule):
             reason += f", and balance multiplies by up to {_MOST_BALANCED:g}"
         if options.update_rule == "inverse_sigma" and options.inverse_sigma_clamp > most:
             raise OptionError(
-                f"inverse_sigma_clamp={options.inverse_sigma_clamp!r} does not fit the matrices: {reason}. Set it to at "
-                f"most {math.floor(most)}, or train in bf16"
+                f"inverse_sigma_clamp={options.inverse_sigma_clamp!r} does not fit the matrices: {reason}. Set it to "
+                f"at most {math.floor(most)}, or train in bf16"
             )
         longest = max(options.explore_length(*block.shape) for block in layout.blocks)
         if options.explore and longest > most:

@@ -54,7 +54,9 @@ def trained(kind, where, kept, states):
     other, x = copy.deepcopy(model), torch.randn(30, 70).to(kept)
     for cached in (_torchao, _generic_columns):
         cached.cache_clear()
-    settings = {"rank": 4, "lr": 1e-2, **options, **({"adamw_states": states, "exclude": ["2.weight"]} if states else {})}
+    settings = {"rank": 4, "lr": 1e-2, **options}
+    if states:
+        settings |= {"adamw_states": states, "exclude": ["2.weight"]}
     with where():
         first = optimizer(model, **settings)
         run(model, first, x, 4)

@@ -68,6 +68,7 @@ def test_a_group_without_parameters_is_refused():
         MoFaSGD([{"param": list(model.parameters())}], model=model, rank=4)
 
 
+ADAMW = torch.optim.AdamW([nn.Parameter(torch.ones(1))]).param_groups[0]
 TAKEN = [
     {"lr": 0},
     {"lr": numpy.float32(0.5), "weight_decay": numpy.float64(0.1)},
@@ -76,7 +77,7 @@ TAKEN = [
     {"name": "tail", "layer": "3", "tags": ["a", "b"]},
     {"initial_lr": 0.1, "max_lr": 1.0, "min_lr": 0.0, "swa_lr": 0.1, "max_momentum": 0.9},
     {"moe": False, "use_muon": False, "bias_correction": True, "step": 3},
-    {key: value for key, value in torch.optim.AdamW([nn.Parameter(torch.ones(1))]).param_groups[0].items() if key != "params"},
+    {key: value for key, value in ADAMW.items() if key != "params"},
 ]
 
 
@@ -127,8 +128,8 @@ def test_a_schedule_gone_wrong_moves_nothing(key, value, number):
     factors, kept = optimizer.matrices.factors.clone(), optimizer.param_groups[number][key]
     backward(model)
     optimizer.param_groups[number][key] = value
-    name = ["a", "b"][number % 2]
-    with pytest.raises(OptionError, match=rf"before this step, param group {number} \('{name}'\): {key}=.* must be >= 0"):
+    where = rf"before this step, param group {number} \('{'ab'[number % 2]}'\)"
+    with pytest.raises(OptionError, match=f"{where}: {key}=.* must be >= 0"):
         optimizer.step()
     assert all(torch.equal(param, weight) for param, weight in zip(model.parameters(), before))
     assert torch.equal(optimizer.matrices.factors, factors) and optimizer.matrices.steps == 1
@@ -155,7 +156,8 @@ def test_layer_wise_rates_scale_both_parts_by_one_ratio(adamw_lr, ratio):
             lr = 1e-2 / (1 + step)
             for layer, share in (("first", 0.9), ("second", 1.0)):
                 # Without memory AdamW's step is a sign; the spectral update has an entry 1 for each live direction.
-                assert float(moved[f"{layer}.bias"].abs().max()) == pytest.approx(share * lr * ratio, rel=1e-3, abs=1e-9)
+                sign = float(moved[f"{layer}.bias"].abs().max())
+                assert sign == pytest.approx(share * lr * ratio, rel=1e-3, abs=1e-9)
                 size = torch.linalg.matrix_norm(moved[f"{layer}.weight"], 2)
                 assert float(size) == pytest.approx(share * lr, rel=1e-3)
             scheduler.step()

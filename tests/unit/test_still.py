@@ -1,6 +1,4 @@
-"""A matrix without a gradient does nothing in that step, as under torch.optim: against the dense reference, and bit by
-bit.
-"""
+"""A matrix without a gradient does nothing in that step, as under torch.optim: like the dense reference, bit by bit."""
 
 import copy
 import itertools
@@ -221,7 +219,8 @@ def test_a_nan_beside_zeros_is_no_rest(kind, started, side, caplog):
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["mofasgd"]["matrices"]))
     step = optimizer.matrices
     index = Resting.MATRICES.index("late.weight")  # square
-    seen = side == 0 or KINDS[kind][0] is MoFaSGD or started < 3  # GaLore does not look at a side that it has no use for
+    # GaLore does not look at a side that it has no use for.
+    seen = side == 0 or KINDS[kind][0] is MoFaSGD or started < 3
     step.layout.views(step.sketches, index)[side][-1, -1] = math.nan
     optimizer.step()
     if seen:
@@ -255,7 +254,7 @@ def test_waiting_factors_span_the_test_matrices():
 
 
 def test_a_gradient_that_is_zero_is_none():
-    """A loss without weight, or all of whose labels are ignored: after the mean over the ranks nothing tells it apart."""
+    """A loss without weight, or all of whose labels are ignored: after the ranks' mean nothing tells it apart."""
     torch.manual_seed(0)
     layer = nn.Linear(6, 5, bias=False)
     optimizer = MoFaSGD(nn.ModuleList([layer]), rank=2, weight_decay=0.5)
