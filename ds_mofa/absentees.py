@@ -24,7 +24,7 @@ class Absentees:
     def __init__(self, split: Split, adamw_groups: Iterable[Mapping[str, Any]]):
         self._trained = {matrix.param: matrix.name for matrix in split.matrices}
         self._trained |= {param: "" for group in adamw_groups for param in group["params"]}
-        self._frozen = dict(split.frozen)
+        self._frozen = list(split.frozen)
         self._known: set[nn.Parameter] = set()  # without a gradient, and in the model
         self._foreign: set[nn.Parameter] = set()  # in the model, and not this optimizer's to train
 
@@ -69,13 +69,13 @@ class Absentees:
 
     def report_thawed(self) -> None:
         """Say once which parameters were frozen when the optimizer was built, and are not any more."""
-        thawed = [name for param, name in self._frozen.items() if param.requires_grad]
+        thawed = [frozen for frozen in self._frozen if frozen.param.requires_grad]
         if thawed:
             logger.warning(
                 "ds_mofa: %d parameters were frozen when the optimizer was built and require a gradient now, such as %r: "
                 "they are not trained, and their gradients pile up. Unfreeze before the optimizer is built, or build a "
                 "new one",
                 len(thawed),
-                thawed[0],
+                thawed[0].name,
             )
-            self._frozen = {param: name for param, name in self._frozen.items() if not param.requires_grad}
+            self._frozen = [frozen for frozen in self._frozen if not frozen.param.requires_grad]

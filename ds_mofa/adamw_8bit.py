@@ -5,8 +5,9 @@ otherwise, without a word: a flat partition that is 2 elements longer would cost
 learning rate as a tensor that nobody replaces, steps a tensor of any size at once, and compiles on a CPU too. Hence the
 loop around it here:
 
-*Pieces.* A parameter is stepped in pieces of whole blocks, of one size, so its temporaries are those of a piece and the
-compiler meets few shapes. What is left past the last whole block, 255 elements at most, has moments in fp32.
+*Pieces.* A parameter is stepped in pieces of whole blocks, of one size, so its temporaries are those of a piece, the
+compiler meets few shapes, and in a tensor of 2^31 elements and more it indexes within 32 bits. What is left past the
+last whole block, 255 elements at most, has moments in fp32.
 
 *Plain tensors.* Codes and scales are state of their own, so that checkpoints hold no objects of a library and DeepSpeed
 does not take a moment for one that it may cut.
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor
 
 from ds_mofa.options import OptionError, Options
+from ds_mofa.weights import mix
 
-__all__ = ["AdamW8bit", "BLOCK", "SMALLEST", "check_states", "moment_bytes"]
+__all__ = ["AdamW8bit", "BLOCK", "SMALLEST", "check_states", "moment_bytes", "rounding_seed"]
 
 BLOCK = 256  # elements that share a scale
 SMALLEST = 4096  # elements: below, moments are in fp32, as with torchao and bitsandbytes
@@ -88,10 +90,10 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for position, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    self._step(param, group, position)
+        members = ((group, param) for group in self.param_groups for param in group["params"])
+        for index, (group, param) in enumerate(members):
+            if param.grad is not None:
+                self._step(param, group, index)
         return loss
 
     def summary(self, params: Iterable[Tensor] | None = None) -> str:
@@ -121,7 +123,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ one parameter
 
-    def _step(self, param: Tensor, group: Mapping[str, Any], position: int) -> None:
+    def _step(self, param: Tensor, group: Mapping[str, Any], index: int) -> None:
         if param.grad.is_sparse:
             raise OptionError(
                 "adamw_states='8bit' does not take sparse gradients: build the embedding without sparse=True"
@@ -138,8 +140,8 @@ class AdamW8bit(torch.optim.Optimizer):
             for number in (state["step"], group["lr"])
         )
         constants = (*group["betas"], group["weight_decay"], group["eps"], True, stochastic)
-        seed = self._seed * 0x9E3779B1 + int(state["step"]) * 64 + position
-        with self._update(param.device) as update, _random_bits(param.device, seed if stochastic else None):
+        key = rounding_seed(self._seed, int(state["step"]), index, len(self._params())) if stochastic else None
+        with self._update(param.device) as update, _random_bits(param.device, key):
             for view, at in self._pieces(state, param.numel()):
                 shape = view["exp_avg"].shape
                 update(values[at].view(shape), grad[at].view(shape), step, *view.values(), None, lr, *constants)
@@ -213,7 +215,7 @@ def _coded(numel: int) -> int:
 def _new_state(param: Tensor) -> dict[str, Tensor]:
     numel, coded = param.numel(), _coded(param.numel())
     fp32 = {"dtype": torch.float32, "device": param.device}
-    state = {"step": torch.tensor(0.0, dtype=torch.float32)}
+    state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
     for name in _MOMENTS:
         if not coded:
             state[name] = torch.zeros_like(param, dtype=torch.float32)
@@ -223,6 +225,14 @@ def _new_state(param: Tensor) -> dict[str, Tensor]:
         if coded < numel:
             state[f"{name}_rest"] = torch.zeros(numel - coded, **fp32)
     return state
+
+
+def rounding_seed(seed: int, step: int, index: int, count: int) -> int:
+    """32 bits that seed the rounding of parameter ``index`` of ``count`` in a step; its elements take numbers in turn.
+
+    No two steps and parameters of a run have the same, until 2^32 of them: their number is hashed one to one.
+    """
+    return mix((step * count + index ^ mix(seed + 0x9E3779B9 & 0xFFFFFFFF)) & 0xFFFFFFFF)
 
 
 @contextlib.contextmanager
@@ -261,9 +271,10 @@ def _torchao() -> types.SimpleNamespace:
     finally:
         log.setLevel(level)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)  # it computes them in whatever that is
+    torch.set_default_dtype(torch.float32)  # it computes them in whatever that is, and wherever
     try:
-        maps = {signed: create_dynamic_map(signed) for signed in (True, False)}
+        with torch.device("cpu"):
+            maps = {signed: create_dynamic_map(signed) for signed in (True, False)}
     finally:
         torch.set_default_dtype(default)
     return types.SimpleNamespace(single_param_adam=single_param_adam, OptimState8bit=OptimState8bit, maps=maps)

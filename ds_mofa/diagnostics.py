@@ -3,8 +3,9 @@
 kept_energy: share of the square norm of momentum plus gradient that rank r keeps. Below 0.8, raise the rank.
 effective_rank: how many directions carry the momentum, 1 to r. Near r, raise the rank; near 1, lower it.
 orthogonality_error: largest element of U^T U - I and V^T V - I. Above 1e-4 it is a fault: please report it.
-projected_grad_norm: of the gradient's part that the factors see. If it jumps, lower the learning rate, or clip.
-momentum_norm: of the momentum. If it is zero, no gradient reaches this matrix.
+projected_grad_norm: of the gradient's part that the factors see. If it jumps, lower the learning rate, or clip. If it
+    is zero, no gradient came, and the matrix has stayed as it was.
+momentum_norm: of the momentum. If it is zero, no gradient has reached this matrix so far.
 """
 
 from collections.abc import Sequence

@@ -27,6 +27,8 @@ __all__ = [
     "update_factors",
     "update_many",
     "start_factors",
+    "waiting_factors",
+    "gradient_came",
     "gram_matrices",
     "projected_norm",
     "live_directions",
@@ -153,6 +155,24 @@ def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float) -> Factors
     return Factors(_complete(Q @ P, r), sigma, _complete(V @ Wt.mT, r))
 
 
+def waiting_factors(psi: Tensor, omega: Tensor) -> Factors:
+    """The factors of a matrix whose first gradient has not come by the first step: no momentum, random directions.
+
+    What comes then is met by :func:`update_factors`, whose projection would see nothing of a gradient beyond fixed
+    directions.
+
+    Args:
+        psi: the test matrices of the first step, (B, m, r) and full rank.
+        omega: likewise, (B, n, r).
+    """
+    return Factors(torch.linalg.qr(psi).Q, psi.new_zeros(psi.shape[0], psi.shape[-1]), torch.linalg.qr(omega).Q)
+
+
+def gradient_came(Y: Tensor, Z: Tensor) -> Tensor:
+    """Which matrices have had a gradient, (B,) bool: those with a number that is not zero, a NaN too, in a sketch."""
+    return Y.flatten(1).any(1) | Z.flatten(1).any(1)
+
+
 def projected_norm(left: Tensor, right: Tensor) -> Tensor:
     """Squared Frobenius norm of G_hat, (B,), from :func:`gram_matrices` alone: |Y|^2 + |Z|^2 - |U^T Y|^2."""
     r = left.shape[-1] // 2
@@ -179,7 +199,8 @@ def leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     # The columns of K Q are P sigma; where sigma vanishes there is no P in them, and any will do.
     P = scaled / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2)
     [basis] = complements([Side(P[..., :0], P)])
-    return _polished(basis.turned(torch.eye(r, device=P.device).expand(len(P), r, r))), sigma, _polished(Q)
+    axes = torch.eye(r, dtype=P.dtype, device=P.device).expand(len(P), r, r)
+    return _polished(basis.turned(axes)), sigma, _polished(Q)
 
 
 def _polished(P: Tensor) -> Tensor:

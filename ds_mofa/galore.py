@@ -19,7 +19,7 @@ class GaLoreOptions(Options):
         lr: learning rate of the matrices and, without ``adamw_lr``, of all else; > 0. What counts is lr alpha: 2.5e-3
             in the paper's training from scratch, 1.2e-4 on GLUE, which is the default.
         rank: r, directions of each matrix' subspace. With s = min(m, n) and l = max(m, n) the state of all ranks
-            together is 4 (s r + 2 l r) bytes a matrix.
+            together is 4 (s r + 2 l r + 1) bytes a matrix.
         refresh_every: T, steps between two subspaces, >= 1; 200 in the paper's training from scratch, 500 on GLUE.
         alpha: scale of the update, > 0; the paper's 0.25.
         betas: of Adam's moments of the projected gradient.

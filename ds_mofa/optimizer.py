@@ -14,6 +14,7 @@ from ds_mofa import ownership
 from ds_mofa.absentees import Absentees
 from ds_mofa.adamw_8bit import AdamW8bit, check_states
 from ds_mofa.gradient import Gradients
+from ds_mofa.groups import check_rates
 from ds_mofa.head import FusedHead
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import Split, split_parameters
@@ -41,16 +42,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Args:
         params: the model, or parameters, named parameters or param groups of it together with ``model``.
-            A group's own ``lr`` and ``weight_decay`` go before the options'.
+            A group's own ``lr`` and ``weight_decay`` go before the options'; what else it may say is in
+            :func:`ds_mofa.groups.check_group`.
         model: the model that owns the parameters; which module holds a parameter tells an embedding from a
             matrix.
         **options: see ``options_class``, where each has its range, unit and source.
 
     Raises:
-        OptionError: an option out of range, or nothing to train.
+        OptionError: an option or a group's value out of range, or nothing to train.
 
     Of the matrices, ``param_groups`` come first, then AdamW's. One schedule moves them all: AdamW's groups
-    carry the matrices' ``lr`` and step at ``lr * lr_scale``.
+    carry the matrices' ``lr`` and step at ``lr * lr_scale``, lr_scale = adamw_lr / lr of the options. A group's own
+    ``lr`` (``{"params": ..., "lr": lr * 0.9**k}``) so scales both its parts by one ratio, and schedulers see it in
+    both.
     """
 
     options_class: ClassVar[type[Options]]
@@ -132,11 +136,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Move every parameter once, by the gradients of all backwards since the last step.
 
         A step whose sketches hold a NaN or Inf changes nothing at all; ``optimizer.matrices.skipped`` counts it.
+
+        Raises:
+            OptionError: a schedule has made a group's ``lr`` or ``weight_decay`` negative or no number. Nothing moves.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_rates(self.param_groups)
         if self._gradients is not None and self._gradients.are_a_dry_run([group["lr"] for group in self.param_groups]):
             self._looked_for_state = True
             return loss
@@ -148,16 +156,26 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if self.adamw is not None:
                 with phase("AdamW"), self.adamw_lr():
                     self.adamw.step()
-            if self._gradients is not None:
-                self.matrices.masters.look()
-            self.matrices.update(self._matrix_groups, self._clip)
-            if self._gradients is not None:  # graphs from before must know, as they do of a write by torch's optimizers
-                torch.autograd.graph.increment_version([matrix.param for matrix in self.split.matrices])
-                self.matrices.masters.written()
+            clip = self._clip
+            self._forget_clip()  # whatever a report's receiver may raise
+            if self._gradients is None:
+                self.matrices.update(self._matrix_groups, clip)
+            else:
+                self._write(clip)
         else:
             self.matrices.discard()
         self._forget_clip()
         return loss
+
+    def _write(self, clip: Tensor | float) -> None:
+        """Factors and weights, in one process, where others may write the weights too, and keep graphs of them."""
+        masters = self.matrices.masters
+        masters.look()
+        try:
+            self.matrices.update(self._matrix_groups, clip)
+        finally:
+            torch.autograd.graph.increment_version([matrix.param for matrix in self.split.matrices])
+            masters.written()
 
     def _reduce(self) -> None:
         self.matrices.claim.check()

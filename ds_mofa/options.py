@@ -39,11 +39,12 @@ class Options:
         beta: decay of the momentum per step, 0 <= beta < 1 (the average weighs the gradient by 1 - beta).
         weight_decay: decoupled; each step multiplies the weights by 1 - lr * weight_decay.
         adjust_lr_fn: factor on lr by shape, in the sense of ``torch.optim.Muon``: ``"match_rms_adamw"``
-            0.2 sqrt(max(m, n)), ``"original"`` sqrt(max(1, m / n)), ``"none"`` 1.
+            0.2 sqrt(max(m, n)), ``"original"`` sqrt(max(1, m / n)), ``"none"`` 1. m outputs and n inputs are the linear
+            map's, also where a module keeps its weight transposed (transformers' Conv1D).
         update_rule: ``"spectral"``, W -= lr U V^T (the paper's equation), or ``"inverse_sigma"``,
             W -= lr U diag(1 / sigma) V^T with 1 / sigma at most ``inverse_sigma_clamp`` (what the paper's
             code runs).
-        inverse_sigma_clamp: see ``update_rule``; > 0.
+        inverse_sigma_clamp: see ``update_rule``; > 0. With fp16 matrices at most 65504, with ``balance`` 6550.
         balance: p, 0 to 1. Each matrix's update is multiplied by (b / |sigma|)^p, b the geometric mean of all matrices'
             |sigma|: one whose gradients are small moves further, as it does under AdamW. At most by 10, at least by
             1 / 10. Costs an all-reduce of two numbers a step; 0 (the paper's rule) does without.
@@ -54,7 +55,8 @@ class Options:
             a run with another k is taken as it is. Of an m x n matrix at most min(m, n) - r of the k have an effect.
             With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing.
         explore_scale: s = ``explore_scale`` sqrt(min(m, n) / k), > 0: at 1, A E^T and F B^T are each as long as the
-            update of a momentum of full rank would be. ``balance`` multiplies all of the update alike.
+            update of a momentum of full rank would be. ``balance`` multiplies all of the update alike. With fp16
+            matrices s, times 10 with ``balance``, is at most 65504.
         rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
             small the update) or ``"nearest"``. Without effect on fp32 weights.
         master_weights: keep an fp32 master of each 16-bit matrix, 4 more bytes a weight (a shard of it under
@@ -78,7 +80,8 @@ class Options:
     Everything else that is trained, by AdamW:
 
     Attributes:
-        adamw_lr: learning rate; None: lr / 10.
+        adamw_lr: learning rate; None: lr / 10. What is left to AdamW of a param group with an ``lr`` of its own steps
+            at adamw_lr * (the group's lr / lr): layer-wise rates scale both alike.
         adamw_betas: decay rates of the two moments.
         adamw_eps: added to the denominator.
         adamw_weight_decay: decoupled; None: the same as ``weight_decay``. Parameter groups that set
@@ -204,7 +207,7 @@ class Options:
         return 0.1 if self.adamw_lr is None else self.adamw_lr / self.lr
 
     def shape_factor(self, m: int, n: int) -> float:
-        """The factor on lr for an m x n matrix, see ``adjust_lr_fn``."""
+        """The factor on lr for a linear map of n inputs and m outputs, see ``adjust_lr_fn``."""
         if self.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(m, n))
         if self.adjust_lr_fn == "original":

@@ -206,4 +206,5 @@ def _project_out(U: Tensor, Y: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _generic_columns(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(m, k, generator=generator, dtype=torch.float64) / math.sqrt(m)).to(device, dtype)
+    drawn = torch.randn(m, k, generator=generator, dtype=torch.float64, device="cpu")
+    return (drawn / math.sqrt(m)).to(device, dtype)

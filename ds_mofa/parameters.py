@@ -3,15 +3,17 @@
 import dataclasses
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ds_mofa.groups import check_group
 from ds_mofa.options import OptionError, Options
 
-__all__ = ["Leftover", "Matrix", "Split", "split_parameters", "full_shape"]
+__all__ = ["Frozen", "Leftover", "Matrix", "Split", "split_parameters", "full_shape"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,6 +27,7 @@ class Matrix:
         modules: every module that holds the parameter (two, where weights are tied).
         group: index of the param group that it came from: lr and weight decay.
         index: position among all matrices; keys the rounding and the start.
+        transposed: the weight is n x m of a linear map from m to n, as in the Conv1D of transformers' GPT-2.
     """
 
     name: str
@@ -33,6 +36,20 @@ class Matrix:
     modules: tuple[nn.Module, ...]
     group: int
     index: int
+    transposed: bool = False
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """(outputs, inputs) of the linear map. One that no module tells apart is taken for y = x W^T."""
+        m, n = self.shape
+        return (n, m) if self.transposed else (m, n)
+
+
+class Frozen(NamedTuple):
+    """A parameter that was handed over with ``requires_grad`` False."""
+
+    name: str
+    param: nn.Parameter
 
 
 class Leftover(NamedTuple):
@@ -53,7 +70,7 @@ class Split:
         matrix_groups: one param group for each incoming group that has matrices.
         adamw_groups: one param group for each incoming group that has anything else.
         title: of the matrices' optimizer.
-        frozen: the parameters that it was given and that required no gradient, by name.
+        frozen: what was handed over and is not trained.
     """
 
     matrices: list[Matrix]
@@ -61,7 +78,7 @@ class Split:
     matrix_groups: list[dict[str, Any]]
     adamw_groups: list[dict[str, Any]]
     title: str = "MoFaSGD"
-    frozen: dict[nn.Parameter, str] = dataclasses.field(default_factory=dict)
+    frozen: list[Frozen] = dataclasses.field(default_factory=list)
 
     def summary(self) -> str:
         """One paragraph for the log: what the matrices' optimizer trains, by shape, and AdamW, by reason."""
@@ -97,10 +114,11 @@ def split_parameters(
     and not excluded. Embeddings and heads are told by the modules that hold them, not by their names: a
     head is what ``get_output_embeddings()`` returns or, where it returns none, the last ``nn.Linear`` outside
     the modules with that method, if it has the shape of an embedding. A group's own ``lr`` and
-    ``weight_decay`` go before the options'.
+    ``weight_decay`` go before the options'; its AdamW part steps at ``adamw_lr`` times its ``lr`` over the options'.
 
     Raises:
-        OptionError: nothing is a matrix, a pattern matches nothing, or ``include`` names what cannot be one.
+        OptionError: nothing is a matrix, a pattern matches nothing, ``include`` names what cannot be one, or a group
+            says what :func:`ds_mofa.groups.check_group` refuses.
     """
     names = names if names is not None else {p: name for name, p in model.named_parameters()}
     holders = defaultdict(list)
@@ -112,12 +130,12 @@ def split_parameters(
     split = Split([], [], [], [], options.title)
     seen, matched = set(), set()
     too_small = []
-    for incoming in _as_groups(groups):
+    for incoming in _as_groups(groups, options):
         settings = {key: value for key, value in incoming.items() if key != "params"}
         matrices, rest = [], []
         for param in incoming["params"]:
             if not param.requires_grad:
-                split.frozen[param] = names.get(param, "")
+                split.frozen.append(Frozen(names.get(param, "?"), param))
                 continue
             if param in seen:
                 raise OptionError(f"parameter {names.get(param)!r} is in two param groups: give each only once")
@@ -150,13 +168,14 @@ def split_parameters(
                         modules=tuple(holders[param]),
                         group=len(split.matrix_groups),
                         index=len(split.matrices),
+                        transposed=any(map(_is_transposed, holders[param])),
                     )
                 )
             split.matrix_groups.append(
-                {"lr": options.lr, "weight_decay": options.weight_decay, **settings, "params": matrices}
+                {"lr": options.lr, "weight_decay": options.weight_decay, **settings, **_members(incoming, matrices)}
             )
         if rest:
-            split.adamw_groups.append({**_adamw_settings(settings, options), "params": rest})
+            split.adamw_groups.append({**_adamw_settings(settings, options), **_members(incoming, rest)})
 
     for kind in ("include", "exclude"):
         for pattern in getattr(options, kind):
@@ -175,23 +194,26 @@ def split_parameters(
 
 
 def _adamw_settings(settings: dict[str, Any], options: Options) -> dict[str, Any]:
-    """``lr`` follows the shared schedule, ``lr_scale`` takes it to AdamW's; see MoFaSGD.param_groups."""
+    """``lr`` follows the shared schedule, ``lr_scale`` takes it to AdamW's; see MatrixOptimizer."""
     decay = settings.get("weight_decay", options.weight_decay)
     if decay != 0 and options.adamw_weight_decay is not None or "weight_decay" not in settings:
         decay = options.weight_decay if options.adamw_weight_decay is None else options.adamw_weight_decay
-    own_lr = "lr" in settings
-    return {
-        "lr": options.lr,
-        **settings,
-        "lr_scale": 1.0 if own_lr else options.adamw_lr_ratio,
-        "weight_decay": decay,
-    }
+    return {"lr": options.lr, **settings, "lr_scale": options.adamw_lr_ratio, "weight_decay": decay}
 
 
-def _as_groups(groups: Iterable[Any]) -> list[dict[str, Any]]:
+def _members(incoming: dict[str, Any], params: list[nn.Parameter]) -> dict[str, Any]:
+    """``params``, and torch's names of them where the group has names."""
+    if "param_names" not in incoming:
+        return {"params": params}
+    names = dict(zip(incoming["params"], incoming["param_names"]))
+    return {"params": params, "param_names": [names[param] for param in params]}
+
+
+def _as_groups(groups: Iterable[Any], options: Options) -> list[dict[str, Any]]:
     loose, dicts = [], []
     for item in groups:
         if isinstance(item, dict):
+            check_group(item, len(dicts), options)
             params = [item["params"]] if isinstance(item["params"], Tensor) else item["params"]
             dicts.append({**item, "params": [_parameter(p) for p in params]})
         else:
@@ -250,6 +272,12 @@ def _output_heads(model: nn.Module) -> set[nn.Parameter]:
         last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
         heads = [module for module in last if module not in answered and full_shape(module.weight) in embeddings]
     return {head.weight for head in heads if getattr(head, "weight", None) is not None}
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether the module computes x W: by its class, which is there if anybody has made one."""
+    transposed = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return transposed is not None and isinstance(module, transposed)
 
 
 def _count(numel: int) -> str:

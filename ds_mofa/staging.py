@@ -34,9 +34,9 @@ class HostMemory:
             RuntimeError: the system does not let so much be page-locked.
         """
         if not (self.pin and torch.cuda.is_available()):
-            return torch.zeros(numel, dtype=dtype)
+            return torch.zeros(numel, dtype=dtype, device="cpu")
         try:
-            return torch.zeros(numel, dtype=dtype, pin_memory=True)
+            return torch.zeros(numel, dtype=dtype, device="cpu", pin_memory=True)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{numel * dtype.itemsize / 1e9:.2f} GB of host memory for offloaded matrices could not be page-locked "

@@ -31,7 +31,8 @@ def packed(
         named[matrix.name] = {key: view.clone() for key, view in zip(rule.fields, views, strict=True)}
     named_rule = {} if rule.name == _UNNAMED else {"rule": rule.name}
     counters = {"format": STATE_FORMAT, "steps": steps, "skipped": skipped}
-    return {**named_rule, **{key: torch.tensor(value) for key, value in counters.items()}, "matrices": named}
+    numbers = {key: torch.tensor(value, device="cpu") for key, value in counters.items()}
+    return {**named_rule, **numbers, "matrices": named}
 
 
 def unpack(
@@ -64,7 +65,8 @@ def unpack(
         )
     ones, ranks = [], set()
     for matrix in matrices:
-        one = tuple(saved[matrix.name][key] for key in rule.fields)
+        given = rule.completed(saved[matrix.name], int(state["steps"]))
+        one = tuple(given[key] for key in rule.fields)
         r = one[-1].shape[-1]
         for key, value, shape in zip(rule.fields, one, rule.tensors(*matrix.shape, r)):
             if value.shape != shape:

@@ -221,6 +221,8 @@ class MatrixStep:
     def update(self, groups: Sequence[Mapping[str, Any]], clip: float | Tensor = 1.0) -> None:
         """Move state and weights by the pending sketches. Collective.
 
+        What ``on_report`` raises is raised here, after a whole step.
+
         Args:
             groups: the matrix param groups, for ``lr`` and ``weight_decay``.
             clip: factor on the gradient, <= 1, from clipping by the global norm.
@@ -235,8 +237,7 @@ class MatrixStep:
                 self._take_back()
                 self.discard(_NO_FACTORS)
                 return
-            if self._reports_now():
-                self._report(new, clip)
+            report = self._report(new, clip) if self._reports_now() else None
             self.rule.forget()
             self.rule.keep(self.owner, new)
         self.steps += 1
@@ -244,6 +245,10 @@ class MatrixStep:
             self._apply(groups)
             self._staging.finish()  # a checkpoint, ZeRO's gathering: whoever reads the host's memory next may do so
             self.rule.prepare(self.layout, self.working, self.steps)
+        if report is not None:
+            self.report = report
+            if self.on_report is not None:
+                self.on_report(report)
 
     def discard(self, reason: str = _NO_NUMBER) -> None:
         """Skip this step: state and weights stay as they are."""
@@ -334,37 +339,41 @@ class MatrixStep:
         every = self.options.diagnostics_every
         return every > 0 and (self.steps + 1) % every == 0
 
-    def _report(self, new: Tensor, clip: float | Tensor) -> None:
+    def _report(self, new: Tensor, clip: float | Tensor) -> Report | None:
         """Measure this rank's matrices, and give every rank the measures of all. Collective."""
         values = self.rule.measures(self.owner, new, clip, len(self.matrices))
         if values is None:
-            return
+            return None
         names = [matrix.name for matrix in self.matrices]
-        self.report = Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))
-        if self.on_report is not None:
-            self.on_report(self.report)
+        return Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))
 
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
         rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
         for part in itertools.chain.from_iterable(map(self.rule.parts, self.layout.blocks)):
             U, V, coefficients = self.rule.written(part, self.working)
-            group = groups[part.block.group]
-            write_wherever(
-                self._staging,
-                [self._shard_of(self.matrices[index]) for index in part.members],
-                U,
-                V,
-                coefficients,
-                indices=part.members,
-                step_size=float(group["lr"]) * self.rule.lr_factor(*part.block.shape),
-                decay=1.0 - float(group["lr"]) * group["weight_decay"],
-                rounding=rounding,
-                masters=self.masters.of(part.members),
-            )
+            lr, weight_decay = float(groups[part.block.group]["lr"]), float(groups[part.block.group]["weight_decay"])
+            first = 0
+            # One shape is not one orientation: beside a Conv1D's weight may lie that of a linear the other way round.
+            factors = [self.rule.lr_factor(*self.matrices[index].map_shape) for index in part.members]
+            for factor, run in itertools.groupby(factors):
+                some = slice(first, first + len(list(run)))
+                first, members = some.stop, part.members[some]
+                write_wherever(
+                    self._staging,
+                    [self._shard_of(self.matrices[index]) for index in members],
+                    U[some],
+                    V[some],
+                    coefficients[some],
+                    indices=members,
+                    step_size=lr * factor,
+                    decay=1.0 - lr * weight_decay,
+                    rounding=rounding,
+                    masters=self.masters.of(members),
+                )
 
     def _agree(self, problem: str | None) -> None:
         """Raise on every rank if rank 0 has a problem."""
-        failed = self.exchange.sum(torch.tensor([float(problem is not None)], device=self._device))
+        failed = self.exchange.sum(torch.tensor([float(problem is not None)], dtype=torch.float32, device=self._device))
         if failed:
             raise ValueError(problem or f"rank 0 could not load the {self.rule.name} state; its message says why")
 

@@ -62,11 +62,14 @@ def write_updates(
 ) -> None:
     """W <- decay W - step_size U diag(coefficients) V^T for B matrices of one shape, in fp32 (fp64 for fp64).
 
+    A matrix whose coefficients are all zero has had no gradient and stays as it is, bit for bit, its master too: it is
+    not decayed and not rounded.
+
     Args:
         shards: the parts of each W to change; all of the same range and dtype.
         U: (B, m, r).
         V: (B, n, r).
-        coefficients: (B, r), of each direction.
+        coefficients: (B, r), of each direction; all zero where nothing is to be done.
         indices: of the matrices in the model; they key the random bits.
         step_size: lr times the factor by shape.
         decay: 1 - lr * weight_decay.
@@ -80,7 +83,10 @@ def write_updates(
 
         _write.launch(shards, U, V, coefficients, indices, step_size, decay, rounding, masters)
         return
+    moving = coefficients.any(-1).tolist()  # a NaN is not zero
     for i, shard in enumerate(shards):
+        if not moving[i]:
+            continue
         key = rounding_key(rounding, indices[i])
         master = None if masters is None else masters[i]
         _write_one(shard, U[i], V[i], coefficients[i], step_size, decay, key if rounding.stochastic else None, master)

@@ -4,6 +4,9 @@ Nothing here is fast or small. Gradients are autograd's, whole; the momentum is 
 r; a projection is an m x m matrix. Only the three things that are random by definition are shared with the
 package's conventions: the seeded test matrices of the first step, the fixed columns that fill a basis up, and the signs
 that are explored along.
+
+A matrix without a gradient, or whose gradient is zero, does nothing in that step: no momentum, no update, no decay, no
+part in ``balance``'s mean.
 """
 
 import math
@@ -48,6 +51,11 @@ class DenseMomentum:
         generator = torch.Generator().manual_seed(rounding_key(Rounding(False, seed), index))
         psi, omega = (torch.randn(size, rank, generator=generator) / math.sqrt(rank) for size in shape)
         self.psi, self.omega = psi.double(), omega.double()
+
+    def wait(self) -> None:
+        """A step without a gradient: before the first one, what meets it is a projection onto random directions."""
+        if self.left is None:
+            self.left, self.right = torch.linalg.qr(self.psi).Q, torch.linalg.qr(self.omega).Q
 
     def square_norm(self, G: Tensor) -> Tensor:
         """|G_hat|^2, which clipping counts; in the first step its estimate from the two sketches."""
@@ -157,11 +165,17 @@ class Reference:
         self.steps += 1
         with torch.no_grad():
             self.beside = self._directions_beside(grads)
+            self.moving = {name for name in self.momenta if grads[name].any()}
             for name, momentum in self.momenta.items():
-                momentum.move(grads[name] * clip, self.beta)
+                if name in self.moving:
+                    momentum.move(grads[name] * clip, self.beta)
+                else:
+                    momentum.wait()
             for name, param in self.params.items():
-                move = self._move_matrix if name in self.momenta else self._move_by_adamw
-                move(name, param, grads[name] * clip)
+                if name in self.moving:
+                    self._move_matrix(name, param, grads[name] * clip)
+                elif name not in self.momenta:
+                    self._move_by_adamw(name, param, grads[name] * clip)
                 param.grad = None
         return loss.item()
 
@@ -181,7 +195,7 @@ class Reference:
 
     def _move_matrix(self, name: str, param: Tensor, grad: Tensor) -> None:
         lr, momentum = self.lr(self.steps), self.momenta[name]
-        sizes = [float(other.M.norm()) for other in self.momenta.values()]
+        sizes = [float(self.momenta[other].M.norm()) for other in self.moving]
         mean = math.prod(size for size in sizes if size) ** (1 / max(1, sum(size > 0 for size in sizes)))
         factor = (mean / float(momentum.M.norm() or mean)) ** self.balance
         param.mul_(1 - lr * self.weight_decay)

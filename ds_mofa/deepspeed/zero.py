@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_mofa.deepspeed.gradients import GradientMixin
 from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, forget, move_shards
+from ds_mofa.groups import check_rates
 from ds_mofa.optimizer import MatrixOptimizer, clip_factor
 from ds_mofa.phases import phase
 from ds_mofa.staging import HostMemory
@@ -90,6 +91,7 @@ class MatrixMixin:
 
     def step(self, closure=None):
         matrices = self.mofa.matrices
+        check_rates(self.param_groups)
         # Read now, DeepSpeed's step may change it. Wrappers without a scaler do not scale the loss.
         self._scale = self.loss_scale if hasattr(self, "loss_scaler") else 1.0
         matrices.reduce(self._scale)

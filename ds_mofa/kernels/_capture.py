@@ -37,7 +37,7 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
         most, widest = max(most, tokens), max(widest, m, n)
         even &= not ((x_address | dy_address | U | V | Y | Z) % _ALIGNMENT or (m | n) % _WIDTH)
     jobs = 2 * len(work)
-    rows = torch.tensor(table).to(device, non_blocking=True)
+    rows = torch.tensor(table, device="cpu").to(device, non_blocking=True)
     R = max(16, triton.next_power_of_2(rank))
     products = torch.empty(jobs, most, R, dtype=dtype, device=device)
     shape = {"RANK": rank, "R": R, "DTYPE": _DTYPES[dtype], "EVEN": even}

@@ -2,6 +2,9 @@
 
 Bound by memory, if the next tile is fetched while this one is computed: 3.3 of an H200's 4.25 TB/s. The twin is
 ``ds_mofa.weights._write_one``; the random bits are those of ``ds_mofa.weights.random_bits``.
+
+A matrix whose coefficients are all zero stays. The kernels find it out, for the host does not wait for them: then none
+of its elements counts as held, so that nothing of W is read or written.
 """
 
 import functools
@@ -112,7 +115,8 @@ def _keys(rounding: "Rounding", indices: tuple[int, ...], device: torch.device) 
     """int64 (B,): ``rounding_key`` of each matrix."""
     from ds_mofa.weights import rounding_key
 
-    return torch.tensor([rounding_key(rounding, index) for index in indices]).to(device, non_blocking=True)
+    keys = [rounding_key(rounding, index) for index in indices]
+    return torch.tensor(keys, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -167,7 +171,7 @@ def _write_kernel(
     delta = _product((u.to(tl.float32) * c.to(tl.float32)[None, :]).to(u.dtype), v)
 
     at = row.to(tl.int64)[:, None] * n + col[None, :]
-    held = (col < n)[None, :] & (at >= start) & (at < stop)
+    held = tl.where(_any(c), col < n, False)[None, :] & (at >= start) & (at < stop)
     weight = tl.load(weights + batch).to(tl.pointer_type(DTYPE)) + (at - start)
     if MASTER:
         master = tl.load(masters + batch).to(tl.pointer_type(tl.float32)) + (at - start)
@@ -232,6 +236,7 @@ def _write_pairs_kernel(
     v_even = tl.load(columns, mask=in_v, other=0.0)
     v_odd = tl.load(columns + r, mask=in_v, other=0.0)
     c = tl.load(coefficients + batch * r + k, mask=k < r, other=0.0).to(tl.float32)
+    inside = tl.where(_any(c), pair < half, False)
     key = tl.load(keys + batch).to(tl.uint32)
     words = tl.load(weights + batch).to(tl.pointer_type(tl.uint32)) - low
     if WIDE:
@@ -240,7 +245,7 @@ def _write_pairs_kernel(
     for tile in tl.range(0, TILES, num_stages=STAGES):
         from_first = (tl.program_id(1) * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         at = from_first[:, None] * half + pair[None, :]
-        held = (pair < half)[None, :] & (at >= low) & (at < high)
+        held = inside[None, :] & (at >= low) & (at < high)
         old = tl.load(words + at, mask=held, other=0)
         row = first_row + from_first
         in_u = (row < m)[:, None] & (k < r)[None, :]
@@ -252,6 +257,12 @@ def _write_pairs_kernel(
         even_word = (even.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) >> 16
         odd_word = (odd.to(tl.uint32, bitcast=True) + (bits >> 16)) & 0xFFFF0000
         tl.store(words + at, odd_word | even_word, mask=held)
+
+
+@triton.jit
+def _any(c):
+    """Whether one of them is not zero; a NaN is not zero."""
+    return tl.max((c.to(tl.float32) != 0).to(tl.int32), axis=0) > 0
 
 
 @triton.jit

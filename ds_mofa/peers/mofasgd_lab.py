@@ -240,7 +240,8 @@ class MoFaSGDLab(MatrixMethod):
         for index in batch.indices:
             generator = torch.Generator().manual_seed(rounding_key(Rounding(False, s["seed"]), index))
             for draws, rows in ((psi, batch.shape[0]), (omega, batch.shape[1])):
-                draws.append(torch.randn(rows, r, generator=generator) / math.sqrt(r))
+                drawn = torch.randn(rows, r, generator=generator, dtype=torch.float32, device="cpu")
+                draws.append(drawn / math.sqrt(r))
         psi, omega = (torch.stack(draws).to(G) for draws in (psi, omega))
         gamma = 1 - _beta(s, batch.t)
         factors = start_factors(G @ omega, G.mT @ psi, psi, gamma=gamma)
@@ -637,7 +638,7 @@ def _orthonormal_beside(V: Tensor, X: Tensor) -> Tensor:
     """Orthonormal columns that span (1 - V V^T) X, (B, n, k)."""
     [basis] = complements([Side(V, X)])
     c, k = V.shape[-1], basis.R.shape[-2]
-    chosen = torch.eye(c + k, k, device=V.device).roll(c, 0) if c else torch.eye(k, device=V.device)
+    chosen = torch.eye(c + k, k, dtype=V.dtype, device=V.device).roll(c, 0)
     return basis.turned(chosen.expand(len(V), -1, -1))
 
 

@@ -107,7 +107,8 @@ class Exploration:
             each = _SIGNS * _words(rows, k)
             own = drawn[at : at + B * each].view(B, each)[:, : rows * k].unflatten(-1, (rows, k))
             # A number would be taken in fp32, also beside a target of fp64.
-            length = torch.tensor(1 / math.sqrt(rows), dtype=torch.promote_types(target.dtype, torch.float32))
+            wide = torch.promote_types(target.dtype, torch.float32)
+            length = torch.tensor(1 / math.sqrt(rows), dtype=wide, device="cpu")
             torch.mul(own, length, out=target)
             at += B * each
 
@@ -127,9 +128,10 @@ def _first_words(layout: Layout, rank: int) -> list[int]:
 
 def _counters(part: Part, first: Sequence[int], rank: int) -> Tensor:
     """The numbers of the words of a part: of all its F, then of all its E; int32."""
-    k, starts, found = part.block.rank - rank, torch.tensor([first[index] for index in part.members]), []
+    k, found = part.block.rank - rank, []
+    starts = torch.tensor([first[index] for index in part.members], device="cpu")
     for rows in part.block.shape:
         count = _words(rows, k)
-        found.append((starts.unsqueeze(-1) + torch.arange(count)).flatten())
+        found.append((starts.unsqueeze(-1) + torch.arange(count, device="cpu")).flatten())
         starts = starts + count
     return torch.cat(found).to(torch.int32)

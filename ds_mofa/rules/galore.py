@@ -15,8 +15,11 @@ That step still moves by the old P, whose R it has; P' is published with it and 
 gradient is kept, and no collective is added. As in GaLore a refresh changes neither m nor v, and the vectors have
 GaLore's order and sign: Adam is elementwise, and other axes of one subspace would be another method.
 
-The first step has no P to project by. It chooses one, and moves nothing (but for weight decay); t counts from the
-second. A one-pass estimate of P^T G would need half of the columns for its own conditioning
+A matrix' first gradient has no P to be projected by. It chooses one, and moves nothing (but for weight decay); t
+counts the matrix' gradients from the second on. A matrix without a gradient does nothing in that step, and before its
+first one the test matrices Psi and Omega stay in its working copies.
+
+A one-pass estimate of P^T G in the first step would need half of the columns for its own conditioning
 (:func:`ds_mofa.factors.start_factors`), and feed Adam's second moment, which remembers 1 / (1 - b2) steps, with it.
 
 Measured along the training of a byte-level LLaMA by AdamW (configs/studies/lm.yaml: 1.7 M parameters, 28 matrices of
@@ -36,14 +39,15 @@ subspace to the one before.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ds_mofa.factors import leading_svd
+from ds_mofa.factors import gradient_came, leading_svd
 from ds_mofa.orthonormal import Side, complements
-from ds_mofa.owner import Owner
+from ds_mofa.owner import Owner, Piece
 from ds_mofa.partition import Exchange, Layout, Shapes
 from ds_mofa.rules.rule import Rule, State
 from ds_mofa.subbatches import Part
@@ -57,30 +61,32 @@ logger = logging.getLogger("ds_mofa")
 
 
 class GaLoreRule(Rule):
-    """The state of an m x n matrix is P (s, r), m and v (l, r); of one without a step yet all zero.
+    """The state of an m x n matrix is P (s, r), gradients (1,), which counts them, m and v (l, r); before the first
+    gradient all zero.
 
     During a step that refreshes, every rank also holds the old P of all matrices, in the compute dtype.
     """
 
     name = "GaLore"
-    fields = ("P", "m", "v")
+    fields = ("P", "gradients", "m", "v")
 
     def __init__(self, options: "GaLoreOptions"):
         super().__init__(options.rank, options.seed)
         self._options = options
         self._before: dict[int, Tensor] = {}  # by the block's offset, the P that the step's sketches were taken with
+        self._waiting: dict[Part, bool] = {}  # whether some of these have had no gradient yet; unknown at first
 
     @staticmethod
     def tensors(m: int, n: int, r: int) -> Shapes:
         s, l = sorted((m, n))  # noqa: E741
-        return (s, r), (l, r), (l, r)
+        return (s, r), (1,), (l, r), (l, r)
 
     def projected_square(self, owner: Owner, reduced: Tensor, steps: int) -> Tensor:
         square = reduced.new_zeros((), dtype=torch.float64)
         for piece in owner.pieces(reduced):
             short, long = _sides(piece.part.block.shape, piece.Y, piece.Z)
             square += torch.linalg.vector_norm(long, dtype=torch.float64).square()
-            if self._refreshes(steps):  # a NaN or Inf there must not become a basis
+            if self._refreshes(steps) or self._waits(piece.part):  # a NaN or Inf there must not become a basis
                 square += 0 * torch.linalg.vector_norm(short, dtype=torch.float64)
         return square
 
@@ -95,24 +101,46 @@ class GaLoreRule(Rule):
                 self._before[block.offset] = _sides(block.shape, *block.views(working)[:2])[0].clone()
         for pieces in owner.passes(reduced, back=True):
             for piece in pieces:
-                P, m, v = piece.state
-                short, long = _sides(piece.part.block.shape, piece.Y, piece.Z)
-                if steps == 0:
-                    long.zero_()
-                else:
-                    self._adam(m, v, long.mul_(clip), steps)
-                if refreshes:
-                    P.copy_(basis_of(short))
-                short.copy_(P)
-                piece.core.fill_(1)
+                self._update(piece, working, clip, refreshes)
 
-    def _adam(self, m: Tensor, v: Tensor, R: Tensor, t: int) -> None:
-        """Move the moments by R, and write the direction over it."""
+    def _update(self, piece: Piece, working: Tensor, clip: float | Tensor, refreshes: bool) -> None:
+        P, gradients, m, v = piece.state
+        short, long = _sides(piece.part.block.shape, piece.Y, piece.Z)
+        came = gradient_came(piece.Y, piece.Z)[:, None, None]
+        begun = gradients.unsqueeze(-1) > 0
+        self._adam(m, v, long.mul_(clip), gradients.unsqueeze(-1), came & begun)
+        waited = self._waits(piece.part)
+        chooses = came if refreshes else came & ~begun
+        if refreshes or waited and bool(chooses.any()):
+            torch.where(chooses, basis_of(short), P, out=P)
+        if waited:
+            known = came | begun
+            self._waiting[piece.part] = not bool(known.all())
+            for sketch, view in zip((piece.Y, piece.Z), piece.part.views(working)):  # those that wait keep theirs
+                torch.where(known, sketch, view.to(sketch.dtype), out=sketch)
+            torch.where(known, P, short, out=short)
+        else:
+            short.copy_(P)
+        gradients.add_(came.squeeze(-1))
+        piece.core.copy_(came.squeeze(-1))
+
+    def _adam(self, m: Tensor, v: Tensor, R: Tensor, t: Tensor, moves: Tensor) -> None:
+        """Move the moments of those that move, (B, 1, 1), by R, and write the direction over it; t is (B, 1, 1)."""
+        decays, corrections = [], []
+        for beta in self._options.betas:
+            decays.append(torch.pow(beta, moves.double()).to(m.dtype))
+            corrections.append((1 - torch.pow(beta, t.double().clamp_min(1))).to(m.dtype))
+        (decay1, decay2), (left1, left2) = decays, corrections
         beta1, beta2 = self._options.betas
-        m.mul_(beta1).add_(R, alpha=1 - beta1)
-        v.mul_(beta2).addcmul_(R, R, value=1 - beta2)
-        root = (v / (1 - beta2**t)).sqrt_().add_(self._options.eps)
-        torch.div(m, 1 - beta1**t, out=R).div_(root)
+        R.mul_(moves)
+        m.mul_(decay1).add_(R, alpha=1 - beta1)
+        v.mul_(decay2).addcmul_(R, R, value=1 - beta2)
+        root = (v / left2).sqrt_().add_(self._options.eps)
+        torch.div(m, left1, out=R).div_(root)
+
+    def _waits(self, part: Part) -> bool:
+        """Whether a matrix of this part may be without a gradient so far. The host waits to know, once for most."""
+        return self._waiting.get(part, True)
 
     def publish(self, owner: Owner, updated: Tensor | None, working: Tensor, exchange: Exchange) -> None:
         for block in owner.blocks:
@@ -134,18 +162,34 @@ class GaLoreRule(Rule):
 
     def prepare(self, layout: Layout, working: Tensor, steps: int) -> None:
         self._before.clear()
+        if steps == 0:
+            self._waiting.clear()
         super().prepare(layout, working, steps)
         if steps > 0 and self._refreshes(steps):
-            for block in layout.blocks:
-                _, long = _sides(block.shape, *block.views(working)[:2])
-                for index, view in zip(block.members, long, strict=True):
-                    self.draw(view, self.generator(index, steps))
+            self._draw_long(layout, working, steps)
 
     def restore(self, state_layout: Layout, state: Tensor, layout: Layout, working: Tensor, steps: int) -> None:
-        working.zero_()  # the long sides are no matter until a refresh
+        self._waiting.clear()
+        super().prepare(layout, working, 0)  # for those that wait; of the others the long sides are no matter
+        if steps >= self._options.refresh_every:
+            self._draw_long(layout, working, steps - steps % self._options.refresh_every)
         for saved, block in zip(state_layout.blocks, layout.blocks, strict=True):
             short, _ = _sides(block.shape, *block.views(working)[:2])
-            short.copy_(saved.views(state)[0])
+            P, gradients, *_ = saved.views(state)
+            short.copy_(torch.where(gradients.unsqueeze(-1) > 0, P, short.to(P.dtype)))
+
+    def _draw_long(self, layout: Layout, working: Tensor, steps: int) -> None:
+        """New test matrices into the long sides of all working copies."""
+        for block in layout.blocks:
+            _, long = _sides(block.shape, *block.views(working)[:2])
+            for index, view in zip(block.members, long, strict=True):
+                self.draw(view, self.generator(index, steps))
+
+    def completed(self, saved: Mapping[str, Tensor], steps: int) -> Mapping[str, Tensor]:
+        """A state without the count of a matrix' gradients is from when every step was one."""
+        if "gradients" in saved:
+            return saved
+        return {**saved, "gradients": saved["m"].new_full((1,), float(steps))}
 
     def resized(self, saved: list[State], ranks: set[int]) -> tuple[list[State], str]:
         were = ", ".join(map(str, sorted(ranks)))
@@ -173,7 +217,7 @@ def basis_of(Y: Tensor) -> Tensor:
         turn = torch.eye(r, dtype=torch.float64, device=Y.device).expand(len(Y), r, r)
     P = side.turned(turn)
     largest = P.gather(-2, P.abs().argmax(dim=-2, keepdim=True))
-    return P * torch.where(largest < 0, -1.0, 1.0)
+    return torch.where(largest < 0, -P, P)
 
 
 def _is_wide(shape: tuple[int, int]) -> bool:

@@ -9,13 +9,16 @@ The step knows ranks, buffers and weights. In every optimizer step it
     writes      W <- W - lr f left diag(coefficients) right^T, with what :meth:`Rule.written` returns
     prepares    the working copies for the next backward, :meth:`Rule.prepare`: without communication
 
+A matrix whose sketches are both zero has had no gradient: its state stays, and its coefficients are published as zeros,
+by which every rank knows that it is not to be written, nor decayed.
+
 So what is published, what is kept and what sketches need not be the same columns. A rule's update must be linear in
 what it needs of the gradient, and of low rank. What is sent has r columns, or more where :attr:`Rule.columns` says so.
 """
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -70,6 +73,10 @@ class Rule(abc.ABC):
         Raises:
             ValueError: there is no way.
         """
+
+    def completed(self, saved: Mapping[str, Tensor], steps: int) -> Mapping[str, Tensor]:
+        """One matrix' state in a checkpoint after ``steps`` steps, with the :attr:`fields` that it may lack."""
+        return saved
 
     def held(self) -> list[Tensor]:
         """What every rank keeps besides, for no checkpoint."""
@@ -145,12 +152,14 @@ class Rule(abc.ABC):
         return [Part(block, 0, len(block.members))]
 
     def written(self, part: Part, working: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """left (B, m, r), right (B, n, r) and coefficients (B, r) of the update of W, on every rank."""
+        """left (B, m, r), right (B, n, r) and coefficients (B, r) of the update of W, on every rank; the coefficients
+        of a matrix that stays are all zero.
+        """
         return part.views(working)
 
     @abc.abstractmethod
     def lr_factor(self, m: int, n: int) -> float:
-        """What lr is multiplied by for an m x n matrix."""
+        """What lr is multiplied by for a linear map of n inputs and m outputs."""
 
     def prepare(self, layout: Layout, working: Tensor, steps: int) -> None:
         """Make the working copies what the next backward sketches with: after each write, a start, or a load."""
@@ -172,4 +181,5 @@ class Rule(abc.ABC):
 
     def draw(self, view: Tensor, generator: torch.Generator) -> None:
         """Gaussian of variance 1 / r, so that |G Omega| ~ |G|."""
-        view.copy_(torch.randn(view.shape, generator=generator) / math.sqrt(self.rank))
+        drawn = torch.randn(view.shape, generator=generator, dtype=torch.float32, device="cpu")
+        view.copy_(drawn / math.sqrt(self.rank))

@@ -1,9 +1,14 @@
 """The Triton kernels against their PyTorch twins, on a GPU."""
 
+import math
+import warnings
+
 import pytest
 import torch
+from torch import nn
 
-from ds_mofa import MoFaSGD, weights
+from ds_mofa import MoFaSGD, Options, weights
+from ds_mofa.adamw_8bit import AdamW8bit
 from ds_mofa.factors import Factors, update_factors
 from ds_mofa.kernels import svd
 from ds_mofa.sketch import Queue
@@ -42,20 +47,24 @@ def _eighths(*shape):
     ],
 )
 def test_the_write_gives_the_bits_of_its_twin(m, n, r, start, stop, size, dtype, stochastic, masters):
+    """The second of three matrices has no coefficients, and stays as it is."""
     torch.manual_seed(0)
-    U, V = _eighths(2, m, r).to(dtype), _eighths(2, n, r).to(dtype)
-    coefficients = (torch.rand(2, r) > 0.3).to(dtype)
-    W = (torch.randn(2, stop - start) * 0.02 * size).to(dtype)
+    U, V = _eighths(3, m, r).to(dtype), _eighths(3, n, r).to(dtype)
+    coefficients = (torch.rand(3, r) > 0.3).to(dtype)
+    coefficients[:, 0] = 1
+    coefficients[1] = 0
+    coefficients[1, ::2] = -0.0
+    W = (torch.randn(3, stop - start) * 0.02 * size).to(dtype)
     written = []
     for device in ("cpu", "cuda"):
         parts = W.to(device, copy=True)
-        fp32 = parts.float() if masters else None
+        fp32 = 1.125 * parts.float() if masters else None
         write_updates(
             [Shard(part, start) for part in parts],
             U.to(device),
             V.to(device),
             coefficients.to(device),
-            indices=(3, 9),
+            indices=(3, 9, 4),
             step_size=2.0**-10,
             decay=0.75,
             rounding=Rounding(stochastic, seed=12345, step=7),
@@ -63,9 +72,56 @@ def test_the_write_gives_the_bits_of_its_twin(m, n, r, start, stop, size, dtype,
         )
         written.append((parts.cpu(), fp32.cpu() if masters else None))
     assert torch.equal(written[0][0], written[1][0])
+    assert torch.equal(written[1][0][1], W[1])
     if masters:
         assert torch.equal(written[0][1], written[1][1])
-    assert start == stop or not torch.equal(written[1][0], W)
+        assert torch.equal(written[1][1][1], 1.125 * W[1].float())
+    for moved in (0, 2):
+        assert start == stop or not torch.equal(written[1][0][moved], W[moved])
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(304, torch.bfloat16), (301, torch.bfloat16), (304, torch.float32)])
+def test_a_coefficient_that_is_no_number_is_written(n, dtype):
+    """In fp32 and bf16, in pairs and not: a NaN is not zero, and the weights say so."""
+    W = torch.ones(1, 70 * n, dtype=dtype, device="cuda")
+    U, V = torch.ones(1, 70, 8, dtype=dtype, device="cuda"), torch.ones(1, n, 8, dtype=dtype, device="cuda")
+    coefficients = torch.zeros(1, 8, dtype=dtype, device="cuda")
+    coefficients[0, 5] = math.nan
+    arguments = {"indices": (0,), "step_size": 0.1, "decay": 1.0, "rounding": Rounding(True)}
+    write_updates([Shard(W[0])], U, V, coefficients, **arguments)
+    assert W.isnan().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"explore": 4, "balance": 0.5}, {"master_weights": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_a_matrix_without_a_gradient_stays_and_costs_no_wait(dtype, options):
+    """Of three in one batch: every bit of its weights and state, and the host waits for the device as often as ever."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(128, 128, bias=False) for _ in range(3)).to("cuda", dtype)
+    optimizer = MoFaSGD(layers, rank=8, lr=1e-2, weight_decay=0.5, **options)
+    step = optimizer.matrices
+    x, waits = torch.randn(256, 128, device="cuda", dtype=dtype), []
+    for number in range(8):
+        used = [0, 2] if number in (0, 1, 4, 5) else [0, 1, 2]
+        before = [layer.weight.detach().clone() for layer in layers]
+        factors = [view.clone() for view in step.owner.state_layout.views(step.factors, 1)]
+        sum(layers[i](x).float().square().mean() for i in used).backward()
+        step.reduce()
+        assert step.finite
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("called a synchronizing" in str(warning.message) for warning in caught))
+        optimizer.zero_grad()
+        moved = [not torch.equal(layer.weight, weight) for layer, weight in zip(layers, before)]
+        assert moved == [i in used for i in range(3)], number
+        kept = [torch.equal(a, b) for a, b in zip(step.owner.state_layout.views(step.factors, 1), factors)]
+        assert all(kept) == (1 not in used and number > 0)
+    assert waits[4] == waits[5] == waits[6] == waits[7]
 
 
 def test_the_write_of_fp32_weights_agrees_to_rounding():
@@ -267,3 +323,25 @@ def test_a_bf16_model_learns_and_keeps_no_weight_gradient():
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_8_bit_moments_of_more_than_two_billion_elements():
+    """AdamW's step of the last elements of a tensor of 2^31 and more is that of a small tensor, compiled."""
+    pytest.importorskip("torchao")
+    size, tail = 2**31 + 1024, 1024
+    if torch.cuda.mem_get_info()[0] < 8 * size:
+        pytest.skip("needs 17 GB")
+    start, grad = torch.randn(tail, device="cuda"), torch.randn(tail, device="cuda")
+    ends = []
+    for numel in (size, 4096 + tail):
+        param = torch.nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16, device="cuda"))
+        param.grad = torch.zeros_like(param)
+        with torch.no_grad():
+            param[-tail:], param.grad[-tail:] = start, grad
+        optimizer = AdamW8bit([param], Options(lr=1e-2, rounding="nearest"))
+        for _ in range(2):
+            optimizer.step()
+        ends.append((param.detach()[-tail:].clone(), int(param.detach()[:-tail].count_nonzero())))
+        del param, optimizer
+    assert torch.equal(ends[0][0], ends[1][0]) and not torch.equal(ends[0][0], start.bfloat16())
+    assert ends[0][1] == ends[1][1] == 0

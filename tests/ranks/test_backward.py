@@ -4,7 +4,7 @@ import torch
 from comparing import STEPS, assert_same, dense
 from deepspeed import comm as dist
 from launching import on_ranks
-from toys import Checkpointed, Sometimes, batches, micro_batches
+from toys import Checkpointed, Late, Resting, Sometimes, batches, micro_batches
 from training import config, evaluate, mean_over_ranks, toy, train
 
 MICRO = 3
@@ -106,6 +106,15 @@ def unused(stage: int) -> dict:
     return train(config(stage), STEPS, model=toy(Sometimes), data=data)
 
 
+def resting(stage: int) -> dict:
+    return train(config(stage), STEPS, model=toy(Resting))
+
+
+def alone(stage: int, optimizer: str) -> dict:
+    """The matrix that is unused at first is the only one: one of the two ranks owns nothing."""
+    return train(config(stage, optimizer=optimizer, options={"exclude": Late.OTHERS}), STEPS, model=toy(Late))
+
+
 def none_in_the_third(count: int) -> list:
     return [batches(count)[i] if i == 1 else batch for i, batch in enumerate(sparse_batches(count))]
 
@@ -148,6 +157,17 @@ def test_gradient_checkpointing_with_the_hook(ran):
 @on_ranks(unused, stage=[0, 1, 2, 3])
 def test_a_matrix_unused_in_a_step_or_on_one_rank(ran):
     assert_same(ran, dense(Sometimes, data=none_in_the_third if ran.stage == 3 else sparse_batches))
+
+
+@on_ranks(resting, stage=[0, 1, 2, 3])
+def test_matrices_unused_late_and_frozen_in_between_rest(ran):
+    """On all ranks at once, through steps that the others move in."""
+    assert_same(ran, dense(Resting))
+
+
+@on_ranks(alone, stage=[1, 3], optimizer=["MoFaSGD"])
+def test_the_only_matrix_rests_where_one_rank_owns_nothing(ran):
+    assert_same(ran, dense(Late))
 
 
 def test_the_sparse_batches_are_what_they_say():

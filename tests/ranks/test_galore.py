@@ -8,7 +8,8 @@ from test_elastic import UNIVERSAL, assert_continued, refused, resumed, saved
 from test_offload import ALL, CPU, NOWHERE, ONE_AT_A_TIME, assert_the_same_everywhere
 from test_overflow import assert_left_out, one_bad_step
 from test_resume import OFFLOADED, assert_resumed, equal, saved_and_resumed
-from training import GALORE, config, train
+from toys import Resting
+from training import GALORE, config, toy, train
 
 OURS = {"optimizer": "GaLore"}
 
@@ -39,6 +40,15 @@ def test_accumulated_and_clipped_it_is_the_dense_one(ran):
     assert_dense(ran, TIGHT)
     for result in ran.ranks:
         assert result["norms"] == pytest.approx(wanted(TIGHT)["norms"], rel=1e-5)
+
+
+def resting(stage: int) -> dict:
+    return train(config(stage, **OURS), STEPS, model=toy(Resting))
+
+
+@on_ranks(resting, stage=[2, 3])
+def test_matrices_unused_late_and_frozen_in_between_rest(ran):
+    assert_same(ran, dense(Resting, optimizer="GaLore", adamw_lr=adamw_lr), tolerance=5e-5)
 
 
 @on_ranks(trained, stage=[3], world=[3])

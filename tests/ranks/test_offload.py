@@ -19,8 +19,8 @@ from launching import on_ranks
 from test_clipping import TIGHT
 from test_faults import matrices_of
 from test_resume import end_of, equal, saved_and_resumed
-from toys import batches, micro_batches
-from training import config, engine_for, mean_over_ranks, toy, train, train_step
+from toys import Resting, batches, micro_batches
+from training import config, engine_for, mean_over_ranks, toy, train, train_step, whole_momenta, whole_weights
 
 from ds_mofa import host_weights
 from ds_mofa import owner as owner_module
@@ -111,6 +111,33 @@ def test_reports_are_the_same_wherever_the_factors_are(ran):
     for result in ran.ranks:
         reports = [run["seen"]["report"] for run in result["runs"]]
         assert reports[0].any() and all(torch.equal(report, reports[0]) for report in reports)
+
+
+def resting(stage: int, optimizer: str) -> dict:
+    """bf16 with masters, of matrices that are unused in some steps; the last place is where all that can be is away."""
+    options = {"master_weights": True, "explore": 3} if optimizer == "MoFaSGD" else {"master_weights": True}
+    runs, places = [], (NOWHERE, places_of(stage)[-1])
+    for where in places:
+        settings = settings_of(stage, where, "bf16", options={**ONE_AT_A_TIME, **options}, optimizer=optimizer)
+        with engine_for(settings, model=toy(Resting)) as engine:
+            kept = {0: whole_weights(engine.module)}
+            for number, batch in enumerate(batches(STEPS), start=1):
+                train_step(engine, batch)
+                kept[number] = whole_weights(engine.module)
+            runs.append({"kept": kept, "momenta": whole_momenta(engine)})
+    return {"runs": runs}
+
+
+@on_ranks(resting, stage=[2, 3], optimizer=["MoFaSGD", "GaLore"])
+def test_a_matrix_without_a_gradient_stays_on_the_host_too(ran):
+    rests = {"spare.weight": (2, 3), "late.weight": (1, 2), "fixed.weight": (3, 4, 5)}
+    for result in ran.ranks:
+        here, away = result["runs"]
+        assert equal(away, here)
+        kept = here["kept"]
+        for name, steps in rests.items():
+            assert all(torch.equal(kept[number][name], kept[number - 1][name]) for number in steps)
+            assert not torch.equal(kept[STEPS][name], kept[0][name])
 
 
 def skipping(stage: int) -> dict:

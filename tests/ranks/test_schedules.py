@@ -7,8 +7,8 @@ import torch
 from comparing import STEPS, assert_same, dense
 from deepspeed.runtime import lr_schedules
 from launching import on_ranks
-from toys import Toy
-from training import OPTIONS, config, toy, train
+from toys import Toy, batches
+from training import OPTIONS, config, engine_for, toy, train, train_step, whole_weights
 
 SCHEDULES = {
     "WarmupLR": {"warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_num_steps": 4, "warmup_type": "linear"},
@@ -46,6 +46,29 @@ def rates(schedule: str) -> list[float]:
         found.append(optimizer.param_groups[0]["lr"])
         scheduler.step()
     return found
+
+
+def gone_wrong(stage: int) -> dict:
+    """The second step has a learning rate that is no number, the third is as it should be."""
+    with engine_for(config(stage)) as engine:
+        first, second = batches(2)
+        train_step(engine, first)
+        before, group = whole_weights(engine.module), engine.optimizer.param_groups[0]
+        lr, group["lr"] = group["lr"], float("nan")
+        try:
+            train_step(engine, second)
+            message = ""
+        except ValueError as error:
+            message = str(error)
+        after, group["lr"] = whole_weights(engine.module), lr
+        return {"message": message, "before": before, "after": after}
+
+
+@on_ranks(gone_wrong, stage=[0, 1, 2, 3])
+def test_a_schedule_gone_wrong_moves_nothing(ran):
+    for result in ran.ranks:
+        assert "before this step, param group 0: lr=nan must be >= 0" in result["message"]
+        assert all(torch.equal(result["after"][name], weight) for name, weight in result["before"].items())
 
 
 @on_ranks(configured, stage=[0, 1, 2, 3], schedule=list(SCHEDULES))

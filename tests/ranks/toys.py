@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Toy", "Padded", "Checkpointed", "Sliver", "Sometimes", "batches", "micro_batches", "SEQUENCES"]
+__all__ = ["Toy", "Padded", "Checkpointed", "Sliver", "Sometimes", "Resting", "Late", "batches", "micro_batches", "SEQUENCES"]
 
 VOCABULARY, WIDTH, HIDDEN = 37, 35, 53  # odd and not divisible by 3: shards of 2 and of 3 ranks end inside a row
 SEQUENCES = 18  # in a global batch: divides by 1, 2, 3 ranks times 1, 3 micro-batches
@@ -98,6 +98,52 @@ class Sometimes(Toy):
 
     def detour(self, x: Tensor) -> Tensor:
         return torch.where(self.even, torch.tanh(self.spare(x)), 0) if self.even.any() else torch.zeros_like(x)
+
+
+class Resting(Toy):
+    """With three matrices that are not always trained; a step is one forward with gradients.
+
+    spare   not used in the second and third step
+    late    not used before the third
+    fixed   frozen by ``requires_grad_(False)`` after the second
+    """
+
+    MATRICES = [*Toy.MATRICES, "spare.weight", "late.weight", "fixed.weight"]
+
+    def __init__(self):
+        super().__init__()
+        self.spare, self.late, self.fixed = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        head = self.head
+        del self.head
+        self.head = head
+        self.step = 0
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.step += 1
+        if self.step > 2 and hasattr(self, "fixed"):
+            self.fixed.requires_grad_(False)
+        return super().forward(tokens, targets)
+
+    def blocks(self):
+        unused = {"spare"} if self.step in (2, 3) else set()
+        unused |= {"late"} if self.step < 3 else set()
+        used = [name for name in ("spare", "late", "fixed") if name not in unused and hasattr(self, name)]
+        return [*super().blocks(), *(getattr(self, name) for name in used)]
+
+    def run(self, block, x: Tensor) -> Tensor:
+        return x + torch.tanh(block(x))
+
+
+class Late(Resting):
+    """With the one of those three that comes late; for it alone to be a matrix."""
+
+    MATRICES = ["late.weight"]
+    OTHERS = ["^(blend|up|down|twin)"]
+
+    def __init__(self):
+        super().__init__()
+        del self.spare, self.fixed
 
 
 class Sliver(Toy):

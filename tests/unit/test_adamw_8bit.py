@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_mofa import MoFaSGD, OptionError, Options, adamw_8bit
-from ds_mofa.adamw_8bit import BLOCK, SMALLEST, AdamW8bit, moment_bytes
+from ds_mofa.adamw_8bit import BLOCK, SMALLEST, AdamW8bit, moment_bytes, rounding_seed
 
 
 class Model(nn.Module):
@@ -211,10 +211,81 @@ def test_rounding_to_nearest_loses_them():
     assert moved("nearest")[0] == 0.0
 
 
+def test_no_two_steps_parameters_and_groups_round_with_the_same_bits():
+    """Each element of 130 equal parameters in two groups, in two steps: as many patterns as there are."""
+    params = [nn.Parameter(torch.ones(300).bfloat16()) for _ in range(130)]
+    optimizer = AdamW8bit([{"params": params[:70]}, {"params": params[70:]}], Options(lr=2e-3))
+    patterns = []
+    for _ in range(2):
+        for param in params:
+            with torch.no_grad():
+                param.fill_(1)
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        patterns += [tuple(param.tolist()) for param in params]
+    assert len(set(patterns)) == len(patterns) and len({value for one in patterns for value in one}) == 2
+
+
+def test_rounding_seeds_are_the_runs_the_steps_and_the_parameters():
+    seeds = [rounding_seed(0, step, index, 70) for step in range(1, 400) for index in range(70)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**32 for seed in seeds)
+    others = {rounding_seed(1, step, index, 70) for step in range(1, 400) for index in range(70)}
+    assert len(others & set(seeds)) < 10  # of 2^32, two sets of 27 930 have a fifth of one in common
+    shared = sum(
+        rounding_seed(0, s, 64, 70) == rounding_seed(0, s + d, 0, 70) for s in range(1, 400) for d in range(1, 400)
+    )
+    assert shared == 0
+
+
 def test_rounding_leaves_the_callers_random_numbers_alone():
     torch.manual_seed(5)
     wanted = torch.rand(()).item()
     assert moved("stochastic")[1] == wanted
+
+
+# ---------------------------------------------------------------------- more than 2^31 elements
+
+LARGE = 2**31 + 3 * BLOCK + 7
+
+
+def test_the_pieces_of_a_tensor_beyond_32_bits_cover_it_and_are_small():
+    """What the compiler and the library see has 2^24 elements at most, whose indices fit 32 bits."""
+    param = torch.empty(LARGE, dtype=torch.bfloat16, device="meta")
+    optimizer = AdamW8bit([nn.Parameter(torch.zeros(1))], Options())
+    state, end = adamw_8bit._new_state(param), 0
+    for view, at in optimizer._pieces(state, LARGE):
+        assert at.start == end < at.stop
+        for moment in view.values():
+            assert moment.numel() == at.stop - at.start <= 2**24
+        end = at.stop
+    assert end == LARGE
+    assert state["exp_avg_codes"].numel() == 2**31 + 3 * BLOCK and state["exp_avg_sq_rest"].numel() == 7
+
+
+def test_elements_beyond_32_bits_are_stepped_like_any_others(monkeypatch):
+    """Of memory that is mostly never touched: only the pieces past 2^31 are stepped, beside a small tensor's."""
+    tail = LARGE - 2**31
+    pieces = AdamW8bit._pieces
+
+    def last_pieces(self, state, numel):
+        return ((view, at) for view, at in pieces(self, state, numel) if numel < 2**31 or at.start >= 2**31)
+
+    monkeypatch.setattr(AdamW8bit, "_pieces", last_pieces)
+    ends, generator = [], torch.Generator().manual_seed(0)
+    start, grads = torch.randn(tail, generator=generator), [torch.randn(tail, generator=generator) for _ in range(3)]
+    for size in (LARGE, SMALLEST + tail):
+        param = nn.Parameter(torch.empty(size, dtype=torch.bfloat16))
+        param.grad = torch.empty_like(param)
+        with torch.no_grad():
+            param[-tail:] = start
+            if size < LARGE:
+                param[:-tail], param.grad[:-tail] = 0, 0
+        optimizer = AdamW8bit([param], Options(lr=1e-3, rounding="nearest"))
+        for grad in grads:
+            param.grad[-tail:] = grad
+            optimizer.step()
+        ends.append(param.detach()[-tail:].clone())
+    assert torch.equal(*ends) and not torch.equal(ends[0], start.bfloat16())
 
 
 # ---------------------------------------------------------------------- states that are saved

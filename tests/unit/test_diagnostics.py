@@ -1,5 +1,7 @@
 """Diagnostics against the dense matrices that they speak of."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +70,33 @@ def test_reports_come_when_asked_for(every):
         assert set(summary) == {*MEASURES, "skipped_steps"} and summary["skipped_steps"] == 0
         parts = [values["projected_grad_norm"] for values in report.by_matrix().values()]
         assert summary["projected_grad_norm"] == pytest.approx(sum(part**2 for part in parts) ** 0.5)
+
+
+@pytest.mark.parametrize("options", [{}, {"explore": 2, "balance": 0.5}, {"master_weights": True}], ids=str)
+def test_a_receiver_that_raises_finds_the_step_whole(options):
+    """A full disk, a network: the exception comes through, and training goes on as if nobody had been told."""
+    ends = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 16)).bfloat16()
+        optimizer = ds_mofa.MoFaSGD(model, rank=4, lr=1e-2, diagnostics_every=2, **options)
+        heard = []
+
+        def receive(report):
+            heard.append(report.step)
+            if fails:
+                raise OSError(28, "No space left on device")
+
+        optimizer.matrices.on_report = receive
+        for step in range(6):
+            x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step)).bfloat16()
+            model(x).float().square().mean().backward()
+            optimizer.clip_grad_norm_(1e-3 if step == 3 else 1e9)  # a clipping factor must not stay for the next step
+            with pytest.raises(OSError, match="No space") if fails and step % 2 else contextlib.nullcontext():
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True) if step != 3 else model.zero_grad()
+        assert heard == [2, 4, 6]
+        state = optimizer.state_dict()["mofasgd"]
+        ends.append([*model.parameters(), *(t for one in state["matrices"].values() for t in one.values())])
+        ends[-1].append(state["steps"])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

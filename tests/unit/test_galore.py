@@ -207,7 +207,7 @@ def test_no_gradient_lives_and_the_state_is_as_large_as_it_says():
     state = optimizer.state_dict()["mofasgd"]["matrices"]
     for name in MATRICES:
         s, l = sorted(model.get_parameter(name).shape)  # noqa: E741
-        assert sum(value.nbytes for value in state[name].values()) == 4 * 3 * (s + 2 * l)
+        assert sum(value.nbytes for value in state[name].values()) == 4 * 3 * (s + 2 * l) + 4
     held = optimizer.matrices.factors.nbytes
     assert sum(value.nbytes for one in state.values() for value in one.values()) <= held
     assert state_bytes(optimizer) >= held
@@ -287,6 +287,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(at, options):
     train(other, second, range(at, 7))
     for name, value in weights_of(model).items():
         assert torch.equal(value, other.get_parameter(name)), name
+
+
+def test_a_state_that_does_not_count_gradients_is_taken_as_one_of_every_step():
+    """As states were saved before a matrix could rest."""
+    ends = []
+    for counted in (True, False):
+        model = build()
+        optimizer = GaLore(model, **SETTINGS)
+        train(model, optimizer, range(3))
+        state = copy.deepcopy(optimizer.state_dict())
+        if not counted:
+            for one in state["mofasgd"]["matrices"].values():
+                assert float(one.pop("gradients")) == 3
+        optimizer.load_state_dict(state)
+        train(model, optimizer, range(3, 6))
+        ends.append(weights_of(model))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_another_rank_and_another_optimizer_s_state_are_refused_with_the_way_out():

@@ -507,10 +507,11 @@ def test_a_parameter_that_has_been_replaced_is_refused_at_the_step():
         optimizer.step()
 
 
-def test_a_model_that_was_cast_after_the_build_is_refused():
-    net, _optimizer = build()
-    net.float()
-    with pytest.raises(RuntimeError, match="before the optimizer is built"):
+def test_a_model_that_was_moved_after_the_build_is_refused():
+    net, optimizer = build()
+    sketch, elsewhere = optimizer.matrices.captured[0], nn.Parameter(net.first.weight.detach().to("meta"))
+    sketch.grad = SketchedGradient(elsewhere, "first.weight", optimizer._gradients, 0)  # as it was made before the move
+    with pytest.raises(RuntimeError, match="'first.weight' was on meta .*before the optimizer is built"):
         loss(net, 3).backward()
 
 

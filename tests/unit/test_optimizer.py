@@ -177,6 +177,58 @@ def test_balance_is_bounded_and_nothing_moves_without_momentum():
     assert (large, small) == pytest.approx((0.1, 10.0), rel=1e-6) and moved[1.0][2] == none == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"balance": 0.5}, {"balance": 0.5, "explore": 2}], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e12])
+def test_the_scale_of_the_gradients_is_no_matter(scale, options):
+    """Down to where their squares are zero in fp32: the spectral update, and what balances it, are of degree 0."""
+    moved = []
+    for factor in (1.0, scale):
+        model = build(torch.float32)
+        optimizer = optimizer_of(model, **options)
+        before = weights_of(model)
+        for step in range(3):
+            optimizer.zero_grad()
+            (loss_of(model, step).float() * factor).backward()
+            optimizer.adamw.zero_grad()  # AdamW's eps has a scale
+            optimizer.step()
+        after = weights_of(model)
+        moved.append([after[name] - before[name] for name in MATRICES])
+    for one, other in zip(*moved):
+        assert relative_error(one, other) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "most", "allowed"),
+    [
+        ({"update_rule": "inverse_sigma", "inverse_sigma_clamp": 65505.0}, "65504", {"inverse_sigma_clamp": 65504.0}),
+        ({"update_rule": "inverse_sigma", "balance": 0.5}, "6550", {"inverse_sigma_clamp": 6550.0}),
+        ({"explore": 2, "explore_scale": 1e5}, "32752", {"explore_scale": 32752.0}),
+    ],
+)
+def test_fp16_matrices_whose_coefficients_would_overflow_are_refused(options, most, allowed):
+    model = build(torch.float16)
+    with pytest.raises(OptionError, match=f"holds no number above 65504.*at most {most}, or train in bf16"):
+        optimizer_of(model, **options)
+    assert all("forward" not in vars(module) for module in model.modules())
+    optimizer_of(build(torch.bfloat16), **options)
+    optimizer_of(model, **{**options, **allowed})
+
+
+def test_the_largest_coefficients_of_fp16_do_not_overflow():
+    """Where the rule says that they fit: both clamp and balance at their ends."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(3))).half()
+    optimizer = MoFaSGD(model, rank=4, lr=1e-9, update_rule="inverse_sigma", inverse_sigma_clamp=6550.0, balance=1.0)
+    for _ in range(4):
+        x = torch.randn(32, 16).half()
+        sum(scale * layer(x).float().square().mean() for layer, scale in zip(model, (1e-4, 1.0, 1e2))).backward()
+        optimizer.step()
+    assert optimizer.matrices.skipped == 0
+    layout, working = optimizer.matrices.layout, optimizer.matrices.working
+    largest = max(float(layout.views(working, index)[2].max()) for index in range(3))
+    assert largest == torch.tensor(65500.0).half()
+
+
 def test_the_first_step_ignores_weights_and_global_randomness():
     results = []
     for seed in (0, 1):
@@ -412,6 +464,28 @@ def test_each_group_steps_at_its_own_lr_and_decay():
 
     assert length("second.weight", 1 - 1e-3 * 0.5) == pytest.approx(1e-3 * 2, rel=1e-6)
     assert length("first.weight", 1.0) == pytest.approx(1e-2 * 2, rel=1e-6)
+
+
+def test_a_conv1d_s_transposed_weight_moves_like_the_linear_s():
+    """The factor "original" is of the linear map, in one batch with a linear of the other orientation."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv, linear, other = Conv1D(8, 32), nn.Linear(32, 8, bias=False), nn.Linear(8, 32, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.T)
+    assert conv.weight.shape == other.weight.shape  # (32, 8), of maps from 32 to 8 and from 8 to 32
+    model = nn.ModuleList([other, conv, linear]).double()
+    optimizer = MoFaSGD(model, rank=2, lr=0.1, adjust_lr_fn="original", weight_decay=0.5)
+    before = weights_of(model)
+    x, dy = torch.randn(1, 32).double(), torch.randn(1, 8).double()  # of rank one, that the first step is exact for
+    y, dx = torch.randn(1, 8).double(), torch.randn(1, 32).double()
+    ((conv(x) * dy).sum() + (linear(x) * dy).sum() + (other(y) * dx).sum()).backward()
+    optimizer.step()
+    moved = {name: param.detach() - 0.95 * before[name] for name, param in model.named_parameters()}
+    assert relative_error(moved["1.weight"], moved["2.weight"].T) < 1e-10
+    assert float(moved["2.weight"].norm()) == pytest.approx(0.1)
+    assert float(moved["0.weight"].norm()) == pytest.approx(0.1 * 2)  # sqrt(32 / 8)
 
 
 def test_add_param_group_is_refused():

@@ -293,8 +293,9 @@ RATES = [
     (1e-2, None, None, 1e-2, 1e-3),
     (1e-2, 5e-4, None, 1e-2, 5e-4),
     (1e-2, 0, None, 1e-2, 0),
-    (1e-2, None, 2e-3, 2e-3, 2e-3),
-    (1e-2, 5e-4, 2e-3, 2e-3, 2e-3),
+    (1e-2, None, 2e-3, 2e-3, 2e-4),
+    (1e-2, 5e-4, 2e-3, 2e-3, 1e-4),
+    (1e-2, 0, 2e-3, 2e-3, 0),
 ]
 
 
@@ -330,6 +331,28 @@ def test_matrices_know_which_group_they_came_from():
     divided = split(model, [{"params": first.norm.parameters()}, {"params": second.parameters()}, first.up.weight])
     for matrix in divided.matrices:
         assert any(matrix.param is p for p in divided.matrix_groups[matrix.group]["params"])
+
+
+def test_what_is_frozen_is_known_by_name():
+    model = NanoGPT()
+    model.blocks[0].up.requires_grad_(False), model.wpe.requires_grad_(False)
+    divided = split(model)
+    assert [(one.name, one.param) for one in divided.frozen] == [
+        ("wpe.weight", model.wpe.weight),
+        ("blocks.0.up.weight", model.blocks[0].up.weight),
+    ]
+    assert split(NanoGPT()).frozen == []
+    handed = [p for p in model.parameters() if p.requires_grad]
+    assert split(model, handed).frozen == []
+
+
+def test_gpt2_s_matrices_know_that_they_are_transposed():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=8))
+    model.extra = nn.Linear(16, 8, bias=False)
+    shapes = {matrix.name: (matrix.shape, matrix.map_shape) for matrix in split(model).matrices}
+    assert shapes["transformer.h.0.attn.c_attn.weight"] == ((16, 48), (48, 16))
+    assert shapes["transformer.h.0.mlp.c_proj.weight"] == ((64, 16), (16, 64))
+    assert shapes["extra.weight"] == ((8, 16), (8, 16))
 
 
 def test_under_zero_init_the_real_shape_counts():

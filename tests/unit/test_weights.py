@@ -115,6 +115,32 @@ def test_a_step_of_nothing_changes_nothing(dtype):
 
 
 @ALL
+@pytest.mark.parametrize("masters", [False, True], ids=["", "masters"])
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_a_matrix_without_coefficients_stays_bit_for_bit(rounding, masters, dtype):
+    """Between two that move: no decay, no rounding, nothing into its master, which need not be the weight."""
+    W = _normal(3, 9, 7).to(dtype)
+    kept = [1.5 * part.float() for part in W.clone()] if masters else None
+    before, coefficients = W.clone(), torch.tensor([[1.0, 0.0], [0.0, -0.0], [0.0, math.nan]])
+    write_updates(
+        [Shard(part.view(-1)) for part in W],
+        _normal(3, 9, 2),
+        _normal(3, 7, 2),
+        coefficients,
+        indices=[0, 1, 2],
+        step_size=0.1,
+        decay=0.75,
+        rounding=Rounding(rounding == "stochastic"),
+        masters=None if kept is None else [master.view(-1) for master in kept],
+    )
+    assert torch.equal(W[1], before[1])
+    assert not torch.equal(W[0], before[0]) and W[2].isnan().all()
+    if kept is not None:
+        assert torch.equal(kept[1], 1.5 * before[1].float())
+        assert not torch.equal(kept[0], 1.5 * before[0].float()) and kept[2].isnan().all()
+
+
+@ALL
 def test_working_copies_in_the_weights_own_dtype_do(dtype):
     U, V = _normal(7, 3).to(dtype), _normal(5, 3, seed=1).to(dtype)
     W, exact = torch.zeros(7, 5, dtype=dtype), torch.zeros(7, 5, dtype=torch.float64)
