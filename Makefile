@@ -72,8 +72,8 @@ $(TORCHAO): $(STAMP)
 test test-fast test-slow test-long test-gpu: $(TORCHAO)
 test test-fast test-slow test-long test-gpu: export PYTHONPATH := $(abspath $(TORCHAO))
 
-# Tests that start ranks of their own fill the cores; the others use one, so two of their files run at once. Both halves
-# run, whatever the first one says; stopped by hand, neither goes on.
+# Tests that start ranks of their own fill the cores; the others use one, so two of their files run at once. Both
+# halves run, whatever the first one says; stopped by hand, neither goes on.
 test: $(STAMP)
 	@trap 'exit 130' INT TERM; without=0; ranks=0; \
 	python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/ranks || without=$$?; \

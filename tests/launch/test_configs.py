@@ -10,7 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from ds_mofa import Options
 
-CONFIGS = Path("configs")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.json"))
 # What HF's Trainer would fill in, where a config leaves it to the command line.
 FILLED = {

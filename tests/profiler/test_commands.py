@@ -21,15 +21,25 @@ def run(script: str, *words: str, **changes: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, **changes})
 
 
-def verify(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return run("verify_claim.py", "--model_config", TINY, "--shape", "256x2", "--steps", "1",
-               "--output_dir", str(folder), *words)  # fmt: skip
+def setting(folder: Path) -> list[str]:
+    return ["--model_config", TINY, "--shape", "256x2", "--steps", "1", "--output_dir", str(folder)]
+
+
+def verify_here(monkeypatch, folder: Path, *words: str) -> None:
+    """The command in this process, for what starts no run: a new one would import everything first."""
+    monkeypatch.syspath_prepend(str(ROOT / "profiling"))
+    import verify_claim
+
+    monkeypatch.chdir(ROOT)  # where it goes, and the next test is not to be
+    monkeypatch.setattr(sys, "argv", ["verify_claim.py", *setting(folder), *words])
+    verify_claim.main()
 
 
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     folder = tmp_path_factory.mktemp("claim")
-    return folder, verify(folder, "--runs", "torch:MoFaSGD:r=4", "torch:MoFaSGD:r=4000")
+    words = ["--runs", "torch:MoFaSGD:r=4", "torch:MoFaSGD:r=4000"]
+    return folder, run("verify_claim.py", *setting(folder), *words)
 
 
 def test_it_runs_and_judges(verified):
@@ -55,12 +65,13 @@ def test_a_run_that_fails_is_in_the_report(verified):
     assert (folder / "torch_MoFaSGD_r4000/log.txt").exists()
 
 
-def test_finished_runs_are_taken_over(verified):
+def test_finished_runs_are_taken_over(verified, monkeypatch):
     folder, _ = verified
-    before = (folder / "torch_MoFaSGD_r4/report.json").stat().st_mtime
-    process = verify(folder, "--runs", "torch:MoFaSGD:r=4", "--reuse")
-    assert process.returncode == 0, process.stderr
-    assert (folder / "torch_MoFaSGD_r4/report.json").stat().st_mtime == before
+    before = (folder / "torch_MoFaSGD_r4/report.json").stat().st_mtime_ns
+    whole = (folder / "report.json").stat().st_mtime_ns
+    verify_here(monkeypatch, folder, "--runs", "torch:MoFaSGD:r=4", "--reuse")
+    assert (folder / "torch_MoFaSGD_r4/report.json").stat().st_mtime_ns == before
+    assert (folder / "report.json").stat().st_mtime_ns > whole
 
 
 def fake_run(allocated: int, nvml: int, *, shape: str = "1024x8", kept: int = 0, own: float = 1e-3) -> dict:
@@ -147,9 +158,9 @@ def test_steps_with_and_without_take_turns(monkeypatch):
     assert list(verify_worker.turns(3)) == [False, True, True, False, False, True]
 
 
-def test_a_run_that_cannot_be(tmp_path):
-    process = verify(tmp_path, "--runs", "torch:Nothing")
-    assert process.returncode == 1 and "'torch:Nothing' cannot be run: give torch:" in process.stderr
+def test_a_run_that_cannot_be(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="'torch:Nothing' cannot be run: give torch:"):
+        verify_here(monkeypatch, tmp_path, "--runs", "torch:Nothing")
 
 
 def test_nsight_says_how_to_get_what_is_missing():
@@ -173,7 +184,7 @@ else:
 """
 
 
-def test_nsight_wraps_and_summarises(tmp_path, verified):
+def test_nsight_wraps_and_summarises(tmp_path, verified, monkeypatch):
     program, log = tmp_path / "nsys", tmp_path / "log"
     program.write_text(FAKE_NSYS.format(python=sys.executable, log=str(log)))
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -188,5 +199,8 @@ def test_nsight_wraps_and_summarises(tmp_path, verified):
     assert "| 60.0 | 1200 | backward |" in text and "Not in this report: ERROR: no CUDA data" in text
     assert "| factor update | " in text
 
-    run("nsight.py", *options, "--capture", "all", "--", "true")
+    monkeypatch.syspath_prepend(str(ROOT / "profiling"))
+    import nsight
+
+    assert nsight.main([*options, "--capture", "all", "--", "true"]) == 0
     assert "--capture-range" not in next(line for line in log.read_text().splitlines()[1:] if "profile" in line)

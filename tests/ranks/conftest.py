@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 _HERE = Path(__file__).parent
-# The scenes' modules, and the reference. Not in the first place: the scripts of launch/ write theirs over it when a test
-# imports them.
+# The scenes' modules, and the reference. Not in the first place: the scripts of launch/ write theirs over it when
+# they are imported.
 sys.path[1:1] = [str(_HERE), str(_HERE.parent)]
 
 from launching import Case, Launcher, Ran  # noqa: E402

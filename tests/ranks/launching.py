@@ -74,16 +74,18 @@ def cases(
     *some: dict[str, Any],
     world: Iterable[int] = (2,),
     after: Iterable[Case | None] = (None,),
+    where: Callable[..., bool] = lambda **arguments: True,
     **axes: Iterable[Any],
 ) -> list[Case]:
     """Every combination of the arguments; see :func:`on_ranks`."""
     module = Path(scene.__code__.co_filename).stem
     return [
-        Case(module, scene.__name__, size, json.dumps({**fixed, **dict(zip(axes, values))}, sort_keys=True), first)
+        Case(module, scene.__name__, size, json.dumps(arguments, sort_keys=True), first)
         for size in world
         for first in after
         for fixed in some or ({},)
         for values in itertools.product(*axes.values())
+        if where(world=size, **(arguments := {**fixed, **dict(zip(axes, values))}))
     ]
 
 
@@ -92,6 +94,7 @@ def on_ranks(
     *some: dict[str, Any],
     world: Iterable[int] = (2,),
     after: Iterable[Case | None] = (None,),
+    where: Callable[..., bool] = lambda **arguments: True,
     **axes: Iterable[Any],
 ):
     """Parametrise a test, whose argument ``ran`` is a :class:`Ran`, by every combination of the axes.
@@ -101,9 +104,10 @@ def on_ranks(
         *some: arguments that do not combine freely, each with every combination of the axes.
         world: numbers of ranks.
         after: cases to run first, whose files the scene goes on from.
+        where: which of the combinations: called with ``world`` and the arguments by their names.
         **axes: values of each other argument.
     """
-    found = cases(scene, *some, world=world, after=after, **axes)
+    found = cases(scene, *some, world=world, after=after, where=where, **axes)
     parametrised = pytest.mark.parametrize("ran", found, ids=[case.id for case in found], indirect=True)
     patient = pytest.mark.timeout(1200)  # the first test of a world size waits for the scenes of all
     return lambda test: patient(parametrised(test))

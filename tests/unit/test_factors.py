@@ -33,7 +33,7 @@ from tests.unit.dense_reference import (
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp64", "fp32"])
 EXAMPLES = settings(max_examples=60)
-# None between 0 and what is left of fp32 below the smallest momentum here: 1e-308 of it is 0 there, in the reference not.
+# Of a momentum times 1e-308 fp32 has nothing left, and the float64 reference has.
 BETAS = st.just(0.0) | st.floats(1e-6, 0.99)
 
 

@@ -256,8 +256,8 @@ def test_the_loss_falls(capture, update_rule, dtype):
     optimizer = optimizer_of(model, lr=LENGTHS[update_rule], update_rule=update_rule, capture=capture)
     losses = train(model, optimizer, range(120))
     assert late(losses) < 0.5  # 0.01 to 0.39 over 24 seeds of weights and batches
-    # Steps of 1 / sigma grow as gradients vanish, so single losses of inverse_sigma leap up when all is learnt (the last
-    # five came to 0.001 to 1.6 of the first five): where, rounding decides.
+    # Steps of 1 / sigma grow as gradients vanish, so single losses of inverse_sigma leap up when all is learnt (the
+    # last five came to 0.001 to 1.6 of the first five): where, rounding decides.
     if update_rule == "spectral":
         assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
