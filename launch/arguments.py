@@ -118,6 +118,19 @@ class TrainingArguments(SFTConfig):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints to keep: the newest whole ones, and the best. 0 keeps all."}
     )
+    override_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "When resuming, take learning rates, weight decays, betas and eps from the command line and the "
+            "JSON. Default: they are the checkpoint's, and a line names each that is another."
+        },
+    )
+
+    def __post_init__(self):
+        # HF takes greater for better unless a name ends in "loss", and would keep the worst.
+        if self.greater_is_better is None and str(self.metric_for_best_model).removeprefix("eval_") == "perplexity":
+            self.greater_is_better = False
+        super().__post_init__()
 
 
 class Parser(HfArgumentParser):

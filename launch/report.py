@@ -5,6 +5,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainerState
 
 from launch.arguments import ModelArguments, TrainingArguments, nested_value
+from launch.checkpoints import step_of
 from launch.models import count_parameters
 
 
@@ -73,19 +74,31 @@ def evaluated_last_step(state: TrainerState) -> bool:
     return bool(done) and done[-1]["step"] == state.global_step
 
 
-def summary(state: TrainerState, output_dir: str) -> str:
-    """The end of a run: how the loss moved, how fast it went, where the model lies."""
+def best_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """The step whose weights HF has loaded at the end; None where the last step's are there."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    return step_of(state.best_model_checkpoint)
+
+
+def summary(state: TrainerState, output_dir: str, best: int | None = None) -> str:
+    """The end of a run: how the loss moved, how fast it went, where the model lies.
+
+    Args:
+        best: the step of the saved model, where it is not the last.
+    """
     lines = []
     steps = [entry for entry in state.log_history if "tokens_per_second" in entry]
     done = evaluations(state)
     if done:
-        first, last = done[0]["eval_loss"], done[-1]["eval_loss"]
-        line = (
-            f"eval loss {last:.2f}"
-            if len(done) == 1
-            else f"eval loss {first:.2f} -> {last:.2f} ({last / first - 1:+.0%})"
-        )
-        lines.append(f"{line}, perplexity {done[-1]['eval_perplexity']:.2f}")
+        saved = done[-1] if best is None else next(entry for entry in done if entry["step"] == best)
+        first, last = done[0]["eval_loss"], saved["eval_loss"]
+        line = f"eval loss {first:.2f} -> {last:.2f} ({last / first - 1:+.0%})" if len(done) > 1 else f"eval loss {last:.2f}"
+        line += f", perplexity {saved['eval_perplexity']:.2f}"
+        if best is not None:
+            line += f", of the saved model, step {best}'s (the last evaluation, step {done[-1]['step']}'s: "
+            line += f"{done[-1]['eval_loss']:.2f})"
+        lines.append(line)
     if steps:
         speed = sum(entry["tokens_per_second"] for entry in steps) / len(steps)
         memory = max(entry["peak_memory_gb"] for entry in steps)

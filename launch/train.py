@@ -23,15 +23,15 @@ from ds_mofa.deepspeed.checkpoints import CheckpointError
 from ds_mofa.profiler import MemoryCallback
 from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar
-from launch.checkpoints import LAST, checkpoint_to_resume
+from launch.checkpoints import LAST, checkpoint_to_resume, start_run
 from launch.data import load_data
-from launch.distributed import join_ranks, leave_ranks
+from launch.distributed import from_first_rank, join_ranks, leave_ranks
 from launch.errors import RankError, UserError
 from launch.models import load_model
 from launch.output import check_output, writing
 from launch.preemption import EXIT_CODE, SaveOnSigterm
 from launch.profile import describe_run, start_profiler
-from launch.report import banner, evaluated_last_step, say, summary
+from launch.report import banner, best_step, evaluated_last_step, say, summary
 from launch.tokenizer import load_tokenizer
 from launch.trainer import FineTuner
 
@@ -50,7 +50,10 @@ def main(argv: list[str]) -> None:
         train_data, eval_data = load_data(data_args, tokenizer, args.max_length)
     model = load_model(model_args, args, tokenizer)
     check_output(args, model)
+    lineage, others = from_first_rank(lambda: start_run(args.output_dir, checkpoint))
     say(args, banner(model_args, args, model, tokenizer_description, train_data, eval_data))
+    if others:
+        say(args, others)
     trainer = FineTuner(
         model=model, args=args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer
     )
@@ -60,6 +63,7 @@ def main(argv: list[str]) -> None:
         describe_run(profiler, args.output_dir)
         trainer.memory_profiler = profiler
         trainer.add_callback(MemoryCallback(profiler))
+    trainer.lineage = lineage
     preemption = SaveOnSigterm()
     trainer.add_callback(preemption)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -72,11 +76,14 @@ def main(argv: list[str]) -> None:
         )
         leave_ranks()
         sys.exit(EXIT_CODE)
-    if eval_data is not None and not evaluated_last_step(trainer.state):
+    best = best_step(args, trainer.state)
+    if eval_data is not None and best is None and not evaluated_last_step(trainer.state):
         trainer.evaluate()
     with writing(args.output_dir, "the model"):
         trainer.save_model()
-    say(args, summary(trainer.state, args.output_dir))
+    if args.load_best_model_at_end and best is None:
+        say(args, "load_best_model_at_end: no checkpoint of a best step is there, so the last weights are the saved ones")
+    say(args, summary(trainer.state, args.output_dir, best))
     if profiler is not None:
         say(args, f"memory report: {profiler.output_dir / 'report.html'}, and report.md beside it")
     leave_ranks()

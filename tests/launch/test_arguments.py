@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from launch.arguments import check_optimizer, deepspeed_config_path, defaults_from_deepspeed, parse_arguments
+from launch.arguments import (
+    Parser,
+    TrainingArguments,
+    check_optimizer,
+    deepspeed_config_path,
+    defaults_from_deepspeed,
+    parse_arguments,
+)
 from launch.errors import UserError
 from launch.json_files import read_json
 
@@ -120,3 +127,19 @@ def test_accelerate_names_the_config_through_the_environment(monkeypatch):
     assert deepspeed_config_path([]) == "a.json"
     assert deepspeed_config_path(["--deepspeed", "b.json"]) == "b.json"
     assert deepspeed_config_path(["--deepspeed=b.json"]) == "b.json"
+
+
+@pytest.mark.parametrize(
+    ("words", "greater"),
+    [
+        (["--metric_for_best_model", "eval_perplexity"], False),
+        (["--metric_for_best_model", "perplexity"], False),
+        (["--metric_for_best_model", "eval_loss"], False),
+        (["--metric_for_best_model", "eval_mean_token_accuracy"], True),
+        (["--metric_for_best_model", "eval_perplexity", "--greater_is_better", "true"], True),
+    ],
+)
+def test_a_smaller_perplexity_is_better(monkeypatch, tmp_path, words, greater):
+    monkeypatch.undo()  # HF's own checks are what is tested
+    args = Parser(TrainingArguments).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *words])
+    assert args[0].greater_is_better is greater
