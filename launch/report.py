@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainerState
 
 from launch.arguments import ModelArguments, TrainingArguments, nested_value
-from launch.checkpoints import step_of
+from launch.checkpoints import LAST, step_of
 from launch.models import count_parameters
 
 
@@ -72,6 +72,20 @@ def evaluations(state: TrainerState) -> list[dict]:
 def evaluated_last_step(state: TrainerState) -> bool:
     done = evaluations(state)
     return bool(done) and done[-1]["step"] == state.global_step
+
+
+def stopped(output_dir: str, step: int, trained: bool) -> str:
+    """The end of a run that SIGTERM has stopped.
+
+    Args:
+        trained: it has trained a step.
+    """
+    if not trained:
+        return "stopped by SIGTERM before it had trained a step, so nothing is saved. Start the same command again."
+    return (
+        f"stopped by SIGTERM, saved {output_dir}/checkpoint-{step}. Start the same command with "
+        f"--resume_from_checkpoint {LAST} to go on from step {step}."
+    )
 
 
 def best_step(args: TrainingArguments, state: TrainerState) -> int | None:

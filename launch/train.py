@@ -23,15 +23,15 @@ from ds_mofa.deepspeed.checkpoints import CheckpointError
 from ds_mofa.profiler import MemoryCallback
 from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar
-from launch.checkpoints import LAST, checkpoint_to_resume, start_run
+from launch.checkpoints import checkpoint_to_resume, start_run
 from launch.data import load_data
 from launch.distributed import from_first_rank, join_ranks, leave_ranks
 from launch.errors import RankError, UserError
 from launch.models import load_model
 from launch.output import check_output, writing
-from launch.preemption import EXIT_CODE, SaveOnSigterm
+from launch.preemption import EXIT_CODE, SaveOnSigterm, Stopped
 from launch.profile import describe_run, start_profiler
-from launch.report import banner, best_step, evaluated_last_step, say, summary
+from launch.report import banner, best_step, evaluated_last_step, say, stopped, summary
 from launch.tokenizer import load_tokenizer
 from launch.trainer import FineTuner
 
@@ -64,29 +64,46 @@ def main(argv: list[str]) -> None:
         trainer.memory_profiler = profiler
         trainer.add_callback(MemoryCallback(profiler))
     trainer.lineage = lineage
-    preemption = SaveOnSigterm()
+    trainer.preemption = preemption = SaveOnSigterm()
     trainer.add_callback(preemption)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    best = train_and_evaluate(trainer, checkpoint, preemption)
     if preemption.stopped:
-        step = trainer.state.global_step
-        say(
-            args,
-            f"stopped by SIGTERM, saved {args.output_dir}/checkpoint-{step}. Start the same command with "
-            f"--resume_from_checkpoint {LAST} to go on from step {step}.",
-        )
+        say(args, stopped(args.output_dir, trainer.state.global_step, trainer.trained))
         leave_ranks()
         sys.exit(EXIT_CODE)
-    best = best_step(args, trainer.state)
-    if eval_data is not None and best is None and not evaluated_last_step(trainer.state):
-        trainer.evaluate()
     with writing(args.output_dir, "the model"):
         trainer.save_model()
     if args.load_best_model_at_end and best is None:
         say(args, "load_best_model_at_end: no checkpoint of a best step is there, so the last weights are the saved ones")
     say(args, summary(trainer.state, args.output_dir, best))
+    if preemption.asked():
+        say(args, "SIGTERM came while the model was being saved. It is whole, and nothing is left to do.")
     if profiler is not None:
         say(args, f"memory report: {profiler.output_dir / 'report.html'}, and report.md beside it")
     leave_ranks()
+
+
+def train_and_evaluate(trainer: FineTuner, checkpoint: str | None, preemption: SaveOnSigterm) -> int | None:
+    """Up to the weights that are to be saved, or, on SIGTERM, to a checkpoint to go on from.
+
+    Returns:
+        The step that the weights are of, where they are not the last step's.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if preemption.stopped:
+            return None
+        best = best_step(trainer.args, trainer.state)
+        if best is not None:
+            return best
+        if trainer.eval_dataset is not None and not evaluated_last_step(trainer.state):
+            trainer.evaluate()
+        if preemption.asked():
+            raise Stopped
+    except Stopped:
+        preemption.stopped = True
+        trainer.save_unless_saved()
+    return None
 
 
 if __name__ == "__main__":

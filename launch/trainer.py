@@ -17,6 +17,7 @@ from ds_mofa.deepspeed.registration import optimizer_of
 from launch.checkpoints import is_ours, remove_old, seal, unseal
 from launch.encoding import IGNORED
 from launch.output import writing
+from launch.preemption import SaveOnSigterm, Stopped
 from launch.report import say
 from launch.resuming import differences, enforce, reschedule, settings
 from launch.runs import Lineage
@@ -36,12 +37,15 @@ class FineTuner(SFTTrainer):
 
     memory_profiler = None  # a ds_mofa.profiler.MemoryProfiler, where one is running
     lineage: Lineage | None = None  # of this run: what its checkpoints are known by
+    preemption: SaveOnSigterm | None = None  # where one is among the callbacks
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._interval_start: float | None = None  # seconds
         self._interval_tokens = 0  # all tokens trained on, when the interval began
         self._reported = 0  # step of the last diagnostics that were logged
+        self._began = 0  # step that this start has begun to train at
+        self._saved = 0  # step of the last checkpoint, or the same
         self._eval_sums = torch.zeros(2, dtype=torch.float64)  # (summed loss, tokens) of this rank's evaluation
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -64,7 +68,13 @@ class FineTuner(SFTTrainer):
     def _init_training_state(self, max_steps, *args, **kwargs) -> tuple[int, int]:
         done = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)  # --save_steps and the like are the command's, resumed or not
+        self._began = self._saved = self.state.global_step
         return done
+
+    @property
+    def trained(self) -> bool:
+        """Whether this start of the command has trained a step."""
+        return self.state.global_step > self._began
 
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # HF would train a finished run for one step more
@@ -124,6 +134,23 @@ class FineTuner(SFTTrainer):
                 seal(folder, self.lineage)
                 best = self.state.best_model_checkpoint
                 remove_old(self.args.output_dir, self.args.save_total_limit, best, self.lineage)
+        self._saved = self.state.global_step
+
+    def save_unless_saved(self) -> None:
+        """Write a checkpoint of where the training stands, if none is there. Collective."""
+        if self.state.global_step != self._saved:
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Stopped:  # HF evaluates before it saves
+            self.control.should_evaluate, self.control.should_training_stop = False, True
+            self.save_unless_saved()
+
+    def _load_best_model(self) -> None:
+        if self.preemption is None or not self.preemption.stopped:  # else there may not be the time, and it is not saved
+            super()._load_best_model()
 
     def _finalize_training(self, *args, **kwargs):
         with self.removing_nothing():  # with a limit of 1, HF would remove all checkpoints but the best, of all runs
