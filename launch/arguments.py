@@ -64,8 +64,12 @@ class ModelArguments:
         default=None,
         metadata={"help": "Tokenizer, if not the model's own. Default with --model_config: one token per byte."},
     )
-    attn_implementation: str = field(
-        default="sdpa", metadata={"help": "Attention kernel: sdpa, flash_attention_2, flash_attention_3, eager."}
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention kernel: sdpa, flash_attention_2, flash_attention_3, eager. Default: sdpa, or eager for a "
+            "model that has none."
+        },
     )
 
     @property
@@ -310,6 +314,11 @@ def check_data_arguments(args: DataArguments, training_args: TrainingArguments) 
     if training_args.eval_packing:
         raise UserError(
             "--eval_packing would count some examples twice. Leave it out; --packing is for training alone."
+        )
+    if training_args.packing and training_args.packing_strategy == "wrapped":
+        raise UserError(
+            "--packing_strategy wrapped runs examples together, and each sees those before it in its row. Take bfd (the "
+            "default) or bfd_split; a text to train on in blocks is a .txt file."
         )
     has_eval_data = bool(args.eval_file or args.dataset_eval_split)
     wants_eval = training_args.eval_strategy != "no" or training_args.eval_on_start

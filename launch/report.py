@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, TrainerState
 
 from launch.arguments import ModelArguments, TrainingArguments, nested_value
 from launch.checkpoints import LAST, step_of
-from launch.models import count_parameters
+from launch.models import count_parameters, describe_attention
 
 
 def say(args: TrainingArguments, text: str) -> None:
@@ -32,6 +32,7 @@ def banner(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     lines = {
         "model": f"{origin}, {count_parameters(model) / 1e6:,.1f} M parameters, {precision}",
+        "attention": describe_attention(model_args, model),
         "tokenizer": tokenizer,
         "train data": describe_data(train_data, args),
         "eval data": describe_data(eval_data, args) if eval_data is not None else "none",

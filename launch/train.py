@@ -5,7 +5,7 @@
         --model_name_or_path path/to/model --train_file chats.jsonl --eval_file held_out.jsonl --output_dir out/model
 
 Built on TRL's SFTTrainer, for what it carries beyond HF's Trainer and would otherwise be ours to write: packing that
-keeps packed examples apart, batches without padding, and a head that computes the loss without ever holding the
+keeps packed examples apart (where the model does: launch/packing.py), batches without padding, and a head that computes the loss without ever holding the
 (tokens x vocabulary) logits, which at a vocabulary of 128,256 would be the largest tensor of a step.
 """
 
@@ -29,6 +29,7 @@ from launch.distributed import from_first_rank, join_ranks, leave_ranks
 from launch.errors import RankError, UserError
 from launch.models import load_model
 from launch.output import check_output, writing
+from launch.packing import packing_problem
 from launch.preemption import EXIT_CODE, SaveOnSigterm, Stopped
 from launch.profile import describe_run, start_profiler
 from launch.report import banner, best_step, evaluated_last_step, say, stopped, summary
@@ -57,6 +58,10 @@ def main(argv: list[str]) -> None:
     trainer = FineTuner(
         model=model, args=args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer
     )
+    if trainer.padding_free:
+        problem = from_first_rank(lambda: packing_problem(model, trainer.data_collator, args.device))
+        if problem is not None:
+            raise UserError(problem)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar)
     if profiler is not None:

@@ -38,6 +38,10 @@ BAD_LINES = {
     "evaluation of nothing": (MODEL + DATA + CONFIG + ["--eval_on_start"], "nothing to evaluate on"),
     "unknown option": (MODEL + DATA + CONFIG + ["--lerning_rate", "1"], "unknown options: --lerning_rate 1.*--help"),
     "not a number": (MODEL + DATA + CONFIG + ["--learning_rate", "fast"], "invalid float value: 'fast'.*--help"),
+    "packing without borders": (
+        MODEL + DATA + CONFIG + ["--packing", "--packing_strategy", "wrapped"],
+        "wrapped runs examples together.*Take bfd",
+    ),
     "packed evaluation": (MODEL + DATA + CONFIG + ["--eval_packing"], "count some examples twice"),
     "no DeepSpeed config": (MODEL + DATA, "which optimizer to train with"),
     "a config that is not there": (MODEL + DATA + ["--deepspeed", "nowhere.json"], "nowhere.json: no such file"),
