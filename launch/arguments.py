@@ -136,6 +136,10 @@ class TrainingArguments(SFTConfig):
             self.greater_is_better = False
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, object]:
+        """What HF pickles into training_args.bin beside a model, which may be uploaded or handed on: no tokens."""
+        return self.__dict__ | {"hub_token": None}
+
 
 class Parser(HfArgumentParser):
     """Complains like the rest of the command, instead of with a page of usage from every rank."""

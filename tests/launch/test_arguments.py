@@ -1,6 +1,7 @@
 """A command line and a DeepSpeed JSON agree, or the user is told how they do not."""
 
 import json
+import pickle
 
 import pytest
 
@@ -147,3 +148,10 @@ def test_a_smaller_perplexity_is_better(monkeypatch, tmp_path, words, greater):
     monkeypatch.undo()  # HF's own checks are what is tested
     args = Parser(TrainingArguments).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *words])
     assert args[0].greater_is_better is greater
+
+
+def test_the_arguments_that_are_saved_beside_a_model_hold_no_token(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), hub_token="hf_SECRET", learning_rate=0.25)
+    saved = pickle.dumps(args)
+    assert b"hf_SECRET" not in saved and args.hub_token == "hf_SECRET"
+    assert pickle.loads(saved).learning_rate == 0.25
