@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
@@ -181,7 +182,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
 def deepspeed_config_path(argv: list[str]) -> str:
     """The value of ``--deepspeed``, or the file that ``accelerate launch`` names in its place."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--deepspeed", default=os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+    parser.add_argument("--deepspeed", default=_config_of_accelerate())
     path = parser.parse_known_args(argv)[0].deepspeed
     if path is None:
         raise UserError(
@@ -189,6 +190,15 @@ def deepspeed_config_path(argv: list[str]) -> str:
             "--deepspeed configs/zero2_mofasgd.json."
         )
     return path
+
+
+def _config_of_accelerate() -> str | None:
+    """The file that a config of ``accelerate launch`` names; configs/accelerate_zero2.yaml does from the repository."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path is None or Path(path).is_file():
+        return path
+    shipped = Path(__file__).resolve().parents[1] / path
+    return str(shipped) if shipped.is_file() else path
 
 
 def hardware_defaults() -> dict[str, object]:

@@ -2,8 +2,10 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.arguments import (
     Parser,
@@ -16,6 +18,7 @@ from launch.arguments import (
 from launch.errors import UserError
 from launch.json_files import read_json
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ["--model_config", "configs/models/llama-tiny.json"]
 DATA = ["--train_file", "train.txt"]
 CONFIG = ["--deepspeed", "configs/zero2_adamw.json"]
@@ -155,3 +158,16 @@ def test_the_arguments_that_are_saved_beside_a_model_hold_no_token(tmp_path):
     saved = pickle.dumps(args)
     assert b"hf_SECRET" not in saved and args.hub_token == "hf_SECRET"
     assert pickle.loads(saved).learning_rate == 0.25
+
+
+def test_what_accelerate_s_config_names_is_found_from_any_folder(monkeypatch, tmp_path):
+    named = yaml.safe_load((ROOT / "configs/accelerate_zero2.yaml").read_text())["deepspeed_config"]
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", named["deepspeed_config_file"])
+    monkeypatch.chdir(tmp_path)
+    assert deepspeed_config_path([]) == str(ROOT / "configs/zero2_mofasgd.json")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/zero2_mofasgd.json").write_text("{}")
+    assert deepspeed_config_path([]) == "configs/zero2_mofasgd.json"  # one's own goes before
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "nowhere.json")
+    with pytest.raises(UserError, match="nowhere.json: no such file"):
+        read_json(deepspeed_config_path([]), "the --deepspeed config")

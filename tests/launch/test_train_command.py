@@ -344,7 +344,7 @@ def test_accelerate_launches_it_too(tmp_path):
     options = ["--model_config", str(tmp_path / "shape.json"), "--train_file", str(tmp_path / "train.txt")]
     options += ["--max_length", "64", "--max_steps", "2", "--output_dir", str(tmp_path / "model")]
     run = subprocess.run(
-        launcher + options, cwd=ROOT, env=command_environment(tmp_path), capture_output=True, text=True, timeout=300
+        launcher + options, cwd=tmp_path, env=command_environment(tmp_path), capture_output=True, text=True, timeout=300
     )
     assert "MoFaSGD, ZeRO stage 2, lr 0.006" in succeeded(run)
     assert (tmp_path / "model/model.safetensors").is_file()
