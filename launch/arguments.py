@@ -68,8 +68,8 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "Attention kernel: sdpa, flash_attention_2, flash_attention_3, eager. Default: sdpa, or eager for a "
-            "model that has none."
+            "help": "Attention kernel: sdpa, flash_attention_2, flash_attention_3, eager. Default: sdpa, or eager for "
+            "a model that has none."
         },
     )
 
@@ -331,8 +331,8 @@ def check_data_arguments(args: DataArguments, training_args: TrainingArguments) 
         )
     if training_args.packing and training_args.packing_strategy == "wrapped":
         raise UserError(
-            "--packing_strategy wrapped runs examples together, and each sees those before it in its row. Take bfd (the "
-            "default) or bfd_split; a text to train on in blocks is a .txt file."
+            "--packing_strategy wrapped runs examples together, and each sees those before it in its row. Take bfd "
+            "(the default) or bfd_split; a text to train on in blocks is a .txt file."
         )
     has_eval_data = bool(args.eval_file or args.dataset_eval_split)
     wants_eval = training_args.eval_strategy != "no" or training_args.eval_on_start

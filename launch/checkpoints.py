@@ -166,9 +166,9 @@ def describe_others(output_dir: str, lineage: Lineage) -> str | None:
     if not others:
         return None
     return (
-        f"{output_dir} holds checkpoints that are not this run's: {', '.join(others)}. They stay, but for one of a step "
-        f"that this run saves too; --save_total_limit does not count them, and --resume_from_checkpoint {LAST} will not "
-        "take them."
+        f"{output_dir} holds checkpoints that are not this run's: {', '.join(others)}. They stay, but for one of a "
+        f"step that this run saves too; --save_total_limit does not count them, and --resume_from_checkpoint {LAST} "
+        "will not take them."
     )
 
 

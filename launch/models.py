@@ -26,8 +26,8 @@ def load_model(
             if "attention" not in str(error).lower():
                 raise
             raise UserError(
-                f"--attn_implementation {args.attn_implementation}: {str(error).strip().splitlines()[0]} Leave it out for "
-                f"{DEFAULT_ATTENTION}, or eager where a model has none."
+                f"--attn_implementation {args.attn_implementation}: {str(error).strip().splitlines()[0]} Leave it out "
+                f"for {DEFAULT_ATTENTION}, or eager where a model has none."
             ) from error
     else:
         try:

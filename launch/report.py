@@ -108,11 +108,16 @@ def summary(state: TrainerState, output_dir: str, best: int | None = None) -> st
     if done:
         saved = done[-1] if best is None else next(entry for entry in done if entry["step"] == best)
         first, last = done[0]["eval_loss"], saved["eval_loss"]
-        line = f"eval loss {first:.2f} -> {last:.2f} ({last / first - 1:+.0%})" if len(done) > 1 else f"eval loss {last:.2f}"
+        line = (
+            f"eval loss {last:.2f}"
+            if len(done) == 1
+            else f"eval loss {first:.2f} -> {last:.2f} ({last / first - 1:+.0%})"
+        )
         line += f", perplexity {saved['eval_perplexity']:.2f}"
         if best is not None:
-            line += f", of the saved model, step {best}'s (the last evaluation, step {done[-1]['step']}'s: "
-            line += f"{done[-1]['eval_loss']:.2f})"
+            line += f", of the saved model, step {best}'s, the best"
+            if done[-1] is not saved:
+                line += f" (the last, step {done[-1]['step']}'s: {done[-1]['eval_loss']:.2f})"
         lines.append(line)
     if steps:
         speed = sum(entry["tokens_per_second"] for entry in steps) / len(steps)

@@ -3,7 +3,7 @@
 Every start of the command has an id. A *lineage* is the list of the starts that have led to a state, oldest first, each
 with the step that the next one went on from: ``[["3f2a...", 20], ["9b0c...", None]]``, None for the last, which has no
 end yet. It is written into the output folder at the start (``run.json``) and into every checkpoint's seal. So neither a
-fresh run in an old folder nor one that was resumed from an earlier checkpoint takes what it has not written for its own.
+fresh run in an old folder nor one that was resumed from an earlier checkpoint takes for its own what it did not write.
 """
 
 import json

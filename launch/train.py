@@ -5,8 +5,9 @@
         --model_name_or_path path/to/model --train_file chats.jsonl --eval_file held_out.jsonl --output_dir out/model
 
 Built on TRL's SFTTrainer, for what it carries beyond HF's Trainer and would otherwise be ours to write: packing that
-keeps packed examples apart (where the model does: launch/packing.py), batches without padding, and a head that computes the loss without ever holding the
-(tokens x vocabulary) logits, which at a vocabulary of 128,256 would be the largest tensor of a step.
+keeps packed examples apart (where the model does, which is measured: launch/packing.py), batches without padding, and a
+head that computes the loss without ever holding the (tokens x vocabulary) logits, which at a vocabulary of 128,256
+would be the largest tensor of a step.
 """
 
 import os
@@ -51,10 +52,7 @@ def main(argv: list[str]) -> None:
         train_data, eval_data = load_data(data_args, tokenizer, args.max_length)
     model = load_model(model_args, args, tokenizer)
     check_output(args, model)
-    lineage, others = from_first_rank(lambda: start_run(args.output_dir, checkpoint))
     say(args, banner(model_args, args, model, tokenizer_description, train_data, eval_data))
-    if others:
-        say(args, others)
     trainer = FineTuner(
         model=model, args=args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer
     )
@@ -68,7 +66,9 @@ def main(argv: list[str]) -> None:
         describe_run(profiler, args.output_dir)
         trainer.memory_profiler = profiler
         trainer.add_callback(MemoryCallback(profiler))
-    trainer.lineage = lineage
+    trainer.lineage, others = from_first_rank(lambda: start_run(args.output_dir, checkpoint))
+    if others:
+        say(args, others)
     trainer.preemption = preemption = SaveOnSigterm()
     trainer.add_callback(preemption)
     best = train_and_evaluate(trainer, checkpoint, preemption)
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     with writing(args.output_dir, "the model"):
         trainer.save_model()
     if args.load_best_model_at_end and best is None:
-        say(args, "load_best_model_at_end: no checkpoint of a best step is there, so the last weights are the saved ones")
+        say(args, "load_best_model_at_end: there is no checkpoint of the best step, so the last weights are saved")
     say(args, summary(trainer.state, args.output_dir, best))
     if preemption.asked():
         say(args, "SIGTERM came while the model was being saved. It is whole, and nothing is left to do.")

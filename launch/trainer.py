@@ -50,9 +50,9 @@ class FineTuner(SFTTrainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """HF's, and what the checkpoint puts in force in the place of what the command says is said, or put back."""
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is None:
-            return model, loader
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         asked = settings(self.deepspeed.optimizer, scheduler)
         deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint)
@@ -149,7 +149,7 @@ class FineTuner(SFTTrainer):
             self.save_unless_saved()
 
     def _load_best_model(self) -> None:
-        if self.preemption is None or not self.preemption.stopped:  # else there may not be the time, and it is not saved
+        if self.preemption is None or not self.preemption.stopped:  # else there may not be the time
             super()._load_best_model()
 
     def _finalize_training(self, *args, **kwargs):

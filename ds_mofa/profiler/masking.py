@@ -19,8 +19,8 @@ _BY_SHAPE = re.compile(r"\b(hf_|ghp_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{16,}")
 def masked(words: Sequence[str]) -> list[str]:
     """A command line with the values of options masked whose names hold token, key, secret, password and the like.
 
-    The values of ``--hub_token X``, ``--hub-token=X``, ``hubToken=X``, of every word up to the next option; besides them
-    user and password of a URL, and words that have the shape of a token, wherever they stand.
+    The values of ``--hub_token X``, ``--hub-token=X`` and ``hubToken=X``, every word up to the next option; besides
+    them user and password of a URL, and what has the shape of a token, wherever it stands.
     """
     result, secret = [], False
     for word in map(str, words):

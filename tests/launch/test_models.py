@@ -10,7 +10,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch.arguments import ModelArguments
 from launch.errors import UserError
-from launch.models import build_model, check_vocabulary, config_from_shape, count_parameters, describe_attention, load_model
+from launch.models import (
+    build_model,
+    check_vocabulary,
+    config_from_shape,
+    count_parameters,
+    describe_attention,
+    load_model,
+)
 from launch.tokenizer import byte_tokenizer
 
 # As the model cards give them, in parameters; Llama 3.2's embedding is tied to its head and counts once.
@@ -66,7 +73,10 @@ def test_a_bad_shape_is_named(tmp_path, shape, message):
 SMALL = {"vocab_size": 262, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 ATTENTION = {
     "llama": (SMALL | {"intermediate_size": 16}, "sdpa"),
-    "bloom": ({"vocab_size": 262, "hidden_size": 16, "n_layer": 1, "n_head": 2}, "eager, for BloomForCausalLM has no sdpa"),
+    "bloom": (
+        {"vocab_size": 262, "hidden_size": 16, "n_layer": 1, "n_head": 2},
+        "eager, for BloomForCausalLM has no sdpa",
+    ),
     "mpt": ({"vocab_size": 262, "d_model": 16, "n_layers": 1, "n_heads": 2}, "eager, for MptForCausalLM has no sdpa"),
     "mamba": (
         {"vocab_size": 262, "hidden_size": 16, "num_hidden_layers": 1},

@@ -135,13 +135,8 @@ def test_a_finished_run_that_is_resumed_trains_no_step_more(tmp_path, monkeypatc
     assert run(trainer) == ["checkpoint-3"]
     again = make_trainer(tmp_path / "out", max_steps=3)
     steps = sigterm_before(monkeypatch, "training_step", 0)
-    monkeypatch.setattr(FineTuner, "_prepare_for_training", plain_prepare)
     train_and_evaluate(again, str(tmp_path / "out/checkpoint-3"), again.preemption)
     assert again.state.global_step == 3 and steps == [] and not again.trained
-
-
-def plain_prepare(self, *args):
-    return super(FineTuner, self)._prepare_for_training(*args)  # without DeepSpeed
 
 
 def test_the_best_is_not_another_run_s_checkpoint(tmp_path):

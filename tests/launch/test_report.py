@@ -56,8 +56,8 @@ def test_the_summary_is_of_the_model_that_is_saved():
     best = best_step(SimpleNamespace(load_best_model_at_end=True), state)
     assert best == 10
     text = summary(state, "out/model", best)
-    assert "eval loss 5.00 -> 2.00 (-60%), perplexity 2.00, of the saved model, step 10's" in text
-    assert "(the last evaluation, step 20's: 4.00)" in text
+    assert "eval loss 5.00 -> 2.00 (-60%), perplexity 2.00, of the saved model, step 10's, the best" in text
+    assert "the best (the last, step 20's: 4.00)" in text
     assert best_step(SimpleNamespace(load_best_model_at_end=False), state) is None
 
 

@@ -31,7 +31,7 @@ def step(model, optimizer, scheduler) -> None:
 
 
 def resume(kind: str):
-    """A run of lr 2e-3 and weight decay 0.1, resumed at step 2 with 8e-3 and 0; (what was asked, optimizer, schedule)."""
+    """A run of lr 2e-3 and decay 0.1, resumed at step 2 with 8e-3 and 0; (what was asked, the new run's parts)."""
     old = make(kind, 2e-3, 0.1)
     step(*old), step(*old)
     _, optimizer, scheduler = new = make(kind, 8e-3, 0.0, eps=1e-6)
