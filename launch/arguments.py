@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
@@ -64,8 +65,12 @@ class ModelArguments:
         default=None,
         metadata={"help": "Tokenizer, if not the model's own. Default with --model_config: one token per byte."},
     )
-    attn_implementation: str = field(
-        default="sdpa", metadata={"help": "Attention kernel: sdpa, flash_attention_2, flash_attention_3, eager."}
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention kernel: sdpa, flash_attention_2, flash_attention_3, eager. Default: sdpa, or eager for "
+            "a model that has none."
+        },
     )
 
     @property
@@ -119,6 +124,23 @@ class TrainingArguments(SFTConfig):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints to keep: the newest whole ones, and the best. 0 keeps all."}
     )
+    override_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "When resuming, take learning rates, weight decays, betas and eps from the command line and the "
+            "JSON. Default: they are the checkpoint's, and a line names each that is another."
+        },
+    )
+
+    def __post_init__(self):
+        # HF takes greater for better unless a name ends in "loss", and would keep the worst.
+        if self.greater_is_better is None and str(self.metric_for_best_model).removeprefix("eval_") == "perplexity":
+            self.greater_is_better = False
+        super().__post_init__()
+
+    def __getstate__(self) -> dict[str, object]:
+        """What HF pickles into training_args.bin beside a model, which may be uploaded or handed on: no tokens."""
+        return self.__dict__ | {"hub_token": None}
 
 
 class Parser(HfArgumentParser):
@@ -161,7 +183,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
 def deepspeed_config_path(argv: list[str]) -> str:
     """The value of ``--deepspeed``, or the file that ``accelerate launch`` names in its place."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--deepspeed", default=os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+    parser.add_argument("--deepspeed", default=_config_of_accelerate())
     path = parser.parse_known_args(argv)[0].deepspeed
     if path is None:
         raise UserError(
@@ -169,6 +191,15 @@ def deepspeed_config_path(argv: list[str]) -> str:
             "--deepspeed configs/zero2_mofasgd.json."
         )
     return path
+
+
+def _config_of_accelerate() -> str | None:
+    """The file that a config of ``accelerate launch`` names; configs/accelerate_zero2.yaml does from the repository."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path is None or Path(path).is_file():
+        return path
+    shipped = Path(__file__).resolve().parents[1] / path
+    return str(shipped) if shipped.is_file() else path
 
 
 def hardware_defaults() -> dict[str, object]:
@@ -335,6 +366,11 @@ def check_data_arguments(args: DataArguments, training_args: TrainingArguments) 
             "--eval_packing would count some examples twice. Leave it out; --packing is for training alone."
         )
     check_trl_data_options(args, training_args)
+    if training_args.packing and training_args.packing_strategy == "wrapped":
+        raise UserError(
+            "--packing_strategy wrapped runs examples together, and each sees those before it in its row. Take bfd "
+            "(the default) or bfd_split; a text to train on in blocks is a .txt file."
+        )
     has_eval_data = bool(args.eval_file or args.dataset_eval_split)
     wants_eval = training_args.eval_strategy != "no" or training_args.eval_on_start
     if wants_eval and not has_eval_data:

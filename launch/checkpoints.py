@@ -1,8 +1,8 @@
 """Which checkpoint to go on from, and which folders are whole checkpoints.
 
 A checkpoint is many files by many ranks. When all have written theirs, rank 0 adds a *seal*: a list of the files and
-their sizes. A folder without one, or with a file that is missing or of another size, was left half-written by a run
-that died, and is never resumed from.
+their sizes, and the lineage of the run (:mod:`launch.runs`). A folder without one, or with a file that is missing or of
+another size, was left half-written by a run that died, and is never resumed from.
 """
 
 import json
@@ -14,9 +14,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ds_mofa.deepspeed.checkpoints import write_atomically
 from launch.errors import UserError
+from launch.runs import Lineage, begin_run, belongs, new_lineage, read_run
 
 LAST = "last"
 SEAL = "complete.json"
+STATE = "trainer_state.json"
 
 
 def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
@@ -32,7 +34,7 @@ def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
         return None
     if asked == LAST:
         return last_whole(output_dir)
-    if not (Path(asked) / "trainer_state.json").is_file() or not list(Path(asked).glob("global_step*")):
+    if not (Path(asked) / STATE).is_file() or not list(Path(asked).glob("global_step*")):
         raise UserError(
             f"{asked}: not a checkpoint of this command, which holds trainer_state.json and a global_step folder. "
             f"Give --resume_from_checkpoint an output folder's checkpoint-N, or '{LAST}'; a finished model goes to "
@@ -48,16 +50,30 @@ def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
 
 
 def last_whole(output_dir: str) -> str:
-    """The newest whole checkpoint; says which newer folders it has passed over."""
-    for folder in reversed(checkpoints_in(output_dir)):
+    """The newest whole checkpoint of the run that was started last in a folder; says which others it has passed over.
+
+    Where no run has left its lineage, in the folder of an older version, the one that was sealed last.
+    """
+    run = read_run(output_dir)
+    folders = checkpoints_in(output_dir)
+    for folder in reversed(folders if run else sorted(folders, key=written)):
         problem = what_is_missing(folder)
-        if problem is None:
+        if problem is not None:
+            problem = f"which is not whole: {problem}"
+        elif run and not belongs(lineage_of(folder), step_of(folder), run["lineage"]):
+            problem = "which another run has written"
+        else:
             return str(folder)
         if os.environ.get("RANK", "0") == "0":
-            print(f"passed over {folder}, which is not whole: {problem}", flush=True)
+            print(f"passed over {folder}, {problem}", flush=True)
+    source = run and run["resumed_from"]
+    if source and what_is_missing(source) is None:  # it lies elsewhere, and nothing has been saved since
+        return source
+    hint = f" Give --resume_from_checkpoint {folders[-1]} to go on from an earlier run's." if folders else ""
     raise UserError(
-        f"{output_dir}: no checkpoint to resume from. Checkpoints are written with --save_strategy steps or epoch, and "
-        "on SIGTERM; without --resume_from_checkpoint the run starts anew."
+        f"{output_dir}: no checkpoint to resume from{' of the run that was started last' if run else ''}. Checkpoints "
+        "are written with --save_strategy steps or epoch, and on SIGTERM; without --resume_from_checkpoint the run "
+        f"starts anew.{hint}"
     )
 
 
@@ -70,12 +86,23 @@ def checkpoints_in(output_dir: str) -> list[Path]:
     return [folder for _, folder in sorted((int(number), folder) for number, folder in numbered if number.isdigit())]
 
 
-def seal(folder: str | Path) -> None:
-    """Declare a checkpoint whole. One rank calls it, once all have written."""
+def step_of(folder: str | Path) -> int:
+    return int(Path(folder).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+
+
+def written(folder: Path) -> int:
+    """When a checkpoint was sealed, in ns; of one without a seal, when it was last touched."""
+    file = folder / SEAL
+    return (file if file.is_file() else folder).stat().st_mtime_ns
+
+
+def seal(folder: str | Path, lineage: Lineage | None = None) -> None:
+    """Declare a checkpoint whole, and whose it is. One rank calls it, once all have written."""
     folder = Path(folder)
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    write_atomically(folder / SEAL, json.dumps(sizes, indent=1).encode())  # there is no half a seal
+    content = {"lineage": lineage, "files": sizes}
+    write_atomically(folder / SEAL, json.dumps(content, indent=1).encode())  # there is no half a seal
 
 
 def unseal(folder: str | Path) -> None:
@@ -87,7 +114,7 @@ def what_is_missing(folder: str | Path) -> str | None:
     """Why a folder is no whole checkpoint; None if it is one."""
     folder = Path(folder)
     try:
-        sizes = json.loads((folder / SEAL).read_text())
+        sizes = _read_seal(folder)["files"]
     except FileNotFoundError:
         return f"it has no {SEAL}, so the run ended while it was written"
     except json.JSONDecodeError:
@@ -101,11 +128,62 @@ def what_is_missing(folder: str | Path) -> str | None:
     return None
 
 
-def remove_old(output_dir: str, keep: int | None, best: str | None = None) -> None:
-    """Leave the ``keep`` newest whole checkpoints, and the best one; half-written ones do not count and are left."""
+def lineage_of(folder: str | Path) -> Lineage | None:
+    """The lineage of the run that wrote a whole checkpoint; None of one before there were any."""
+    return _read_seal(Path(folder))["lineage"]
+
+
+def start_run(output_dir: str, checkpoint: str | None) -> tuple[Lineage, str | None]:
+    """Declare that a folder is from now on that of the run which resumes ``checkpoint``, or begins anew.
+
+    One rank calls it, once all have decided what to resume.
+
+    Returns:
+        Its lineage, and what the user should know of the checkpoints there that are not its own.
+    """
+    if checkpoint is None:
+        lineage = new_lineage()
+    else:
+        step = json.loads((Path(checkpoint) / STATE).read_text())["global_step"]
+        lineage = new_lineage(lineage_of(checkpoint), step)
+    begin_run(output_dir, lineage, checkpoint)
+    return lineage, describe_others(output_dir, lineage)
+
+
+def _read_seal(folder: Path) -> dict:
+    content = json.loads((folder / SEAL).read_text())
+    return content if isinstance(content.get("files"), dict) else {"lineage": None, "files": content}
+
+
+def is_ours(folder: str | Path, lineage: Lineage) -> bool:
+    """Whether a folder is a whole checkpoint of a lineage."""
+    return what_is_missing(folder) is None and belongs(lineage_of(folder), step_of(folder), lineage)
+
+
+def describe_others(output_dir: str, lineage: Lineage) -> str | None:
+    """What a run that begins should know of the checkpoints that are not its own; None where there are none."""
+    others = [folder.name for folder in checkpoints_in(output_dir) if not is_ours(folder, lineage)]
+    if not others:
+        return None
+    return (
+        f"{output_dir} holds checkpoints that are not this run's: {', '.join(others)}. They stay, but for one of a "
+        f"step that this run saves too; --save_total_limit does not count them, and --resume_from_checkpoint {LAST} "
+        "will not take them."
+    )
+
+
+def remove_old(output_dir: str, keep: int | None, best: str | None = None, lineage: Lineage | None = None) -> None:
+    """Leave the ``keep`` newest whole checkpoints of a lineage, and the best one.
+
+    Half-written ones, and those of other runs, do not count and are left. Without a lineage all are one run's.
+    """
     if keep is None or keep <= 0:
         return
     whole = [folder for folder in checkpoints_in(output_dir) if what_is_missing(folder) is None]
-    for folder in sorted(whole, key=lambda folder: (folder / SEAL).stat().st_mtime_ns)[:-keep]:
+    if lineage is None:
+        whole.sort(key=written)
+    else:
+        whole = [folder for folder in whole if is_ours(folder, lineage)]
+    for folder in whole[:-keep]:
         if best is None or folder.resolve() != Path(best).resolve():
             shutil.rmtree(folder)

@@ -4,8 +4,10 @@ import argparse
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import datasets
 import deepspeed
@@ -38,6 +40,13 @@ def join_ranks(argv: list[str]) -> None:
     deepspeed.init_distributed(timeout=timedelta(seconds=seconds))
     if not torch.cuda.is_available():
         unlink_shared_buffer()
+
+
+def from_first_rank(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns on rank 0, on every rank; it runs on that one alone. Collective."""
+    result = [work() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(result)
+    return result[0]
 
 
 def leave_ranks() -> None:

@@ -8,6 +8,8 @@ from launch.arguments import ModelArguments, TrainingArguments
 from launch.errors import UserError
 from launch.shapes import check_vocabulary, config_from_shape
 
+DEFAULT_ATTENTION = "sdpa"
+
 
 def load_model(
     args: ModelArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
@@ -17,23 +19,46 @@ def load_model(
     ``training_args`` must exist before the model does: they keep HF's DeepSpeed config alive, by which the library
     knows that it has to build the model under ``deepspeed.zero.Init`` in stage 3.
     """
-    dtype = training_dtype(training_args)
-    options = {"dtype": dtype, "attn_implementation": args.attn_implementation}
-    if args.model_config:
-        config = config_from_shape(args.model_config)
-        model = build_model(config, training_args.device, **options)
+    if args.attn_implementation is not None:
+        try:
+            model = _load(args, training_args, args.attn_implementation)
+        except (ImportError, ValueError) as error:
+            if "attention" not in str(error).lower():
+                raise
+            raise UserError(
+                f"--attn_implementation {args.attn_implementation}: {str(error).strip().splitlines()[0]} Leave it out "
+                f"for {DEFAULT_ATTENTION}, or eager where a model has none."
+            ) from error
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
-        except OSError as error:
-            raise UserError(
-                f"{args.model_name_or_path}: no model could be loaded ({str(error).strip().splitlines()[0]}). Give a "
-                "folder with config.json and safetensors files, or a Hub name; without a network only folders work."
-            ) from error
+            model = _load(args, training_args, DEFAULT_ATTENTION)
+        except ValueError:  # the model has none; if it is anything else, it comes again
+            model = _load(args, training_args, "eager")
     check_vocabulary(model.config, tokenizer)
     # The cache of keys and values is for generation; training would only carry it along.
     model.config.use_cache = False
     return model
+
+
+def _load(args: ModelArguments, training_args: TrainingArguments, attention: str) -> PreTrainedModel:
+    options = {"dtype": training_dtype(training_args), "attn_implementation": attention}
+    if args.model_config:
+        return build_model(config_from_shape(args.model_config), training_args.device, **options)
+    try:
+        return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
+    except OSError as error:
+        raise UserError(
+            f"{args.model_name_or_path}: no model could be loaded ({str(error).strip().splitlines()[0]}). Give a "
+            "folder with config.json and safetensors files, or a Hub name; without a network only folders work."
+        ) from error
+
+
+def describe_attention(args: ModelArguments, model: PreTrainedModel) -> str:
+    """Which attention kernel the model has, and why where it is not the usual one."""
+    found = model.config._attn_implementation
+    if args.attn_implementation is None and found != DEFAULT_ATTENTION:
+        return f"{found}, for {type(model).__name__} has no {DEFAULT_ATTENTION}"
+    return found
 
 
 def training_dtype(args: TrainingArguments) -> torch.dtype:

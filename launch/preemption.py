@@ -1,9 +1,10 @@
-"""SIGTERM, which machines that are taken back send some seconds before: save at the next step's end, and stop."""
+"""SIGTERM, which machines that are taken back send some seconds before: save where the run stands, and stop."""
 
 import os
 import signal
 import socket
 import threading
+from pathlib import Path
 
 import psutil
 import torch
@@ -13,23 +14,28 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 EXIT_CODE = 128 + signal.SIGTERM  # as a shell reports a process that SIGTERM has ended
 
 
-class SaveOnSigterm(TrainerCallback):
-    """From its construction on, SIGTERM to any rank makes all of them save a checkpoint at the end of the same step.
+class Stopped(Exception):
+    """SIGTERM was seen in an evaluation, whose rest there may be no time for."""
 
-    The ranks agree by an all-reduce of one number on the CPU at each step's end, which waits for no GPU.
+
+class SaveOnSigterm(TrainerCallback):
+    """From its construction on, SIGTERM to any rank makes all of them save a checkpoint, and stop.
+
+    The ranks agree at the end of each step, save and batch of an evaluation, by an all-reduce of one number on the CPU,
+    which waits for no GPU. In an evaluation all of them raise :class:`Stopped`.
 
     A launcher also sends SIGTERM to the ranks that are left when one has died. They may be waiting for that one, and
     have nothing to save: such a rank ends at once, or the launcher would wait 30 s for each of them in turn.
 
     Attributes:
-        stopped: whether the training has been stopped, on every rank.
+        stopped: whether the training, or an evaluation, has been stopped, on every rank.
     """
 
     def __init__(self):
         self.stopped = False
         self._asked = False
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        self._peers = len(_peers())
+        self._ranks = _ranks_here(self._group)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         # A handler runs between two lines of Python, and this process may be deep in a collective: a thread reads of
         # the signal as well.
@@ -39,28 +45,74 @@ class SaveOnSigterm(TrainerCallback):
         self._sockets = reader, writer
         threading.Thread(target=self._leave_the_dead, args=(reader,), daemon=True).start()
 
+    def asked(self) -> bool:
+        """Whether any rank has had SIGTERM. Collective."""
+        asked = torch.tensor([self._asked], dtype=torch.int32)
+        if self._group is not None:
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        return bool(asked)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.asked():
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there may not be the time
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.asked():  # in the save, which the next step would only repeat
+            self.stopped = control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.stopped:  # HF goes on to what is due at an epoch's end
+            control.should_evaluate = control.should_save = False
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.asked():
+            self.stopped = True
+            raise Stopped
+
     def _on_sigterm(self, *_) -> None:
         self._asked = True
 
     def _leave_the_dead(self, signals: socket.socket) -> None:
         while number := signals.recv(1):
-            if number[0] == signal.SIGTERM and len(_peers()) < self._peers:
+            if number[0] == signal.SIGTERM and not all(map(_lives, self._ranks)):
                 os._exit(EXIT_CODE)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        asked = torch.tensor([self._asked], dtype=torch.int32)
-        if self._group is not None:
-            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
-        if asked:
-            self.stopped = True
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # there may not be the time
 
+def _ranks_here(group: dist.ProcessGroup | None) -> list[psutil.Process | None]:
+    """The processes of the other ranks on this machine, None for one that has gone. Collective.
 
-def _peers() -> list[psutil.Process]:
-    """The living processes that the launcher of this one has started."""
-    try:
-        started = psutil.Process(os.getppid()).children()
-        return [process for process in started if process.status() != psutil.STATUS_ZOMBIE]
-    except psutil.Error:
+    Not the launcher's children: in the place of a launcher there may be a shell, or a container's first process, with
+    others that come and go.
+    """
+    if group is None:
         return []
+    mine = _machine(), os.getpid()
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine, group=group)
+    return [_process(pid) for machine, pid in found if machine == mine[0] and pid != mine[1]]
+
+
+def _machine() -> tuple[str, ...]:
+    """What two processes have in common that see each other by their ids."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return (socket.gethostname(),)
+
+
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _lives(process: psutil.Process | None) -> bool:
+    try:
+        return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True  # one that this process may not look at

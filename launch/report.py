@@ -5,7 +5,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainerState
 
 from launch.arguments import ModelArguments, TrainingArguments, nested_value
-from launch.models import count_parameters
+from launch.checkpoints import LAST, step_of
+from launch.models import count_parameters, describe_attention
 
 
 def say(args: TrainingArguments, text: str) -> None:
@@ -31,6 +32,7 @@ def banner(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     lines = {
         "model": f"{origin}, {count_parameters(model) / 1e6:,.1f} M parameters, {precision}",
+        "attention": describe_attention(model_args, model),
         "tokenizer": tokenizer,
         "train data": describe_data(train_data, args),
         "eval data": describe_data(eval_data, args) if eval_data is not None else "none",
@@ -73,19 +75,50 @@ def evaluated_last_step(state: TrainerState) -> bool:
     return bool(done) and done[-1]["step"] == state.global_step
 
 
-def summary(state: TrainerState, output_dir: str) -> str:
-    """The end of a run: how the loss moved, how fast it went, where the model lies."""
+def stopped(output_dir: str, step: int, trained: bool) -> str:
+    """The end of a run that SIGTERM has stopped.
+
+    Args:
+        trained: it has trained a step.
+    """
+    if not trained:
+        return "stopped by SIGTERM before it had trained a step, so nothing is saved. Start the same command again."
+    return (
+        f"stopped by SIGTERM, saved {output_dir}/checkpoint-{step}. Start the same command with "
+        f"--resume_from_checkpoint {LAST} to go on from step {step}."
+    )
+
+
+def best_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """The step whose weights HF has loaded at the end; None where the last step's are there."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    return step_of(state.best_model_checkpoint)
+
+
+def summary(state: TrainerState, output_dir: str, best: int | None = None) -> str:
+    """The end of a run: how the loss moved, how fast it went, where the model lies.
+
+    Args:
+        best: the step of the saved model, where it is not the last.
+    """
     lines = []
     steps = [entry for entry in state.log_history if "tokens_per_second" in entry]
     done = evaluations(state)
     if done:
-        first, last = done[0]["eval_loss"], done[-1]["eval_loss"]
+        saved = done[-1] if best is None else next(entry for entry in done if entry["step"] == best)
+        first, last = done[0]["eval_loss"], saved["eval_loss"]
         line = (
             f"eval loss {last:.2f}"
             if len(done) == 1
             else f"eval loss {first:.2f} -> {last:.2f} ({last / first - 1:+.0%})"
         )
-        lines.append(f"{line}, perplexity {done[-1]['eval_perplexity']:.2f}")
+        line += f", perplexity {saved['eval_perplexity']:.2f}"
+        if best is not None:
+            line += f", of the saved model, step {best}'s, the best"
+            if done[-1] is not saved:
+                line += f" (the last, step {done[-1]['step']}'s: {done[-1]['eval_loss']:.2f})"
+        lines.append(line)
     if steps:
         speed = sum(entry["tokens_per_second"] for entry in steps) / len(steps)
         memory = max(entry["peak_memory_gb"] for entry in steps)

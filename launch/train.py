@@ -5,8 +5,9 @@
         --model_name_or_path path/to/model --train_file chats.jsonl --eval_file held_out.jsonl --output_dir out/model
 
 Built on TRL's SFTTrainer, for what it carries beyond HF's Trainer and would otherwise be ours to write: packing that
-keeps packed examples apart, batches without padding, and a head that computes the loss without ever holding the
-(tokens x vocabulary) logits, which at a vocabulary of 128,256 would be the largest tensor of a step.
+keeps packed examples apart (where the model does, which is measured: launch/packing.py), batches without padding, and a
+head that computes the loss without ever holding the (tokens x vocabulary) logits, which at a vocabulary of 128,256
+would be the largest tensor of a step.
 """
 
 import os
@@ -23,16 +24,17 @@ from ds_mofa.deepspeed.checkpoints import CheckpointError
 from ds_mofa.profiler import MemoryCallback
 from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar
-from launch.checkpoints import LAST, checkpoint_to_resume
+from launch.checkpoints import checkpoint_to_resume, start_run
 from launch.data import load_data
-from launch.distributed import join_ranks, leave_ranks
+from launch.distributed import from_first_rank, join_ranks, leave_ranks
 from launch.errors import RankError, UserError
 from launch.lengths import check_lengths
 from launch.models import load_model
 from launch.output import check_output, writing
-from launch.preemption import EXIT_CODE, SaveOnSigterm
+from launch.packing import packing_problem
+from launch.preemption import EXIT_CODE, SaveOnSigterm, Stopped
 from launch.profile import describe_run, start_profiler
-from launch.report import banner, evaluated_last_step, say, summary
+from launch.report import banner, best_step, evaluated_last_step, say, stopped, summary
 from launch.tokenizer import load_tokenizer
 from launch.trainer import FineTuner
 
@@ -56,32 +58,59 @@ def main(argv: list[str]) -> None:
     trainer = FineTuner(
         model=model, args=args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer
     )
+    if trainer.padding_free:
+        problem = from_first_rank(lambda: packing_problem(model, trainer.data_collator, args.device))
+        if problem is not None:
+            raise UserError(problem)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressBar)
     if profiler is not None:
         describe_run(profiler, args.output_dir)
         trainer.memory_profiler = profiler
         trainer.add_callback(MemoryCallback(profiler))
-    preemption = SaveOnSigterm()
+    trainer.lineage, others = from_first_rank(lambda: start_run(args.output_dir, checkpoint))
+    if others:
+        say(args, others)
+    trainer.preemption = preemption = SaveOnSigterm()
     trainer.add_callback(preemption)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    best = train_and_evaluate(trainer, checkpoint, preemption)
     if preemption.stopped:
-        step = trainer.state.global_step
-        say(
-            args,
-            f"stopped by SIGTERM, saved {args.output_dir}/checkpoint-{step}. Start the same command with "
-            f"--resume_from_checkpoint {LAST} to go on from step {step}.",
-        )
+        say(args, stopped(args.output_dir, trainer.state.global_step, trainer.trained))
         leave_ranks()
         sys.exit(EXIT_CODE)
-    if eval_data is not None and not evaluated_last_step(trainer.state):
-        trainer.evaluate()
     with writing(args.output_dir, "the model"):
         trainer.save_model()
-    say(args, summary(trainer.state, args.output_dir))
+    if args.load_best_model_at_end and best is None:
+        say(args, "load_best_model_at_end: there is no checkpoint of the best step, so the last weights are saved")
+    say(args, summary(trainer.state, args.output_dir, best))
+    if preemption.asked():
+        say(args, "SIGTERM came while the model was being saved. It is whole, and nothing is left to do.")
     if profiler is not None:
         say(args, f"memory report: {profiler.output_dir / 'report.html'}, and report.md beside it")
     leave_ranks()
+
+
+def train_and_evaluate(trainer: FineTuner, checkpoint: str | None, preemption: SaveOnSigterm) -> int | None:
+    """Up to the weights that are to be saved, or, on SIGTERM, to a checkpoint to go on from.
+
+    Returns:
+        The step that the weights are of, where they are not the last step's.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if preemption.stopped:
+            return None
+        best = best_step(trainer.args, trainer.state)
+        if best is not None:
+            return best
+        if trainer.eval_dataset is not None and not evaluated_last_step(trainer.state):
+            trainer.evaluate()
+        if preemption.asked():
+            raise Stopped
+    except Stopped:
+        preemption.stopped = True
+        trainer.save_unless_saved()
+    return None
 
 
 if __name__ == "__main__":

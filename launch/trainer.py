@@ -2,20 +2,26 @@
 
 import math
 import resource
+import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from ds_mofa.deepspeed.registration import optimizer_of
-from launch.checkpoints import remove_old, seal, unseal
+from launch.checkpoints import is_ours, remove_old, seal, unseal
 from launch.encoding import IGNORED
 from launch.lengths import check_batches
 from launch.output import writing
+from launch.preemption import SaveOnSigterm, Stopped
+from launch.report import say
+from launch.resuming import differences, enforce, reschedule, settings
+from launch.runs import Lineage
 
 
 class FineTuner(SFTTrainer):
@@ -31,18 +37,56 @@ class FineTuner(SFTTrainer):
     """
 
     memory_profiler = None  # a ds_mofa.profiler.MemoryProfiler, where one is running
+    lineage: Lineage | None = None  # of this run: what its checkpoints are known by
+    preemption: SaveOnSigterm | None = None  # where one is among the callbacks
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._interval_start: float | None = None  # seconds
         self._interval_tokens = 0  # all tokens trained on, when the interval began
         self._reported = 0  # step of the last diagnostics that were logged
+        self._began = 0  # step that this start has begun to train at
+        self._saved = 0  # step of the last checkpoint, or the same
         self._eval_sums = torch.zeros(2, dtype=torch.float64)  # (summed loss, tokens) of this rank's evaluation
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         check_batches(loader, self.args)
         return loader
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """HF's, and what the checkpoint puts in force in the place of what the command says is said, or put back."""
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        asked = settings(self.deepspeed.optimizer, scheduler)
+        deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        optimizer = self.deepspeed.optimizer
+        if self.args.override_checkpoint:
+            enforce(optimizer, scheduler, asked)
+        reschedule(scheduler)
+        for line in differences(asked, settings(optimizer, scheduler)):
+            say(self.args, line)
+        return model, loader
+
+    def _init_training_state(self, max_steps, *args, **kwargs) -> tuple[int, int]:
+        done = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # --save_steps and the like are the command's, resumed or not
+        self._began = self._saved = self.state.global_step
+        return done
+
+    @property
+    def trained(self) -> bool:
+        """Whether this start of the command has trained a step."""
+        return self.state.global_step > self._began
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # HF would train a finished run for one step more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         if self._interval_start is None:
@@ -83,19 +127,64 @@ class FineTuner(SFTTrainer):
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        first, keep = self.args.should_save, self.args.save_total_limit
+        first = self.args.should_save
         with self.stopped_clock(), writing(self.args.output_dir, f"the checkpoint of step {self.state.global_step}"):
-            if first:
+            if first and folder.exists():
                 unseal(folder)
-            self.args.save_total_limit = None  # HF would remove the old ones while other ranks still write this one
-            try:
+                shutil.rmtree(folder)  # other ranks, or another run, may have left files that this save does not write
+            self.accelerator.wait_for_everyone()
+            with self.removing_nothing(), self.without_a_foreign_best():
                 super()._save_checkpoint(*args, **kwargs)
-            finally:
-                self.args.save_total_limit = keep
             self.accelerator.wait_for_everyone()
             if first:
-                seal(folder)
-                remove_old(self.args.output_dir, keep, self.state.best_model_checkpoint)
+                seal(folder, self.lineage)
+                best = self.state.best_model_checkpoint
+                remove_old(self.args.output_dir, self.args.save_total_limit, best, self.lineage)
+        self._saved = self.state.global_step
+
+    def save_unless_saved(self) -> None:
+        """Write a checkpoint of where the training stands, if none is there. Collective."""
+        if self.state.global_step != self._saved:
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Stopped:  # HF evaluates before it saves
+            self.control.should_evaluate, self.control.should_training_stop = False, True
+            self.save_unless_saved()
+
+    def _load_best_model(self) -> None:
+        if self.preemption is None or not self.preemption.stopped:  # else there may not be the time
+            super()._load_best_model()
+
+    def _finalize_training(self, *args, **kwargs):
+        with self.removing_nothing():  # with a limit of 1, HF would remove all checkpoints but the best, of all runs
+            return super()._finalize_training(*args, **kwargs)
+
+    @contextmanager
+    def removing_nothing(self):
+        """Within: HF removes no checkpoints. It would while other ranks still write, and those of other runs first."""
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = keep
+
+    @contextmanager
+    def without_a_foreign_best(self):
+        """Within: HF does not take another run's checkpoint for this one's best, for its folder has the best step."""
+        step = self.state.best_global_step
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        another = step and step != self.state.global_step and self.lineage and folder.exists()
+        foreign = another and not is_ours(folder, self.lineage)
+        if foreign:
+            self.state.best_global_step = None
+        try:
+            yield
+        finally:
+            if foreign:
+                self.state.best_global_step = step
 
     @contextmanager
     def stopped_clock(self):

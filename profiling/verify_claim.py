@@ -32,6 +32,7 @@ import torch
 from ds_mofa.profiler import load_report
 from ds_mofa.profiler.categories import gb
 from ds_mofa.profiler.claims import judge
+from ds_mofa.profiler.masking import masked
 from ds_mofa.profiler.predict import PredictionError, Setting, predict
 from ds_mofa.profiler.report import SCHEMA_VERSION, environment, write_pages
 
@@ -66,7 +67,7 @@ def main() -> None:
         "schema_version": SCHEMA_VERSION,
         "kind": "claim",
         "created": max((r["created"] for r in runs.values() if "created" in r), default=None),
-        "command": ["python", "profiling/verify_claim.py", *sys.argv[1:]],
+        "command": ["python", "profiling/verify_claim.py", *masked(sys.argv[1:])],
         "environment": next((r["environment"] for r in runs.values() if "environment" in r), environment()),
         "claims": claims,
         "runs": runs,

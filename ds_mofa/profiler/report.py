@@ -14,6 +14,7 @@ import torch
 
 from ds_mofa.profiler import markdown, page
 from ds_mofa.profiler.categories import CATEGORIES
+from ds_mofa.profiler.masking import masked
 
 __all__ = ["SCHEMA_VERSION", "assemble", "check", "load_report", "write_pages", "write_report"]
 
@@ -32,7 +33,7 @@ def assemble(
         "schema_version": SCHEMA_VERSION,
         "kind": "run",
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": masked(sys.argv),
         "setting": dict(setting),
         "environment": environment(),
         "measured": ranks[0]["measured"],

@@ -5,6 +5,8 @@ save:2:0          rank 0 is killed half way through the file that it writes for 
 resume:1:0        rank 0 is killed while the engine loads a checkpoint
 sigterm:3:1       rank 1 gets SIGTERM in the 3rd step
 sigterm-all:3:0   the launcher gets SIGTERM, which it passes on
+sigterm-eval:3:1  rank 1 gets SIGTERM in this run's 3rd batch of evaluations
+sigterm-model:1:0 rank 0 gets SIGTERM while it writes the final model
 """
 
 import io
@@ -61,6 +63,14 @@ def arrange() -> None:
         before(DeepSpeedEngine, "save_checkpoint", die_in_the_next_file)
     elif place == "resume":
         before(DeepSpeedEngine, "load_module_state_dict", die)
+    elif place == "sigterm-eval":
+        from launch.trainer import FineTuner
+
+        before(FineTuner, "prediction_step", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    elif place == "sigterm-model":
+        from launch.trainer import FineTuner
+
+        before(FineTuner, "_save", lambda: os.kill(os.getpid(), signal.SIGTERM))
     else:
         whom = os.getppid() if place == "sigterm-all" else os.getpid()
         before(MatrixStep, "update", lambda: os.kill(whom, signal.SIGTERM))

@@ -1,13 +1,24 @@
 """A command line and a DeepSpeed JSON agree, or the user is told how they do not."""
 
 import json
+import pickle
+from pathlib import Path
 
 import pytest
+import yaml
 
-from launch.arguments import check_optimizer, deepspeed_config_path, defaults_from_deepspeed, parse_arguments
+from launch.arguments import (
+    Parser,
+    TrainingArguments,
+    check_optimizer,
+    deepspeed_config_path,
+    defaults_from_deepspeed,
+    parse_arguments,
+)
 from launch.errors import UserError
 from launch.json_files import read_json
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ["--model_config", "configs/models/llama-tiny.json"]
 DATA = ["--train_file", "train.txt"]
 CONFIG = ["--deepspeed", "configs/zero2_adamw.json"]
@@ -31,6 +42,10 @@ BAD_LINES = {
     "evaluation of nothing": (MODEL + DATA + CONFIG + ["--eval_on_start"], "nothing to evaluate on"),
     "unknown option": (MODEL + DATA + CONFIG + ["--lerning_rate", "1"], "unknown options: --lerning_rate 1.*--help"),
     "not a number": (MODEL + DATA + CONFIG + ["--learning_rate", "fast"], "invalid float value: 'fast'.*--help"),
+    "packing without borders": (
+        MODEL + DATA + CONFIG + ["--packing", "--packing_strategy", "wrapped"],
+        "wrapped runs examples together.*Take bfd",
+    ),
     "packed evaluation": (MODEL + DATA + CONFIG + ["--eval_packing"], "count some examples twice"),
     "no DeepSpeed config": (MODEL + DATA, "which optimizer to train with"),
     "a config that is not there": (MODEL + DATA + ["--deepspeed", "nowhere.json"], "nowhere.json: no such file"),
@@ -172,3 +187,39 @@ def test_answers_only_is_asked_of_the_records_and_not_of_trl():
 def test_options_for_data_that_trl_encodes_itself_are_refused(words):
     with pytest.raises(UserError, match=f"^{words[0]}"):
         parse(*MODEL, *DATA, *CONFIG, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "greater"),
+    [
+        (["--metric_for_best_model", "eval_perplexity"], False),
+        (["--metric_for_best_model", "perplexity"], False),
+        (["--metric_for_best_model", "eval_loss"], False),
+        (["--metric_for_best_model", "eval_mean_token_accuracy"], True),
+        (["--metric_for_best_model", "eval_perplexity", "--greater_is_better", "true"], True),
+    ],
+)
+def test_a_smaller_perplexity_is_better(monkeypatch, tmp_path, words, greater):
+    monkeypatch.undo()  # HF's own checks are what is tested
+    args = Parser(TrainingArguments).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *words])
+    assert args[0].greater_is_better is greater
+
+
+def test_the_arguments_that_are_saved_beside_a_model_hold_no_token(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), hub_token="hf_SECRET", learning_rate=0.25)
+    saved = pickle.dumps(args)
+    assert b"hf_SECRET" not in saved and args.hub_token == "hf_SECRET"
+    assert pickle.loads(saved).learning_rate == 0.25
+
+
+def test_what_accelerate_s_config_names_is_found_from_any_folder(monkeypatch, tmp_path):
+    named = yaml.safe_load((ROOT / "configs/accelerate_zero2.yaml").read_text())["deepspeed_config"]
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", named["deepspeed_config_file"])
+    monkeypatch.chdir(tmp_path)
+    assert deepspeed_config_path([]) == str(ROOT / "configs/zero2_mofasgd.json")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/zero2_mofasgd.json").write_text("{}")
+    assert deepspeed_config_path([]) == "configs/zero2_mofasgd.json"  # one's own goes before
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "nowhere.json")
+    with pytest.raises(UserError, match="nowhere.json: no such file"):
+        read_json(deepspeed_config_path([]), "the --deepspeed config")

@@ -2,12 +2,22 @@
 
 import json
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from launch.arguments import ModelArguments
 from launch.errors import UserError
-from launch.models import build_model, check_vocabulary, config_from_shape, count_parameters
+from launch.models import (
+    build_model,
+    check_vocabulary,
+    config_from_shape,
+    count_parameters,
+    describe_attention,
+    load_model,
+)
 from launch.tokenizer import byte_tokenizer
 
 # As the model cards give them, in parameters; Llama 3.2's embedding is tied to its head and counts once.
@@ -58,3 +68,44 @@ def test_a_bad_shape_is_named(tmp_path, shape, message):
     with pytest.raises(UserError, match=message) as raised:
         config_from_shape(str(file))
     assert str(raised.value).startswith(str(file))
+
+
+SMALL = {"vocab_size": 262, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+ATTENTION = {
+    "llama": (SMALL | {"intermediate_size": 16}, "sdpa"),
+    "bloom": (
+        {"vocab_size": 262, "hidden_size": 16, "n_layer": 1, "n_head": 2},
+        "eager, for BloomForCausalLM has no sdpa",
+    ),
+    "mpt": ({"vocab_size": 262, "d_model": 16, "n_layers": 1, "n_heads": 2}, "eager, for MptForCausalLM has no sdpa"),
+    "mamba": (
+        {"vocab_size": 262, "hidden_size": 16, "num_hidden_layers": 1},
+        "eager, for MambaForCausalLM has no sdpa",
+    ),
+    "gpt_oss": (
+        SMALL | {"intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2},
+        "eager, for GptOssForCausalLM has no sdpa",
+    ),
+}
+
+
+def load_shape(tmp_path, kind: str, **options):
+    file = tmp_path / "shape.json"
+    file.write_text(json.dumps({"model_type": kind, **ATTENTION[kind][0]}))
+    args = ModelArguments(model_config=str(file), **options)
+    training = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
+    return args, load_model(args, training, byte_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_a_model_without_the_default_attention_has_another_and_says_so(tmp_path, kind):
+    assert describe_attention(*load_shape(tmp_path, kind)) == ATTENTION[kind][1]
+
+
+def test_an_attention_that_is_asked_for_is_had_or_refused(tmp_path):
+    args, model = load_shape(tmp_path, "llama", attn_implementation="eager")
+    assert describe_attention(args, model) == "eager"
+    with pytest.raises(UserError, match="--attn_implementation sdpa: BloomForCausalLM does not support"):
+        load_shape(tmp_path, "bloom", attn_implementation="sdpa")
+    with pytest.raises(UserError, match="--attn_implementation no_such: "):
+        load_shape(tmp_path, "llama", attn_implementation="no_such")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from datasets import Dataset
 from transformers import TrainerState
 
-from launch.report import describe_data, evaluated_last_step, summary
+from launch.report import best_step, describe_data, evaluated_last_step, summary
 
 
 def data(*lengths: int) -> Dataset:
@@ -48,6 +48,17 @@ def test_the_summary_compares_the_first_evaluation_with_the_last():
 def test_the_summary_of_one_evaluation_has_no_arrow():
     text = summary(TrainerState(global_step=2, log_history=[evaluation(2, 2.5)]), "out/model")
     assert text.startswith("eval loss 2.50, perplexity")
+
+
+def test_the_summary_is_of_the_model_that_is_saved():
+    history = [evaluation(0, 5.0), evaluation(10, 2.0), evaluation(20, 4.0)]
+    state = TrainerState(global_step=20, log_history=history, best_model_checkpoint="out/model/checkpoint-10")
+    best = best_step(SimpleNamespace(load_best_model_at_end=True), state)
+    assert best == 10
+    text = summary(state, "out/model", best)
+    assert "eval loss 5.00 -> 2.00 (-60%), perplexity 2.00, of the saved model, step 10's, the best" in text
+    assert "the best (the last, step 20's: 4.00)" in text
+    assert best_step(SimpleNamespace(load_best_model_at_end=False), state) is None
 
 
 def test_the_last_step_is_evaluated_once():

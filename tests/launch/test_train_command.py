@@ -179,6 +179,30 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(finished, stopped):
     check_memory_report(folder / "stopped/memory", resumed)
 
 
+def test_sigterm_in_an_evaluation_saves_on_all(finished):
+    """To rank 1, in the first of two batches of the evaluation half way."""
+    folder, output = finished
+    evaluating = ["--output_dir", "evaluated", "--eval_strategy", "steps", "--eval_steps", str(STEPS // 2)]
+    run = faulty(folder, "sigterm-eval:3:1", *evaluating)
+    assert run.returncode == 143, run.stdout[-3000:] + run.stderr[-3000:]
+    assert run.stdout.count(f"stopped by SIGTERM, saved evaluated/checkpoint-{STEPS // 2}. Start the same command") == 1
+    assert f"step {STEPS // 2}: eval loss" not in run.stdout + run.stderr
+    # Resumed with another rate, which is said not to be in force, it ends as if nothing had been.
+    resumed = succeeded(train(folder, *evaluating, "--resume_from_checkpoint", "last", "--learning_rate", "1e-3"))
+    assert resumed.count("resumed: lr 0.006 of the checkpoint is in force, not 0.001 of the command line") == 1
+    assert_same_model(folder / "model", folder / "evaluated")
+    assert losses_in(resumed)[1] == losses_in(output)[1]
+
+
+@pytest.mark.slow
+def test_sigterm_while_the_model_is_written_leaves_a_whole_one(finished):
+    folder, _ = finished
+    words = ["--output_dir", "written"]
+    run = train(folder, *words, "--fault", "sigterm-model:1:0", script="tests/launch/faulty.py")
+    assert "SIGTERM came while the model was being saved. It is whole" in succeeded(run)
+    assert_same_model(folder / "model", folder / "written")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_run_that_is_killed_everywhere_ends_as_if_nothing_had_been(finished, rank):
@@ -325,7 +349,7 @@ def test_accelerate_launches_it_too(tmp_path):
     options = ["--model_config", str(tmp_path / "shape.json"), "--train_file", str(tmp_path / "train.txt")]
     options += ["--max_length", "64", "--max_steps", "2", "--output_dir", str(tmp_path / "model")]
     run = subprocess.run(
-        launcher + options, cwd=ROOT, env=command_environment(tmp_path), capture_output=True, text=True, timeout=300
+        launcher + options, cwd=tmp_path, env=command_environment(tmp_path), capture_output=True, text=True, timeout=300
     )
     assert "MoFaSGD, ZeRO stage 2, lr 0.006" in succeeded(run)
     assert (tmp_path / "model/model.safetensors").is_file()
