@@ -7,6 +7,7 @@ gets the same.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -135,14 +136,15 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """Round fp32 ``x`` to one of its two neighbours in ``dtype``, up with the probability of its distance.
 
     Args:
-        x: fp32, finite.
+        x: fp32. A NaN stays one, and so does an infinity.
         bits: int64 of the same shape, uniform in [0, 2^16).
         dtype: bfloat16 or float16.
 
     Returns:
         fp32 values that ``dtype`` represents exactly.
     """
-    word = x.contiguous().view(torch.int32)
+    # A NaN of all bits but the sign, a GPU's own, would become -0 under random bits.
+    word = torch.where(x.isnan(), math.nan, x).contiguous().view(torch.int32)
     if dtype == torch.bfloat16:
         return ((word + bits.int()) & -0x10000).view(torch.float32)
     normal = ((word + (bits >> 3).int()) & -0x2000).view(torch.float32)

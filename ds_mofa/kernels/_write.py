@@ -185,7 +185,7 @@ def _write_kernel(
     if STOCHASTIC:
         word = _mix((at >> 1).to(tl.uint32) ^ tl.load(keys + batch).to(tl.uint32))
         bits = tl.where((at & 1) == 1, word >> 16, word & 0xFFFF)
-        raw = new.to(tl.uint32, bitcast=True)
+        raw = _word(new)
         if DTYPE == tl.bfloat16:
             new = ((raw + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
         else:
@@ -254,9 +254,15 @@ def _write_pairs_kernel(
         even = (old << 16).to(tl.float32, bitcast=True) * decay - step_size * _product(u, v_even)
         odd = (old & 0xFFFF0000).to(tl.float32, bitcast=True) * decay - step_size * _product(u, v_odd)
         bits = _mix((before.to(tl.uint32) + at.to(tl.uint32)) ^ key)
-        even_word = (even.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) >> 16
-        odd_word = (odd.to(tl.uint32, bitcast=True) + (bits >> 16)) & 0xFFFF0000
+        even_word = (_word(even) + (bits & 0xFFFF)) >> 16
+        odd_word = (_word(odd) + (bits >> 16)) & 0xFFFF0000
         tl.store(words + at, odd_word | even_word, mask=held)
+
+
+@triton.jit
+def _word(x):
+    """The bits of fp32. A GPU's own NaN has all of them set but the sign: random bits on top would make it -0."""
+    return tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
 
 
 @triton.jit

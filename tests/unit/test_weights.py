@@ -419,3 +419,11 @@ def test_two_steps_round_differently_and_one_step_twice_alike(dtype):
     assert torch.equal(written(0, 5, 3), written(0, 5, 3))
     for other in ((0, 6, 3), (0, 5, 4), (1, 5, 3)):
         assert not torch.equal(written(0, 5, 3), written(*other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("word", [0x7FFFFFFF, 0x7FC00000, -1])  # a GPU's NaN, a CPU's, one with the sign
+def test_a_nan_stays_one_whatever_the_bits(word, dtype):
+    x = torch.tensor([word], dtype=torch.int32).view(torch.float32)
+    for bits in (0, 1, 0xFFFF):
+        assert round_stochastically(x, torch.tensor([bits]), dtype).to(dtype).isnan().all()
