@@ -22,6 +22,7 @@ from ds_mofa.host_weights import write_wherever
 from ds_mofa.masters import Masters
 from ds_mofa.options import Options
 from ds_mofa.owner import Owner
+from ds_mofa.ownership import claim
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition import Exchange
 from ds_mofa.phases import phase
@@ -127,9 +128,13 @@ class MatrixStep:
         ]
         self._queue = sketching.Queue.serving(self.working, self.sketches, self.rule.columns)
         sketches = [sketching.Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
-        self._attachment = sketching.attach(self.matrices, sketches, options.capture, gathered)
+        self._undo = contextlib.ExitStack()
+        claimed = {matrix.param: matrix.name for matrix in self.matrices}
+        self._claim = claim(options.title, claimed, self._undo.close)
+        self._undo.callback(sketching.attach(self.matrices, sketches, options.capture, gathered).remove)
         self._head = head
         if head is not None:
+            self._undo.callback(head.remove)
             captured = zip(self.matrices, sketches) if options.capture == "linear" else ()
             head.attach(next((sketch for matrix, sketch in captured if matrix.param is head.weight), None))
 
@@ -146,6 +151,7 @@ class MatrixStep:
             self._reduce(loss_scale)
 
     def _reduce(self, loss_scale: float) -> None:
+        self._claim.check()
         if self._queue is not None:
             self._queue.take()
         pending = self.exchange.reduce_scatter(self.sketches, self.layout.segment)
@@ -224,9 +230,12 @@ class MatrixStep:
 
     def detach(self) -> None:
         """Put the model back as it was before this object."""
-        if self._head is not None:
-            self._head.remove()
-        self._attachment.remove()
+        self._claim.give_up()
+        self._undo.close()
+
+    def on_detach(self, callback: Callable[[], None]) -> None:
+        """Have :meth:`detach` call it too; it must not keep this object alive."""
+        self._undo.callback(callback)
 
     # ------------------------------------------------------------------ state
 
