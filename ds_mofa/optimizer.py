@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_mofa import ownership
 from ds_mofa.adamw_8bit import AdamW8bit, check_states
 from ds_mofa.head import FusedHead
 from ds_mofa.options import OptionError, Options
@@ -66,6 +67,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         rule = self.rule_class(parsed)
         matrices = MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device, head=head, rule=rule)
         self._assemble(split, parsed, adamw, matrices)
+        ownership.wait_for_step([matrix.param for matrix in split.matrices], parsed)
 
     @classmethod
     def from_parts(

@@ -11,7 +11,9 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from ds_mofa.adamw_8bit import AdamW8bit
-from ds_mofa.deepspeed.matrices import mark_matrices, shard_of
+from ds_mofa.deepspeed import takeover
+from ds_mofa.deepspeed.dropped import AdamWGradients
+from ds_mofa.deepspeed.matrices import forget, mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import replicated
 from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.diagnostics import Report
@@ -45,6 +47,9 @@ def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
     _refuse_unsupported(engine, kind.options_class.title)
     options, passed_on = read_options(engine._config._param_dict["optimizer"])
     split = split_parameters(engine.module, model_parameters, options, names=engine.param_names)
+    trained = takeover.trained(model_parameters)
+    takeover.check_waiting(trained, options)
+    takeover.take_over(trained, f"an engine with {kind.options_class.title}")
     head = FusedHead(engine.module) if options.fused_head else None
 
     replicated_fp32 = not engine.zero_optimization() and not (engine.fp16_enabled() or engine.bfloat16_enabled())
@@ -74,12 +79,15 @@ def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
     )
     matrices.on_report = functools.partial(_write_to_monitor, engine)
     mark_matrices(split.matrices)
+    matrices.on_detach(functools.partial(forget, split.matrices))
     if dist.get_rank() == 0:
         print(f"ds_mofa: {split.summary()}", flush=True)  # loggers are often set to warnings only
         if replicated_fp32 and isinstance(adamw, AdamW8bit):  # else it is known when DeepSpeed has cut partitions
             print(f"ds_mofa: {adamw.summary()}", flush=True)
     facade = replicated(kind) if replicated_fp32 else kind
-    return facade.from_parts(split, options, adamw, matrices)
+    optimizer = facade.from_parts(split, options, adamw, matrices)
+    optimizer.adamw_gradients = AdamWGradients(takeover.trained(split.adamw_groups))
+    return optimizer
 
 
 def read_options(section: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
@@ -193,6 +201,11 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "offload_param": lambda engine: (
         _offloads_to("cpu", engine._config.zero_config.offload_param)
         and not engine.zero_optimization_partition_weights()
+    ),
+    'parameters that ZeRO stage 3 has partitioned, zero.Init or an earlier engine: set "stage": 3, or load the model '
+    "anew": lambda engine: (
+        not engine.zero_optimization_partition_weights()
+        and any(hasattr(param, "ds_id") for param in engine.module.parameters())
     ),
     'a "ratio" below 1 in offload_optimizer, where DeepSpeed steps one part of AdamW on the GPU with a learning rate '
     'that nothing sets: remove "ratio"': lambda engine: engine.zero_cpu_offload() and engine.zero_partial_offload() < 1,
