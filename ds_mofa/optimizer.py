@@ -18,6 +18,7 @@ from ds_mofa.partition import Exchange
 from ds_mofa.phases import phase
 from ds_mofa.rules.mofasgd import MoFaSGDRule
 from ds_mofa.rules.rule import Rule
+from ds_mofa.state import whole_misfit
 from ds_mofa.step import MatrixStep
 
 __all__ = ["MatrixOptimizer", "MoFaSGD"]
@@ -204,6 +205,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it does not fit; then nothing has changed, unless AdamW's own part is what does not.
         """
+        problem = whole_misfit(state_dict, self.options.title, self.adamw_groups)
+        if problem:
+            raise ValueError(problem)
         self.check_group_settings(state_dict["matrix_groups"])
         check_states(state_dict["adamw"], isinstance(self.adamw, AdamW8bit))
         self.matrices.load_state_dict(state_dict["mofasgd"])

@@ -169,7 +169,11 @@ def _exchange(engine) -> Exchange:
     group = engine.seq_data_parallel_group
     world_size = dist.get_world_size(group)
     # Ranks of one sequence-parallel group hold parts of the same sequences: their gradients add up.
-    mean_scale = engine.sequence_parallel_size / world_size if engine.gradient_average else 1.0
+    # Stage 3's reduce-scatter, which is its default, divides them by all ranks all the same, and the matrices by what
+    # AdamW's part is divided by: one norm clips both.
+    divided = engine.zero_optimization_partition_weights() and engine.zero_reduce_scatter()
+    parts = 1 if divided else engine.sequence_parallel_size
+    mean_scale = parts / world_size if engine.gradient_average else 1.0
     return Exchange(group if world_size > 1 else None, mean_scale)
 
 
@@ -181,6 +185,13 @@ def _refuse_unsupported(engine, title: str) -> None:
 
 def _offloads_to(device: str, config: Any) -> bool:
     return config is not None and str(getattr(config.device, "value", config.device)) == device
+
+
+def _model_parallel_size(mpu: Any) -> int:
+    """The largest of the names that Megatron's versions have for it; DeepSpeed's own for sequences has none of them."""
+    names = ("model_parallel", "tensor_model_parallel", "pipeline_model_parallel", "pipe_parallel", "slice_parallel")
+    asked = (getattr(mpu, f"get_{name}_world_size", None) for name in names)
+    return max((int(ask()) for ask in asked if callable(ask)), default=1)
 
 
 _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
@@ -215,6 +226,15 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     ),
     "DeepSpeed's MoE layers, whose experts have process groups of their own: use AdamW": lambda engine: (
         engine.has_moe_layers
+    ),
+    "model parallelism (an mpu whose model-parallel group has several ranks): each rank would take its piece of a weight "
+    "for a matrix of its own, and norms, skipped steps and factors would differ from rank to rank. Use ZeRO without it, "
+    "or AdamW": lambda engine: _model_parallel_size(engine.mpu) > 1,
+    'sequence parallelism in ZeRO stage 3 with "reduce_scatter": false, where DeepSpeed divides small gradients by other '
+    'numbers than large ones: remove "reduce_scatter"': lambda engine: (
+        engine.sequence_parallel_size > 1
+        and engine.zero_optimization_partition_weights()
+        and not engine.zero_reduce_scatter()
     ),
     "AutoTP, which makes each matrix several smaller ones: remove tensor_parallel and use ZeRO": lambda engine: (
         engine.autotp_size() > 1

@@ -104,10 +104,14 @@ def _do_sanity_check(original, engine):
 
 def _configure_optimizer(original, engine, client_optimizer, model_parameters):
     trained = takeover.trained(model_parameters)
-    if client_optimizer is not None or engine.optimizer_name() not in KINDS:  # else build_optimizer sees to it
-        takeover.check_waiting(trained)
-        takeover.take_over(trained, f"an engine with {engine.optimizer_name()}", ours=False)
-    original(takeover.checked_factory(client_optimizer), model_parameters)
+    try:
+        if client_optimizer is not None or engine.optimizer_name() not in KINDS:  # else build_optimizer sees to it
+            takeover.check_waiting(trained)
+            takeover.take_over(trained, f"an engine with {engine.optimizer_name()}", ours=False)
+        original(takeover.checked_factory(client_optimizer), model_parameters)
+    except Exception:
+        takeover.unhook(engine)  # who mends the config goes on with the same model
+        raise
     takeover.enter(engine, trained)
 
 

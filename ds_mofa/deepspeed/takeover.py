@@ -19,7 +19,7 @@ from ds_mofa import ownership
 from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.options import OptionError, Options
 
-__all__ = ["check_alive", "check_client", "check_waiting", "checked_factory", "destroy", "enter", "take_over", "trained"]
+__all__ = ["check_alive", "check_client", "check_waiting", "checked_factory", "destroy", "enter", "take_over", "trained", "unhook"]
 
 logger = logging.getLogger("ds_mofa")
 
@@ -68,6 +68,7 @@ def take_over(params: Iterable[nn.Parameter], to: str, ours: bool = True) -> Non
             )
             _engines.discard(engine)
             engine.destroy()
+            unhook(engine)
             setattr(engine, _LOST, to)
 
 
@@ -86,6 +87,18 @@ def destroy(original: Callable[[], None], engine) -> None:
     if getattr(engine, _LOST, None) is None:
         _engines.discard(engine)
         original()
+        if isinstance(engine.basic_optimizer, MatrixOptimizer):
+            unhook(engine)
+
+
+def unhook(engine) -> None:
+    """Remove the hooks on the model itself, which neither ``destroy()`` nor an engine whose making fails takes away: a
+    forward would run into what such an engine has not got.
+    """
+    for name in ("module_forward_pre_hook", "module_forward_post_hook"):
+        hook = getattr(engine, name, None)
+        if hook is not None:
+            hook.remove()
 
 
 # ---------------------------------------------------------------------- what was built outside of the engine
