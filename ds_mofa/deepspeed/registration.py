@@ -3,6 +3,7 @@
 Every wrapper asks first whether the engine at hand trains with one of them, and otherwise calls what it wraps.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -221,22 +222,47 @@ def _load_checkpoint(
     custom_load_fn=None,
 ):
     mofa = optimizer_of(engine)
-    if mofa is not None:
-        latest = Path(load_dir) / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
-        if tag is None and latest.is_file():
-            tag = latest.read_text().strip()
-        if tag is not None:  # without one DeepSpeed loads nothing, and says so
-            with_state = load_optimizer_states and not load_module_only
+    with_state = load_optimizer_states and not load_module_only
+    weights_from_shards = mofa is not None and engine.zero_optimization_partition_weights() and not with_state
+    latest = Path(load_dir) / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
+    if tag is None and latest.is_file():
+        tag = latest.read_text().strip()
+    if tag is not None:  # without one DeepSpeed loads nothing, and says so
+        if mofa is not None:
             checkpoints.verify(engine, mofa, load_dir, str(tag), with_state=with_state)
-    return original(
-        load_dir,
-        tag,
-        load_module_strict=load_module_strict,
-        load_optimizer_states=load_optimizer_states,
-        load_lr_scheduler_states=load_lr_scheduler_states,
-        load_module_only=load_module_only,
-        custom_load_fn=custom_load_fn,
-    )
+            if with_state and not engine.load_universal_checkpoint():
+                checkpoints.check_state(engine, mofa, load_dir, str(tag))
+        elif with_state and engine.basic_optimizer is not None:
+            checkpoints.refuse_ours(engine, load_dir, str(tag))
+    with contextlib.ExitStack() as stack:
+        if weights_from_shards:
+            # DeepSpeed puts the weights together where optimizer states are not wanted, which of "module only" it does
+            # not conclude; and those of the latest tag, whatever the tag.
+            load_optimizer_states = False
+            together = functools.partial(ds_engine.get_fp32_state_dict_from_zero_checkpoint, tag=tag)
+            stack.enter_context(_replaced(ds_engine, "get_fp32_state_dict_from_zero_checkpoint", together))
+        result = original(
+            load_dir,
+            tag,
+            load_module_strict=load_module_strict,
+            load_optimizer_states=load_optimizer_states,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
+        )
+    if mofa is not None and not with_state:
+        mofa.matrices.masters.refresh()
+    return result
+
+
+@contextlib.contextmanager
+def _replaced(module, name: str, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def _load_module_state_dict(original, engine, checkpoint, *args, **kwargs):
