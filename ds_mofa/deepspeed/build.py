@@ -188,7 +188,11 @@ def _offloads_to(device: str, config: Any) -> bool:
 
 
 def _model_parallel_size(mpu: Any) -> int:
-    """The largest of the names that Megatron's versions have for it; DeepSpeed's own for sequences has none of them."""
+    """The largest of the names that Megatron's versions have for it. DeepSpeed's own mpu calls its sequence parallelism
+    model parallelism too, and DeepSpeed itself knows it by the name of a function.
+    """
+    if hasattr(mpu, "initialize_sequence_parallel"):
+        return 1
     names = ("model_parallel", "tensor_model_parallel", "pipeline_model_parallel", "pipe_parallel", "slice_parallel")
     asked = (getattr(mpu, f"get_{name}_world_size", None) for name in names)
     return max((int(ask()) for ask in asked if callable(ask)), default=1)
