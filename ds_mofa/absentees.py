@@ -30,7 +30,9 @@ class Absentees:
 
     def begin(self, model: nn.Module) -> None:
         """When the optimizer is built: what is in the model by now, and was not given to it, is none of its business."""
-        self._foreign = {param for param in model.parameters() if param not in self._trained}
+        names = {param: name for name, param in model.named_parameters()}
+        self._trained = {param: name or names.get(param, "") for param, name in self._trained.items()}
+        self._foreign = {param for param in names if param not in self._trained}
 
     def check(self, model: nn.Module | None) -> None:
         """Before a step.
@@ -50,11 +52,10 @@ class Absentees:
         new = [name for param, name in present.items() if param not in self._trained and param not in self._foreign]
         new = [name for name in new if model.get_parameter(name).requires_grad]
         instead = f" (in the model now, and not trained: {', '.join(new[:3])})" if new else ""
-        for param in absent:
-            if param not in present:
-                name = self._trained[param] or f"a parameter of shape {tuple(param.shape)}"
+        for param, name in self._trained.items():
+            if param in absent and param not in present:
                 raise RuntimeError(
-                    f"{name} is in the model no more{instead}: load_state_dict(assign=True), resize_token_embeddings or an "
+                    f"{name or 'a parameter'} is in the model no more{instead}: load_state_dict(assign=True), resize_token_embeddings or an "
                     "assignment has put another parameter in its place since the optimizer was built. Build the optimizer "
                     "after that"
                 )

@@ -22,6 +22,7 @@ from ds_mofa.partition import Exchange
 from ds_mofa.phases import phase
 from ds_mofa.rules.mofasgd import MoFaSGDRule
 from ds_mofa.rules.rule import Rule
+from ds_mofa.state import adamw_misfit, whole_misfit
 from ds_mofa.step import MatrixStep
 
 __all__ = ["MatrixOptimizer", "MoFaSGD"]
@@ -85,6 +86,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._absentees = Absentees(split, self.adamw_groups)
         self._absentees.begin(model)
         print(f"ds_mofa: {split.summary()}", flush=True)
+        holders = {matrix.param: matrix.modules[0] for matrix in split.matrices}
+        ownership.wait_for_step(matrices.claim, holders, parsed)
 
     @classmethod
     def from_parts(
@@ -292,7 +295,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _given(hook(self, state_dict), state_dict)
-        self.check_group_settings(state_dict["matrix_groups"])
+        problem = whole_misfit(state_dict, self.options.title)
+        if problem is None:
+            self.check_group_settings(state_dict["matrix_groups"])
+            problem = adamw_misfit(state_dict["adamw"], self.adamw_groups)
+        if problem:
+            raise ValueError(problem)
         check_states(state_dict["adamw"], isinstance(self.adamw, AdamW8bit))
         self.matrices.load_state_dict(state_dict["mofasgd"])
         self.load_group_settings(state_dict["matrix_groups"])

@@ -11,7 +11,9 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from ds_mofa.adamw_8bit import AdamW8bit
-from ds_mofa.deepspeed.matrices import mark_matrices, shard_of
+from ds_mofa.deepspeed import takeover
+from ds_mofa.deepspeed.dropped import AdamWGradients
+from ds_mofa.deepspeed.matrices import forget, mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import replicated
 from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.diagnostics import Report
@@ -45,6 +47,9 @@ def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
     _refuse_unsupported(engine, kind.options_class.title)
     options, passed_on = read_options(engine._config._param_dict["optimizer"])
     split = split_parameters(engine.module, model_parameters, options, names=engine.param_names)
+    trained = takeover.trained(model_parameters)
+    takeover.check_waiting(trained, options)
+    takeover.take_over(trained, f"an engine with {kind.options_class.title}")
     head = FusedHead(engine.module) if options.fused_head else None
 
     replicated_fp32 = not engine.zero_optimization() and not (engine.fp16_enabled() or engine.bfloat16_enabled())
@@ -74,12 +79,15 @@ def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
     )
     matrices.on_report = functools.partial(_write_to_monitor, engine)
     mark_matrices(split.matrices)
+    matrices.on_detach(functools.partial(forget, split.matrices))
     if dist.get_rank() == 0:
         print(f"ds_mofa: {split.summary()}", flush=True)  # loggers are often set to warnings only
         if replicated_fp32 and isinstance(adamw, AdamW8bit):  # else it is known when DeepSpeed has cut partitions
             print(f"ds_mofa: {adamw.summary()}", flush=True)
     facade = replicated(kind) if replicated_fp32 else kind
-    return facade.from_parts(split, options, adamw, matrices)
+    optimizer = facade.from_parts(split, options, adamw, matrices)
+    optimizer.adamw_gradients = AdamWGradients(takeover.trained(split.adamw_groups))
+    return optimizer
 
 
 def read_options(section: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
@@ -161,7 +169,11 @@ def _exchange(engine) -> Exchange:
     group = engine.seq_data_parallel_group
     world_size = dist.get_world_size(group)
     # Ranks of one sequence-parallel group hold parts of the same sequences: their gradients add up.
-    mean_scale = engine.sequence_parallel_size / world_size if engine.gradient_average else 1.0
+    # Stage 3's reduce-scatter, which is its default, divides them by all ranks all the same, and the matrices by what
+    # AdamW's part is divided by: one norm clips both.
+    divided = engine.zero_optimization_partition_weights() and engine.zero_reduce_scatter()
+    parts = 1 if divided else engine.sequence_parallel_size
+    mean_scale = parts / world_size if engine.gradient_average else 1.0
     return Exchange(group if world_size > 1 else None, mean_scale)
 
 
@@ -173,6 +185,17 @@ def _refuse_unsupported(engine, title: str) -> None:
 
 def _offloads_to(device: str, config: Any) -> bool:
     return config is not None and str(getattr(config.device, "value", config.device)) == device
+
+
+def _model_parallel_size(mpu: Any) -> int:
+    """The largest of the names that Megatron's versions have for it. DeepSpeed's own mpu calls its sequence parallelism
+    model parallelism too, and DeepSpeed itself knows it by the name of a function.
+    """
+    if hasattr(mpu, "initialize_sequence_parallel"):
+        return 1
+    names = ("model_parallel", "tensor_model_parallel", "pipeline_model_parallel", "pipe_parallel", "slice_parallel")
+    asked = (getattr(mpu, f"get_{name}_world_size", None) for name in names)
+    return max((int(ask()) for ask in asked if callable(ask)), default=1)
 
 
 _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
@@ -194,6 +217,11 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
         _offloads_to("cpu", engine._config.zero_config.offload_param)
         and not engine.zero_optimization_partition_weights()
     ),
+    'parameters that ZeRO stage 3 has partitioned, zero.Init or an earlier engine: set "stage": 3, or load the model '
+    "anew": lambda engine: (
+        not engine.zero_optimization_partition_weights()
+        and any(hasattr(param, "ds_id") for param in engine.module.parameters())
+    ),
     'a "ratio" below 1 in offload_optimizer, where DeepSpeed steps one part of AdamW on the GPU with a learning rate '
     'that nothing sets: remove "ratio"': lambda engine: engine.zero_cpu_offload() and engine.zero_partial_offload() < 1,
     "fp16 at ZeRO stage 0, where DeepSpeed divides the gradients by a loss scale that it never multiplied the loss "
@@ -202,6 +230,15 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     ),
     "DeepSpeed's MoE layers, whose experts have process groups of their own: use AdamW": lambda engine: (
         engine.has_moe_layers
+    ),
+    "model parallelism (an mpu whose model-parallel group has several ranks): each rank would take its piece of a weight "
+    "for a matrix of its own, and norms, skipped steps and factors would differ from rank to rank. Use ZeRO without it, "
+    "or AdamW": lambda engine: _model_parallel_size(engine.mpu) > 1,
+    'sequence parallelism in ZeRO stage 3 with "reduce_scatter": false, where DeepSpeed divides small gradients by other '
+    'numbers than large ones: remove "reduce_scatter"': lambda engine: (
+        engine.sequence_parallel_size > 1
+        and engine.zero_optimization_partition_weights()
+        and not engine.zero_reduce_scatter()
     ),
     "AutoTP, which makes each matrix several smaller ones: remove tensor_parallel and use ZeRO": lambda engine: (
         engine.autotp_size() > 1

@@ -10,6 +10,7 @@ second. What no checksum covers is padding between records.
 import contextlib
 import json
 import os
+import pickle
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -18,17 +19,23 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from ds_mofa.optimizer import MatrixOptimizer
-from ds_mofa.state import STATE_FORMAT
+from ds_mofa.state import STATE_FORMAT, misfit
 
 __all__ = [
     "MANIFEST",
     "CheckpointError",
     "agree",
     "check",
+    "check_state",
     "files_of",
     "invalidate",
+    "load",
+    "refuse_ours",
     "verify",
     "write_atomically",
     "write_manifest",
@@ -36,7 +43,9 @@ __all__ = [
 
 MANIFEST = "mofasgd_manifest.json"
 FORMAT = 1
+_ENTRIES = {"format", "state_format", "universal", "zero_stage", "world_size", "rank", "matrices", "crc32", "files"}
 _UNNAMED = "MoFaSGD"  # the manifests of which name no optimizer
+_OF_DEEPSPEED = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]  # objects of its own in its files
 CONVERT = "python -m ds_mofa.to_universal --input_folder {} --output_folder {}_universal"
 
 
@@ -137,7 +146,7 @@ def _description(engine, mofa: MatrixOptimizer) -> dict[str, Any]:
 
 def _names(engine, save_dir: str, tag: str) -> list[str]:
     """The files that all ranks together have written."""
-    world = dist.get_world_size(engine.optimizer.dp_process_group) if engine.zero_optimization() else 1
+    world = _world(engine)
     if engine.zero_optimization_partition_weights():
         paths = [engine._get_ckpt_name(save_dir, tag, pp_placeholder=str(rank)) for rank in range(world)]
     else:
@@ -146,6 +155,10 @@ def _names(engine, save_dir: str, tag: str) -> list[str]:
         bf16 = engine.bfloat16_enabled()
         paths += engine._get_mp_rank_zero_checkpoint_names(save_dir, tag, engine.checkpoint_mp_rank, world, bf16)
     return [os.path.relpath(path, Path(save_dir) / tag) for path in paths]
+
+
+def _world(engine) -> int:
+    return dist.get_world_size(engine.optimizer.dp_process_group) if engine.zero_optimization() else 1
 
 
 def _checksum(body: Mapping[str, Any]) -> int:
@@ -183,6 +196,45 @@ def verify(engine, mofa: MatrixOptimizer, load_dir: str, tag: str, *, with_state
     agree(problem)
 
 
+def refuse_ours(engine, load_dir: str, tag: str) -> None:
+    """Refuse to load this package's checkpoint, state and all, into an engine with another optimizer.
+
+    Raises:
+        CheckpointError: on every rank alike, before anything is loaded.
+    """
+    folder = Path(load_dir) / tag
+    if (folder / MANIFEST).is_file():
+        saved = read_manifest(folder).get("optimizer", _UNNAMED)
+        raise CheckpointError(
+            f"{folder} was saved by {saved}, this run's optimizer is {engine.optimizer_name()}, which can make nothing of "
+            f'its state. Set "type": "{saved}", or load the weights alone, with '
+            "load_checkpoint(..., load_optimizer_states=False)"
+        )
+
+
+def check_state(engine, mofa: MatrixOptimizer, load_dir: str, tag: str) -> None:
+    """Refuse, on every rank alike, a state of the matrices that is not theirs. Collective.
+
+    DeepSpeed loads the weights and AdamW's part before, and rank 0 alone has the matrices': a tensor that is missing
+    there would leave half a run and waiting ranks.
+    """
+    problem = None
+    if dist.get_rank() == 0:
+        zero = engine.zero_optimization()
+        path = Path(load_dir) / tag / _names(engine, load_dir, tag)[-_world(engine) if zero else 0]
+        try:
+            # As DeepSpeed will load it in a moment, which runs what it holds.
+            state = load(path, trusted=True)["optimizer_state_dict" if zero else "optimizer"]
+            state = state.get("mofasgd") if isinstance(state, Mapping) else None
+            if isinstance(state, Mapping) and "groups" in state:  # a mixin's, around it
+                state = state.get("matrices")
+            problem = misfit(state, mofa.split.matrices, mofa.matrices.rule)
+            problem = problem and f"{path}: {problem}"
+        except (KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            problem = f"{path} is no state of DeepSpeed's ({type(error).__name__}: {error})"
+    agree(problem)
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """None where there is none."""
     path = folder / MANIFEST
@@ -201,12 +253,59 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not whole:
         raise CheckpointError(f"{path} is damaged. {_whole_ones(folder.parent, but=folder)}")
     for what, key, known in (("manifest", "format", FORMAT), ("MoFaSGD state", "state_format", STATE_FORMAT)):
-        if manifest[key] != known:
+        if manifest.get(key) != known:
             raise CheckpointError(
-                f"{path}: the {what} is of format {manifest[key]}, this version reads {known}. Load the checkpoint "
+                f"{path}: the {what} is of format {manifest.get(key, 'none')}, this version reads {known}. Load the checkpoint "
                 "with the version that wrote it"
             )
+    lacking = sorted(_ENTRIES - manifest.keys())
+    if lacking:
+        raise CheckpointError(f"{path} says nothing of {lacking[0]}: ds_mofa has not written it like this")
+    for name in manifest["files"]:
+        if not _inside(folder, name):
+            raise CheckpointError(
+                f"{path} names {name!r}, which is outside of its folder: ds_mofa writes no such manifest, so do not "
+                "use this checkpoint"
+            )
     return manifest
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Of the name alone: a link in the folder, which the user made, may lead where the space is."""
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and name not in ("", ".")
+
+
+def load(path: Path | str, *, mmap: bool = True, trusted: bool = False) -> Any:
+    """A file of DeepSpeed's, on the CPU, without running what its pickle says.
+
+    Args:
+        mmap: must be off where the file itself is written anew.
+        trusted: run it.
+
+    Raises:
+        CheckpointError: it holds objects that are neither torch's safe ones nor DeepSpeed's own.
+    """
+    if trusted:
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=False)
+    try:
+        with torch.serialization.safe_globals(_OF_DEEPSPEED):
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds objects beside tensors that only running code from it would make ({_unsafe(path, error)}). "
+            "They are of its client_state, if it is your own: leave them out there, or, where you trust who wrote it, "
+            "convert it with --trust"
+        ) from None
+
+
+def _unsafe(path: Path | str, error: Exception) -> str:
+    try:
+        with torch.serialization.safe_globals(_OF_DEEPSPEED):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # of a file that is made to be misread
+        names = []
+    return ", ".join(sorted(names)) or str(error).splitlines()[0]
 
 
 def check(folder: Path, manifest: Mapping[str, Any] | None, share: int = 0, shares: int = 1) -> None:

@@ -3,6 +3,7 @@
 Every wrapper asks first whether the engine at hand trains with one of them, and otherwise calls what it wraps.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from packaging.version import Version
 
+from ds_mofa import ownership
 from ds_mofa.adamw_8bit import AdamW8bit
-from ds_mofa.deepspeed import checkpoints
+from ds_mofa.deepspeed import checkpoints, takeover
 from ds_mofa.deepspeed.build import KINDS, build_optimizer
 from ds_mofa.deepspeed.matrices import is_matrix
 from ds_mofa.deepspeed.replicated import wrap_replicated
@@ -43,12 +45,20 @@ def register() -> None:
     ds_config.DEEPSPEED_OPTIMIZERS.extend(KINDS)
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS.extend(KINDS.values())
 
+    ownership.on_claim(takeover.take_over)
+    _wrap("_do_sanity_check", _do_sanity_check)
+    _wrap("_configure_optimizer", _configure_optimizer)
     _wrap("_configure_basic_optimizer", _configure_basic_optimizer)
     _wrap("_configure_zero_optimizer", _configure_zero_optimizer)
     _wrap("_configure_bf16_optimizer", functools.partial(_configure_wrapper, wrap_zero))
     _wrap("_configure_fp16_optimizer", functools.partial(_configure_wrapper, wrap_replicated))
     _wrap("_scheduler_from_config", _scheduler_from_config)
     _wrap("clip_fp32_gradients", _clip_fp32_gradients)
+    _wrap("_backward_prologue", _backward_prologue)
+    _wrap("_backward_epilogue", _backward_epilogue)
+    _wrap("zero_grad", _zero_grad)
+    _wrap("step", _step)
+    _wrap("destroy", takeover.destroy)
     _wrap("save_checkpoint", _save_checkpoint)
     _wrap("_commit_decoupled_checkpoint", _commit_decoupled_checkpoint)
     _wrap("load_checkpoint", _load_checkpoint)
@@ -88,6 +98,24 @@ def _wrap(name: str, replacement: Callable) -> None:
     setattr(DeepSpeedEngine, name, method)
 
 
+def _do_sanity_check(original, engine):
+    takeover.check_client(engine, engine.client_optimizer)  # as early as can be: the model is as it was
+    original()
+
+
+def _configure_optimizer(original, engine, client_optimizer, model_parameters):
+    trained = takeover.trained(model_parameters)
+    try:
+        if client_optimizer is not None or engine.optimizer_name() not in KINDS:  # else build_optimizer sees to it
+            takeover.check_waiting(trained)
+            takeover.take_over(trained, f"an engine with {engine.optimizer_name()}", ours=False)
+        original(takeover.checked_factory(client_optimizer), model_parameters)
+    except Exception:
+        takeover.unhook(engine)  # who mends the config goes on with the same model
+        raise
+    takeover.enter(engine, trained)
+
+
 def _configure_basic_optimizer(original, engine, model_parameters):
     if engine.optimizer_name() not in KINDS:
         return original(model_parameters)
@@ -118,6 +146,43 @@ def _clip_fp32_gradients(original, engine):
     if optimizer_of(engine) is None:
         return original()
     return engine.optimizer.clip_grad_norm_(engine.gradient_clipping())
+
+
+def _backward_prologue(original, engine):
+    _drop_with_adamw(engine, before_backward=True)
+    original()
+
+
+def _backward_epilogue(original, engine):
+    original()
+    mofa = optimizer_of(engine)
+    if mofa is not None:
+        mofa.adamw_gradients.look()
+
+
+def _drop_with_adamw(engine, before_backward: bool = False) -> None:
+    mofa = optimizer_of(engine)
+    if mofa is not None and mofa.adamw_gradients.dropped(before_backward):
+        mofa.matrices.clear()
+
+
+def _zero_grad(original, engine):
+    original()
+    if optimizer_of(engine) is not None and not engine.zero_optimization():
+        optimizer_of(engine).matrices.clear()  # also where AdamW has nothing to train
+    else:
+        _drop_with_adamw(engine)
+
+
+def _step(original, engine, *args, **kwargs):
+    takeover.check_alive(engine)
+    mofa, last = optimizer_of(engine), engine.is_gradient_accumulation_boundary()
+    _drop_with_adamw(engine)
+    result = original(*args, **kwargs)
+    if mofa is not None:
+        mofa.adamw_gradients.look()
+        mofa.adamw_gradients.restarted &= not last  # nothing is left to overwrite
+    return result
 
 
 def _save_checkpoint(original, engine, save_dir, tag=None, *args, **kwargs):
@@ -157,22 +222,47 @@ def _load_checkpoint(
     custom_load_fn=None,
 ):
     mofa = optimizer_of(engine)
-    if mofa is not None:
-        latest = Path(load_dir) / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
-        if tag is None and latest.is_file():
-            tag = latest.read_text().strip()
-        if tag is not None:  # without one DeepSpeed loads nothing, and says so
-            with_state = load_optimizer_states and not load_module_only
+    with_state = load_optimizer_states and not load_module_only
+    weights_from_shards = mofa is not None and engine.zero_optimization_partition_weights() and not with_state
+    latest = Path(load_dir) / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
+    if tag is None and latest.is_file():
+        tag = latest.read_text().strip()
+    if tag is not None:  # without one DeepSpeed loads nothing, and says so
+        if mofa is not None:
             checkpoints.verify(engine, mofa, load_dir, str(tag), with_state=with_state)
-    return original(
-        load_dir,
-        tag,
-        load_module_strict=load_module_strict,
-        load_optimizer_states=load_optimizer_states,
-        load_lr_scheduler_states=load_lr_scheduler_states,
-        load_module_only=load_module_only,
-        custom_load_fn=custom_load_fn,
-    )
+            if with_state and not engine.load_universal_checkpoint():
+                checkpoints.check_state(engine, mofa, load_dir, str(tag))
+        elif with_state and engine.basic_optimizer is not None:
+            checkpoints.refuse_ours(engine, load_dir, str(tag))
+    with contextlib.ExitStack() as stack:
+        if weights_from_shards:
+            # DeepSpeed puts the weights together where optimizer states are not wanted, which of "module only" it does
+            # not conclude; and those of the latest tag, whatever the tag.
+            load_optimizer_states = False
+            together = functools.partial(ds_engine.get_fp32_state_dict_from_zero_checkpoint, tag=tag)
+            stack.enter_context(_replaced(ds_engine, "get_fp32_state_dict_from_zero_checkpoint", together))
+        result = original(
+            load_dir,
+            tag,
+            load_module_strict=load_module_strict,
+            load_optimizer_states=load_optimizer_states,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
+        )
+    if mofa is not None and not with_state:
+        mofa.matrices.masters.refresh()
+    return result
+
+
+@contextlib.contextmanager
+def _replaced(module, name: str, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def _load_module_state_dict(original, engine, checkpoint, *args, **kwargs):

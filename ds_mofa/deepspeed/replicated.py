@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from ds_mofa.deepspeed.matrices import forget
 from ds_mofa.deepspeed.zero import MatrixMixin, swap_class
 from ds_mofa.optimizer import MatrixOptimizer
 
@@ -58,7 +57,6 @@ class _ReplicatedMixin:
 
     def destroy(self) -> None:
         self.matrices.detach()
-        forget(self.split.matrices)
 
 
 class Bf16ReplicatedMixin(MatrixMixin):

@@ -11,8 +11,9 @@ frozen parameters), and with what the other family looks for. :func:`restore` lo
 """
 
 import argparse
+import functools
 import math
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,21 @@ _MODEL_STAGE3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 # ---------------------------------------------------------------------- making one
 
 
-def convert(source: Path, target: Path, workers: int = 4) -> None:
+def convert(source: Path, target: Path, workers: int = 4, trusted: bool = False) -> None:
     """Write the universal checkpoint of ``source`` to ``target``, and ``latest_universal`` beside it.
 
-    ``target`` appears when it is complete; until then its files are in a folder of that name with ``.partial``.
+    ``target`` appears when it is complete; until then its files are in a new folder beside it, ``.TARGET.`` and random
+    letters, which goes away with an error too.
 
     Args:
         source: the folder of one tag.
         target: must not exist.
         workers: processes.
+        trusted: run what the files' pickles say, where they hold more than tensors and what DeepSpeed writes.
 
     Raises:
-        CheckpointError: ``source`` is damaged or not one to convert, or ``target`` exists.
+        CheckpointError: ``source`` is damaged or not one to convert, holds objects that only running code from it would
+            make, or ``target`` exists.
     """
     source, target = Path(source).absolute(), Path(target).absolute()
     manifest = checkpoints.read_manifest(source)
@@ -71,58 +75,68 @@ def convert(source: Path, target: Path, workers: int = 4) -> None:
     if target.exists():
         raise CheckpointError(f"{target} exists already: give another --output_folder, or remove it")
     checkpoints.check(source, manifest)
-    strange = {path.name for path in source.glob("*_states.pt")} - manifest["files"].keys()
+    strange = {path.name for path in source.iterdir() if _is_read(path.name)} - manifest["files"].keys()
     if strange:  # DeepSpeed would take them for ranks
         raise CheckpointError(
             f"{source} also holds files of another save, such as {min(strange)}, which its {checkpoints.MANIFEST} does "
             "not list: move them away"
         )
 
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
-    folder = partial / target.name
-    folder.mkdir(parents=True)
-    ds_to_universal.main(
-        argparse.Namespace(
-            input_folder=str(source),
-            output_folder=str(folder),
-            num_extract_workers=workers,
-            num_merge_workers=workers,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
+    if not trusted:  # DeepSpeed's converter runs what they hold
+        for name in manifest["files"]:
+            if _is_read(name):
+                checkpoints.load(source / name)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
+        folder = Path(partial) / target.name
+        folder.mkdir()
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(source),
+                output_folder=str(folder),
+                num_extract_workers=workers,
+                num_merge_workers=workers,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
         )
-    )
-    _complete(source, folder, manifest)
-    files = checkpoints.files_of(folder, sorted(str(path.relative_to(folder)) for path in folder.rglob("*.pt")))
-    crc32 = torch.serialization.get_crc32_options()
-    checkpoints.seal(folder, {**manifest, "universal": True, "crc32": crc32}, files)
-    folder.replace(target)
-    shutil.rmtree(partial)
+        _complete(source, folder, manifest, trusted)
+        files = checkpoints.files_of(folder, sorted(str(path.relative_to(folder)) for path in folder.rglob("*.pt")))
+        crc32 = torch.serialization.get_crc32_options()
+        checkpoints.seal(folder, {**manifest, "universal": True, "crc32": crc32}, files)
+        folder.replace(target)
     checkpoints.write_atomically(target.parent / "latest_universal", target.name.encode())
 
 
-def _complete(source: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+def _is_read(name: str) -> bool:
+    """Whether DeepSpeed's converter takes a file for a part of the checkpoint, and so for what it may run."""
+    return name.endswith(".pt") or name.startswith(("layer_", "mp_rank_", "zero_", "bf16_zero_"))
+
+
+def _complete(source: Path, folder: Path, manifest: Mapping[str, Any], trusted: bool) -> None:
+    load = functools.partial(checkpoints.load, trusted=trusted)
     zero, world, stage3 = folder / "zero", manifest["world_size"], manifest["zero_stage"] == 3
     optim_files = ds_to_universal._get_optim_files(str(source))[:world]
     if stage3:
         model_files = [source / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world)]
     else:
         model_files = [source / _MODEL]
-    models = [_load(path) for path in model_files]
+    models = [load(path) for path in model_files]
     shapes = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
 
-    state = _load(zero / "optimizer_state.pt", mmap=False)
+    state = load(zero / "optimizer_state.pt", mmap=False)
     ours = state.get("mofasgd")
     if ours is None:
         raise CheckpointError(f"{source}: the optimizer's state of rank 0 holds nothing of MoFaSGD's")
     if stage3:
         step = state["optimizer_state_dict"]["state"][0]["step"]
-        masters = [_load(path)["optimizer_state_dict"]["mofasgd"]["masters"] for path in optim_files]
+        masters = [load(path)["optimizer_state_dict"]["mofasgd"]["masters"] for path in optim_files]
         masters = {name: torch.cat([part[name] for part in masters]) for name in masters[0]}
         for name, shape in shapes.items():
             for key in ("fp32", "exp_avg", "exp_avg_sq"):
-                flat = _load(zero / name / f"{key}.pt", mmap=False)
+                flat = load(zero / name / f"{key}.pt", mmap=False)
                 torch.save({"param": flat.view(shape)}, zero / name / f"{key}.pt")
             torch.save(step, zero / name / "step.pt")
         del state["fp32_flat_groups"]
@@ -130,7 +144,7 @@ def _complete(source: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     else:
         masters = ours["masters"]
         steps = (zero / name / "step.pt" for name in shapes)
-        step = next((_load(path) for path in steps if path.is_file()), None)
+        step = next((load(path) for path in steps if path.is_file()), None)
     # Where stage 3 looks for the step; the rest of what it keeps there is rank 0's shards, of no use here.
     state["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": state["param_groups"]}
     state["mofasgd"] = {**ours, "masters": {}}
@@ -164,7 +178,7 @@ def restore(engine, mofa: MatrixOptimizer, folder: Path, with_state: bool) -> No
     Args:
         with_state: the optimizer's state too.
     """
-    state = _load(folder / "zero" / "optimizer_state.pt")
+    state = checkpoints.load(folder / "zero" / "optimizer_state.pt")
     source = _Outside(folder)
     saved_masters = state.get("mofasgd", {}).get("masters", {})
     masters = {}
@@ -225,7 +239,7 @@ class _Outside:
     def weight(self, name: str) -> Tensor:
         path = self._folder / "zero" / name / "fp32.pt"
         if path.is_file():
-            return _load(path)["param"].flatten()
+            return checkpoints.load(path)["param"].flatten()
         # DeepSpeed's converter leaves them where stage 3 has saved them.
         try:
             return torch.cat([model["frozen_param_fragments"][name].flatten() for model in self._shards()])[
@@ -243,11 +257,6 @@ class _Outside:
     def _shards(self) -> list[dict]:
         if self._models is None:
             paths = sorted(self._folder.glob("*_model_states.pt"), key=lambda p: ds_to_universal.natural_keys(p.name))
-            self._models = [_load(path) for path in paths]
+            # With its client_state, which may be of any kind: DeepSpeed has loaded it before.
+            self._models = [checkpoints.load(path, trusted=True) for path in paths]
         return self._models
-
-
-def _load(path: Path | str, mmap: bool = True) -> Any:
-    """``mmap`` must be off where the file itself is written anew."""
-    # DeepSpeed's own objects are in its files, a loss scaler for one.
-    return torch.load(path, map_location="cpu", mmap=mmap, weights_only=False)

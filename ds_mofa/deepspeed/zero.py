@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from ds_mofa.deepspeed.gradients import GradientMixin
-from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, forget, move_shards
+from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, move_shards
 from ds_mofa.groups import check_rates
 from ds_mofa.optimizer import MatrixOptimizer, clip_factor
 from ds_mofa.phases import phase
@@ -123,7 +123,8 @@ class MatrixMixin:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self.mofa.matrices.clear()
+        if self.mofa.adamw_gradients.dropped():
+            self.mofa.matrices.clear()
 
     def state_dict(self) -> dict:
         state = super().state_dict()
@@ -154,7 +155,6 @@ class MatrixMixin:
 
     def destroy(self) -> None:
         self.mofa.matrices.detach()
-        forget(self.mofa.split.matrices)
         if hasattr(super(), "destroy"):
             super().destroy()
 
@@ -220,6 +220,10 @@ class Stage12Mixin(GradientMixin, ZeroMixin):
 class Stage3Mixin(Stage3Accessors, ZeroMixin):
     """DeepSpeedZeroOptimizer_Stage3."""
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.mofa.adamw_gradients.restarted = True
+
     def _get_norm_groups(self):
         return [self.with_matrix_norm(super()._get_norm_groups())]
 
@@ -247,6 +251,10 @@ class Stage3Mixin(Stage3Accessors, ZeroMixin):
 
 class Bf16Mixin(ZeroMixin):
     """BF16_Optimizer: stage 1 in bf16 with fp32 gradient accumulation."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)  # which drops what it has accumulated too
+        self.mofa.matrices.clear()
 
     def get_grads_for_norm(self, for_clipping=False):
         grads = super().get_grads_for_norm(for_clipping)

@@ -187,7 +187,7 @@ class GaLoreRule(Rule):
 
     def completed(self, saved: Mapping[str, Tensor], steps: int) -> Mapping[str, Tensor]:
         """A state without the count of a matrix' gradients is from when every step was one."""
-        if "gradients" in saved:
+        if "gradients" in saved or not isinstance(saved.get("m"), Tensor):
             return saved
         return {**saved, "gradients": saved["m"].new_full((1,), float(steps))}
 
