@@ -74,7 +74,7 @@ def test_a_later_engine_trains_as_on_a_fresh_model(ran):
 
 @on_ranks(successors, stage=[0, 1, 2, 3], dtype=["bf16"], pair=PAIRS[1:3])
 def test_a_later_engine_trains_as_on_a_fresh_model_in_bf16(ran):
-    check_successors(ran)
+    check_successors(ran, Toy.MATRICES)  # a norm's weight moves by less than half of bf16's last bit
 
 
 @on_ranks(successors, world=[1], stage=[0, 1, 2, 3], dtype=["fp32"], pair=PAIRS[1:3])
@@ -82,12 +82,14 @@ def test_a_later_engine_trains_as_on_a_fresh_model_on_one_rank(ran):
     check_successors(ran)
 
 
-def check_successors(ran) -> None:
+def check_successors(ran, moved: list[str] | None = None) -> None:
+    """``moved``: what the second optimizer must have moved; None for all that is not frozen."""
     for result in ran.ranks:
         assert result["after"]["losses"] == result["fresh"]["losses"]
         for name, weight in result["after"]["weights"].items():
             assert torch.equal(weight, result["fresh"]["weights"][name]), name
-            assert name.startswith("frozen") or not torch.equal(weight, result["between"][name]), name
+            if name in moved if moved is not None else not name.startswith("frozen"):
+                assert not torch.equal(weight, result["between"][name]), name
 
 
 def left_behind(stage: int) -> dict:
