@@ -83,7 +83,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         matrices = MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device, head=head, rule=rule)
         self._assemble(split, parsed, adamw, matrices, Gradients(matrices))
         self._model = weakref.ref(model)
-        self._absentees = Absentees(split, self.adamw_groups)
         self._absentees.begin(model)
         print(f"ds_mofa: {split.summary()}", flush=True)
         holders = {matrix.param: matrix.modules[0] for matrix in split.matrices}
@@ -113,6 +112,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._built = self._looked_for_state = False
         super().__init__(split.matrix_groups, {"lr": options.lr, "weight_decay": options.weight_decay})
         self.adamw, self._built = adamw, True
+        self._absentees = Absentees(split, self.adamw_groups)
 
     # ------------------------------------------------------------------ what schedulers and users see
 
@@ -152,7 +152,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._looked_for_state = True
             return loss
         self._reduce()
-        if self._gradients is not None:
+        if self._gradients is None:
+            self.report_thawed()
+        else:
             self._absentees.check(self._model())
             self._clip = self._gradients.clip()
         if self.matrices.finite:
@@ -169,6 +171,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self.matrices.discard()
         self._forget_clip()
         return loss
+
+    def report_thawed(self) -> None:
+        """Say once which parameters were frozen when the optimizer was built, and are not any more."""
+        self._absentees.report_thawed()
 
     def _write(self, clip: Tensor | float) -> None:
         """Factors and weights, in one process, where others may write the weights too, and keep graphs of them."""

@@ -70,7 +70,7 @@ class Split:
         matrix_groups: one param group for each incoming group that has matrices.
         adamw_groups: one param group for each incoming group that has anything else.
         title: of the matrices' optimizer.
-        frozen: what was handed over and is not trained.
+        frozen: what of the model was not trained when it was divided, handed over or not.
     """
 
     matrices: list[Matrix]
@@ -128,6 +128,7 @@ def split_parameters(
     heads = _output_heads(model)
 
     split = Split([], [], [], [], options.title)
+    split.frozen.extend(Frozen(name, param) for param, name in names.items() if not param.requires_grad)
     seen, matched = set(), set()
     too_small = []
     for incoming in _as_groups(groups, options):
@@ -135,7 +136,6 @@ def split_parameters(
         matrices, rest = [], []
         for param in incoming["params"]:
             if not param.requires_grad:
-                split.frozen.append(Frozen(names.get(param, "?"), param))
                 continue
             if param in seen:
                 raise OptionError(f"parameter {names.get(param)!r} is in two param groups: give each only once")

@@ -92,6 +92,7 @@ class MatrixMixin:
     def step(self, closure=None):
         matrices = self.mofa.matrices
         check_rates(self.param_groups)
+        self.mofa.report_thawed()
         # Read now, DeepSpeed's step may change it. Wrappers without a scaler do not scale the loss.
         self._scale = self.loss_scale if hasattr(self, "loss_scaler") else 1.0
         matrices.reduce(self._scale)

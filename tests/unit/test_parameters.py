@@ -343,7 +343,7 @@ def test_what_is_frozen_is_known_by_name():
     ]
     assert split(NanoGPT()).frozen == []
     handed = [p for p in model.parameters() if p.requires_grad]
-    assert split(model, handed).frozen == []
+    assert split(model, handed).frozen == divided.frozen  # whoever hands over what is trained may thaw the rest later
 
 
 def test_gpt2_s_matrices_know_that_they_are_transposed():
