@@ -191,8 +191,7 @@ class Gradients:
             )
         if grad is not mark:
             if sketch.filled:
-                Y.zero_()
-                Z.zero_()
+                sketch.clear(Y, Z)
             self._drop_reduced(index)
             sketch.param.grad = mark
         sketch.filled = self._fresh = True
@@ -241,8 +240,7 @@ class Gradients:
         """Forget one matrix's gradient."""
         sketch = self._step.captured[index]
         if sketch.filled:
-            sketch.Y.zero_()
-            sketch.Z.zero_()
+            sketch.clear(sketch.Y, sketch.Z)
         sketch.filled = False
         self._drop_reduced(index)
 

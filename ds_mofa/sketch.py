@@ -97,6 +97,13 @@ class Sketch:
         if mark is not None and not (self.filled and self.param.grad is mark):
             mark.begin(self, Y, Z)
 
+    def clear(self, Y: Tensor, Z: Tensor) -> None:
+        """Drop what Y and Z hold, and what waits to be added to them since a backward that raised."""
+        if self._queue is not None:
+            self._queue.take()
+        Y.zero_()
+        Z.zero_()
+
     def emptied(self) -> "Sketch":
         """One with the same factors, and sums of its own that are zero."""
         return Sketch(torch.zeros_like(self.Y), torch.zeros_like(self.Z), self.U, self.V)

@@ -125,6 +125,7 @@ class MatrixStep:
         self._pending: Tensor | None = None
         self._norm: Tensor | None = None
         self._finite: bool | None = None
+        self._places: Tensor | None = None  # of each matrix among the owner's pieces, for :meth:`norms`
         self.steps = 0
         self.skipped = 0
         self.report: Report | None = None  # the last one
@@ -186,11 +187,12 @@ class MatrixStep:
 
     def norms(self) -> Tensor:
         """Norm of each matrix's pending gradient, (matrices,), fp32 or better. In one process."""
-        pieces, squares = self.owner.pieces(self._pending), self.rule.squares(self.owner, self._pending, self.steps)
-        members = itertools.chain.from_iterable(piece.part.members for piece in pieces)
-        places = sorted(range(len(self.matrices)), key=dict(enumerate(members)).__getitem__)
-        norms = torch.cat([square.double() for square in squares]).sqrt().to(self._pending.dtype)
-        return norms[torch.tensor(places, device=norms.device)]
+        squares = self.rule.squares(self.owner, self._pending, self.steps)
+        if self._places is None:  # once: the host waits for the copy
+            members = itertools.chain.from_iterable(piece.part.members for piece in self.owner.pieces(self._pending))
+            places = {index: place for place, index in enumerate(members)}
+            self._places = torch.tensor([places[i] for i in range(len(self.matrices))], device=self._device)
+        return torch.cat([square.double() for square in squares]).sqrt().to(self._pending.dtype)[self._places]
 
     def scale_pending(self, factors: Mapping[int, Sequence[Tensor | float]]) -> None:
         """Multiply the pending gradient of each of these matrices by its factors. In one process."""

@@ -68,6 +68,11 @@ def test_torch_s_clipping_is_the_optimizer_s_own(max_norm):
 def test_nothing_waits_for_the_device_in_a_clipped_step():
     net, optimizer = build()
     warm(net, optimizer)
+    for _ in range(2):  # the first clipping makes an index
+        loss(net, 6).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
     loss(net, 7).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
