@@ -205,10 +205,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it does not fit; then nothing has changed, unless AdamW's own part is what does not.
         """
-        problem = whole_misfit(state_dict, self.options.title, self.adamw_groups)
+        problem = whole_misfit(state_dict, self.options.title, self._matrix_groups, self.adamw_groups)
         if problem:
             raise ValueError(problem)
-        self.check_group_settings(state_dict["matrix_groups"])
         check_states(state_dict["adamw"], isinstance(self.adamw, AdamW8bit))
         self.matrices.load_state_dict(state_dict["mofasgd"])
         self.load_group_settings(state_dict["matrix_groups"])

@@ -71,18 +71,25 @@ def misfit(state: Any, matrices: Sequence[Matrix], rule: Rule) -> str | None:
     return next(filter(None, problems), None)
 
 
-def whole_misfit(state: Any, title: str, adamw_groups: Sequence[Mapping[str, Any]]) -> str | None:
+def whole_misfit(
+    state: Any, title: str, matrix_groups: Sequence[Any], adamw_groups: Sequence[Mapping[str, Any]]
+) -> str | None:
     """Why a state is not one of :meth:`ds_mofa.optimizer.MatrixOptimizer.state_dict`; None where it is.
 
     Args:
         title: of the optimizer.
-        adamw_groups: AdamW's param groups.
+        matrix_groups, adamw_groups: this run's param groups.
     """
     keys = {"mofasgd", "masters", "matrix_groups", "adamw"}
     if not isinstance(state, Mapping) or not keys <= state.keys():
         kind = "AdamW or another optimizer of torch.optim" if isinstance(state, Mapping) and "state" in state else "none"
         lacking = sorted(keys - state.keys() if isinstance(state, Mapping) else keys)
         return f"this is no state of {title} but of {kind}: it lacks {', '.join(map(repr, lacking))}. {_WAY_OUT}"
+    if len(state["matrix_groups"]) != len(matrix_groups):
+        return (
+            f"the checkpoint has {len(state['matrix_groups'])} matrix param groups, this run has {len(matrix_groups)}: "
+            "use the param groups that it was saved with"
+        )
     saved = state["adamw"]["param_groups"] if state["adamw"] else []
     sizes, here = ([len(group["params"]) for group in groups] for groups in (saved, adamw_groups))
     if sizes != here:
