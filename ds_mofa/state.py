@@ -82,7 +82,8 @@ def whole_misfit(
     """
     keys = {"mofasgd", "masters", "matrix_groups", "adamw"}
     if not isinstance(state, Mapping) or not keys <= state.keys():
-        kind = "AdamW or another optimizer of torch.optim" if isinstance(state, Mapping) and "state" in state else "none"
+        torchs = isinstance(state, Mapping) and "state" in state
+        kind = "AdamW or another optimizer of torch.optim" if torchs else "none"
         lacking = sorted(keys - state.keys() if isinstance(state, Mapping) else keys)
         return f"this is no state of {title} but of {kind}: it lacks {', '.join(map(repr, lacking))}. {_WAY_OUT}"
     if len(state["matrix_groups"]) != len(matrix_groups):
@@ -94,8 +95,8 @@ def whole_misfit(
     sizes, here = ([len(group["params"]) for group in groups] for groups in (saved, adamw_groups))
     if sizes != here:
         return (
-            f"AdamW's param groups in the checkpoint have {sizes} parameters, in this run {here}: use the model, include, "
-            "exclude and param groups that it was saved with"
+            f"AdamW's param groups in the checkpoint have {sizes} parameters, in this run {here}: use the model, "
+            "include, exclude and param groups that it was saved with"
         )
     return None
 
@@ -155,7 +156,8 @@ def _not_the_tensors(saved: Any, matrix: Matrix, rule: Rule) -> str | None:
                 f"{shape}. Use the model that it was saved with"
             )
         if value.dtype not in (torch.float32, torch.float64):
-            return f"the checkpoint's {key} of {matrix.name!r} is of {value.dtype}, and none that was saved is. {_WAY_OUT}"
+            kind = f"of {value.dtype}, and none that was saved is"
+            return f"the checkpoint's {key} of {matrix.name!r} is {kind}. {_WAY_OUT}"
         if not bool(torch.isfinite(value).all()):
             return f"the checkpoint's {key} of {matrix.name!r} holds a NaN or Inf. {_WAY_OUT}"
     return None
