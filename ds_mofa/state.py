@@ -161,7 +161,8 @@ def _not_the_tensors(saved: Any, matrix: Matrix, rule: Rule) -> str | None:
                 f"{shape}. Use the model that it was saved with"
             )
         if value.dtype not in (torch.float32, torch.float64):
-            return f"the checkpoint's {key} of {matrix.name!r} is of {value.dtype}, and none that was saved is. {_WAY_OUT}"
+            kind = f"of {value.dtype}, and none that was saved is"
+            return f"the checkpoint's {key} of {matrix.name!r} is {kind}. {_WAY_OUT}"
         if not bool(torch.isfinite(value).all()):
             return f"the checkpoint's {key} of {matrix.name!r} holds a NaN or Inf. {_WAY_OUT}"
     return None

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--input_folder", type=Path, required=True, help="of one tag, such as out/global_step100")
     parser.add_argument("--output_folder", type=Path, required=True, help="to write; must not exist")
     parser.add_argument("--workers", type=int, default=4, help="processes (4)")
-    parser.add_argument("--trust", action="store_true", help="run what the checkpoint's pickles hold, if it is your own")
+    parser.add_argument("--trust", action="store_true", help="run what its pickles hold, if it is your own")
     arguments = parser.parse_args()
     try:
         convert(arguments.input_folder, arguments.output_folder, arguments.workers, arguments.trust)

@@ -231,11 +231,11 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "DeepSpeed's MoE layers, whose experts have process groups of their own: use AdamW": lambda engine: (
         engine.has_moe_layers
     ),
-    "model parallelism (an mpu whose model-parallel group has several ranks): each rank would take its piece of a weight "
-    "for a matrix of its own, and norms, skipped steps and factors would differ from rank to rank. Use ZeRO without it, "
-    "or AdamW": lambda engine: _model_parallel_size(engine.mpu) > 1,
-    'sequence parallelism in ZeRO stage 3 with "reduce_scatter": false, where DeepSpeed divides small gradients by other '
-    'numbers than large ones: remove "reduce_scatter"': lambda engine: (
+    "model parallelism (an mpu whose model-parallel group has several ranks): each rank would take its piece of a "
+    "weight for a matrix of its own, and norms, skipped steps and factors would differ from rank to rank. Use ZeRO "
+    "without it, or AdamW": lambda engine: _model_parallel_size(engine.mpu) > 1,
+    'sequence parallelism in ZeRO stage 3 with "reduce_scatter": false, where DeepSpeed divides small gradients by '
+    'other numbers than large ones: remove "reduce_scatter"': lambda engine: (
         engine.sequence_parallel_size > 1
         and engine.zero_optimization_partition_weights()
         and not engine.zero_reduce_scatter()

@@ -206,8 +206,8 @@ def refuse_ours(engine, load_dir: str, tag: str) -> None:
     if (folder / MANIFEST).is_file():
         saved = read_manifest(folder).get("optimizer", _UNNAMED)
         raise CheckpointError(
-            f"{folder} was saved by {saved}, this run's optimizer is {engine.optimizer_name()}, which can make nothing of "
-            f'its state. Set "type": "{saved}", or load the weights alone, with '
+            f"{folder} was saved by {saved}, this run's optimizer is {engine.optimizer_name()}, which can make nothing "
+            f'of its state. Set "type": "{saved}", or load the weights alone, with '
             "load_checkpoint(..., load_optimizer_states=False)"
         )
 
@@ -255,8 +255,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     for what, key, known in (("manifest", "format", FORMAT), ("MoFaSGD state", "state_format", STATE_FORMAT)):
         if manifest.get(key) != known:
             raise CheckpointError(
-                f"{path}: the {what} is of format {manifest.get(key, 'none')}, this version reads {known}. Load the checkpoint "
-                "with the version that wrote it"
+                f"{path}: the {what} is of format {manifest.get(key, 'none')}, this version reads {known}. Load the "
+                "checkpoint with the version that wrote it"
             )
     lacking = sorted(_ENTRIES - manifest.keys())
     if lacking:

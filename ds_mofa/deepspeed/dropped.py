@@ -1,10 +1,10 @@
 """Gradients that a script drops between backward and step: the sketches follow what becomes of AdamW's part.
 
 A sketch cannot be dropped by ``param.grad = None``. What that, ``model.zero_grad()``, ``engine.zero_grad()`` and
-``engine.optimizer.zero_grad()`` do to the gradients of AdamW's part is DeepSpeed's: where they add up in ``.grad`` until
-the step's last micro-batch (stages 0 and 1, and stage 2 with ``adamw_reduce="step"``) they are gone; where DeepSpeed has
-put them into buffers of its own they stay. One half of a model that forgets a batch that the other half learns from
-would be neither.
+``engine.optimizer.zero_grad()`` do to the gradients of AdamW's part is DeepSpeed's: where they add up in ``.grad``
+until the step's last micro-batch (stages 0 and 1, and stage 2 with ``adamw_reduce="step"``) they are gone; where
+DeepSpeed has put them into buffers of its own they stay. One half of a model must not forget a batch from which the
+other half learns.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ class AdamWGradients:
         params: of the model, which AdamW trains.
 
     Attributes:
-        restarted: the next backward overwrites what there is: stage 3's ``zero_grad`` sets the count of micro-batches to
-            zero, and leaves the gradients of a step that comes at once.
+        restarted: the next backward overwrites what there is: stage 3's ``zero_grad`` sets the count of micro-batches
+            to zero, and leaves the gradients to a step that comes at once.
     """
 
     def __init__(self, params: Sequence[nn.Parameter]):

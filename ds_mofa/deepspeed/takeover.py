@@ -19,7 +19,17 @@ from ds_mofa import ownership
 from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.options import OptionError, Options
 
-__all__ = ["check_alive", "check_client", "check_waiting", "checked_factory", "destroy", "enter", "take_over", "trained", "unhook"]
+__all__ = [
+    "check_alive",
+    "check_client",
+    "check_waiting",
+    "checked_factory",
+    "destroy",
+    "enter",
+    "take_over",
+    "trained",
+    "unhook",
+]
 
 logger = logging.getLogger("ds_mofa")
 
@@ -119,8 +129,8 @@ def check_client(engine, client: Any) -> None:
     named = _kinds().get(engine._config.optimizer_name)  # engine.optimizer_name() is the client's
     if named is not None:
         raise OptionError(
-            f'the config says "type": "{named.options_class.title}", and deepspeed.initialize was given an optimizer as '
-            f"well ({_name(client)}), which DeepSpeed would use in its place: leave one of them out"
+            f'the config says "type": "{named.options_class.title}", and deepspeed.initialize was given an optimizer '
+            f"as well ({_name(client)}), which DeepSpeed would use in its place: leave one of them out"
         )
     _refuse(client)
 
@@ -170,8 +180,8 @@ def _refuse(client: Any) -> None:
     if isinstance(client, MatrixOptimizer):
         ownership.wait_no_more(matrix.param for matrix in client.split.matrices)
         raise OptionError(
-            f"{client.options.title} cannot be handed over to DeepSpeed as an optimizer: its sketches would not be added "
-            f"up over the ranks. {_advice(client.options, groups=len(client.matrix_groups) > 1)}"
+            f"{client.options.title} cannot be handed over to DeepSpeed as an optimizer: its sketches would not be "
+            f"added up over the ranks. {_advice(client.options, groups=len(client.matrix_groups) > 1)}"
         )
     if isinstance(client, type) and issubclass(client, MatrixOptimizer):
         raise OptionError(

@@ -1,6 +1,9 @@
 """States that are not this run's: another optimizer's, or with something missing, of another kind or not finite."""
 
+import copy
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,10 +64,6 @@ def spoil(path, how, zero: bool) -> None:
 
 
 def spoilt(stage: int, dtype: str) -> dict:
-    import copy
-    import shutil
-    from pathlib import Path
-
     with engine_for(config(stage, dtype=dtype)) as engine:
         train_step(engine, DATA[0])
         engine.save_checkpoint("saved", tag="whole")

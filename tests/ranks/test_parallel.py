@@ -2,13 +2,13 @@
 
 import deepspeed
 import pytest
-import torch
 from comparing import STEPS, TOLERANCE, dense, distances
 from deepspeed import comm as dist
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.utils import groups
 from launching import on_ranks
 from test_clipping import TIGHT
+from torch.distributed.nn.functional import all_gather
 from toys import Toy, batches
 from training import config, toy, whole_momenta, whole_weights
 
@@ -67,7 +67,7 @@ def over_sequences(stage: int) -> dict:
         for tokens, targets in batches(STEPS):
             tokens, targets = (part.chunk(dist.get_world_size(), dim=1)[dist.get_rank()] for part in (tokens, targets))
             own = engine(tokens, targets)
-            shares = torch.distributed.nn.functional.all_gather(own, group=parallel_state_sp.get_sequence_parallel_group())
+            shares = all_gather(own, group=parallel_state_sp.get_sequence_parallel_group())
             loss = sum(shares) / len(shares)
             engine.backward(loss)
             engine.step()
@@ -83,8 +83,8 @@ def over_sequences(stage: int) -> dict:
         parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
 
 
-# Stage 3 takes the mean over all ranks (reduce_scatter_coalesced), which is right for a loss that is gathered. The others
-# multiply it by the ranks of a sequence, which is right for a loss whose gradients are parts: twice as much here.
+# Stage 3 takes the mean over all ranks (reduce_scatter_coalesced), which is right for a loss that is gathered. The
+# others multiply it by the ranks of a sequence, which is right for a loss whose gradients are parts: twice as much here.
 SCALES = {0: 2.0, 1: 2.0, 2: 2.0, 3: 1.0}
 
 

@@ -1,4 +1,4 @@
-"""One optimizer after the other on one model without destroy(), and optimizers that were built outside of the engine."""
+"""One optimizer after another on one model without destroy(), and optimizers that were built outside of the engine."""
 
 import functools
 import json
@@ -252,7 +252,10 @@ def before_the_ranks(model, **options) -> MoFaSGD:
 
 
 OPTIONS = {"lr": 2e-3, "rank": 4, "exclude": ["down"], "adamw_betas": (0.9, 0.95)}
-SECTION = '"optimizer": {"type": "MoFaSGD", "params": {"lr": 0.002, "rank": 4, "exclude": ["down"], "adamw_betas": [0.9, 0.95]}}'
+SECTION = (
+    '"optimizer": {"type": "MoFaSGD", "params": '
+    '{"lr": 0.002, "rank": 4, "exclude": ["down"], "adamw_betas": [0.9, 0.95]}}'
+)
 
 
 def hand_over(stage: int, door: str) -> dict:
@@ -273,7 +276,8 @@ def hand_over(stage: int, door: str) -> dict:
     before = whole_weights(model)
     with pytest.raises(OptionError) as refused:
         deepspeed.initialize(model=model, optimizer=handed, config=settings)
-    return {"message": str(refused.value), "same": all(torch.equal(w, before[n]) for n, w in whole_weights(model).items())}
+    same = all(torch.equal(weight, before[name]) for name, weight in whole_weights(model).items())
+    return {"message": str(refused.value), "same": same}
 
 
 @on_ranks(hand_over, {"stage": 0, "door": "class"}, {"stage": 1, "door": "partial"}, {"stage": 2, "door": "both"},
@@ -327,7 +331,8 @@ def accelerate_door(stage: int, offload: bool) -> dict:
             state._reset_state()
 
 
-@on_ranks(accelerate_door, {"stage": 0, "offload": False}, {"stage": 2, "offload": True}, {"stage": 3, "offload": False})
+@on_ranks(accelerate_door, {"stage": 0, "offload": False}, {"stage": 2, "offload": True},
+          {"stage": 3, "offload": False})  # fmt: skip
 def test_accelerate_prepare_takes_no_optimizer_object(ran):
     for result in ran.ranks:
         assert SECTION in result["message"], result["message"]
