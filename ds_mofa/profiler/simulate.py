@@ -10,6 +10,7 @@ products' workspace (some tens of MB).
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import re
@@ -124,7 +125,7 @@ def simulate(
             model.get_input_embeddings().weight.requires_grad_(False)
         include = _head_names(model) if head == "matrix" else []
         options = {"explore": explore, "fused_head": fused_head, "include": include}
-        kinds, states = _prepare(model, optimizer, rank, options)
+        kinds, states, _kept = _prepare(model, optimizer, rank, options)
         for param in model.parameters():  # as in every micro-batch but the first
             if param.requires_grad and kinds[param] != "sketched":
                 param.grad = torch.empty_like(param)
@@ -168,27 +169,28 @@ def _head_names(model: nn.Module) -> list[str]:
 
 def _prepare(
     model: nn.Module, optimizer: str, rank: int, options: dict[str, Any]
-) -> tuple[dict[Tensor, str], list[Tensor]]:
+) -> tuple[dict[Tensor, str], list[Tensor], MoFaSGD | None]:
     """Attach what the optimizer attaches.
 
     Returns:
-        The kind of each parameter, "sketched" for MoFaSGD's matrices; and the tensors of the optimizer that backward
-        writes into, which no micro-batch allocates.
+        The kind of each parameter, "sketched" for MoFaSGD's matrices; the tensors of the optimizer that backward writes
+        into, which no micro-batch allocates; and the optimizer, which is attached for as long as it is kept.
     """
     split = split_parameters(model, model.parameters(), Options(lr=1.0, rank=1))
     matrices = {matrix.param for matrix in split.matrices}
     if optimizer == "MoFaSGD":
         try:
-            with warnings.catch_warnings():  # it notes addresses, which fake tensors lack, and does not use them here
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                # It notes addresses, which fake tensors lack, and does not use them here.
                 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
                 trained = MoFaSGD(model, lr=1.0, rank=rank, **options)
         except OptionError as error:
             raise PredictionError(str(error)) from error
         matrices = {matrix.param for matrix in trained.split.matrices}
         own = [trained.matrices.sketches, trained.matrices.working, trained.matrices.factors]
-        return {p: "sketched" if p in matrices else _other(p) for p in model.parameters()}, own
+        return {p: "sketched" if p in matrices else _other(p) for p in model.parameters()}, own, trained
     if optimizer != "LoRA":
-        return {p: "matrix" if p in matrices else _other(p) for p in model.parameters()}, []
+        return {p: "matrix" if p in matrices else _other(p) for p in model.parameters()}, [], None
     frozen = set(model.parameters())
     for p in frozen:
         p.requires_grad_(False)
@@ -196,7 +198,7 @@ def _prepare(
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and child.weight in matrices:
                 setattr(parent, name, _LoRALinear(child, rank))
-    return {p: "frozen" if p in frozen else "adapter" for p in model.parameters()}, []
+    return {p: "frozen" if p in frozen else "adapter" for p in model.parameters()}, [], None
 
 
 def _other(param: nn.Parameter) -> str:

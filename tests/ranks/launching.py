@@ -74,7 +74,7 @@ def cases(
     *some: dict[str, Any],
     world: Iterable[int] = (2,),
     after: Iterable[Case | None] = (None,),
-    where: Callable[..., bool] = lambda **arguments: True,
+    keeps: Callable[..., bool] = lambda **arguments: True,
     **axes: Iterable[Any],
 ) -> list[Case]:
     """Every combination of the arguments; see :func:`on_ranks`."""
@@ -85,7 +85,7 @@ def cases(
         for first in after
         for fixed in some or ({},)
         for values in itertools.product(*axes.values())
-        if where(world=size, **(arguments := {**fixed, **dict(zip(axes, values))}))
+        if keeps(world=size, **(arguments := {**fixed, **dict(zip(axes, values))}))
     ]
 
 
@@ -94,7 +94,7 @@ def on_ranks(
     *some: dict[str, Any],
     world: Iterable[int] = (2,),
     after: Iterable[Case | None] = (None,),
-    where: Callable[..., bool] = lambda **arguments: True,
+    keeps: Callable[..., bool] = lambda **arguments: True,
     **axes: Iterable[Any],
 ):
     """Parametrise a test, whose argument ``ran`` is a :class:`Ran`, by every combination of the axes.
@@ -104,10 +104,10 @@ def on_ranks(
         *some: arguments that do not combine freely, each with every combination of the axes.
         world: numbers of ranks.
         after: cases to run first, whose files the scene goes on from.
-        where: which of the combinations: called with ``world`` and the arguments by their names.
+        keeps: which of the combinations: called with ``world`` and the arguments by their names.
         **axes: values of each other argument.
     """
-    found = cases(scene, *some, world=world, after=after, where=where, **axes)
+    found = cases(scene, *some, world=world, after=after, keeps=keeps, **axes)
     parametrised = pytest.mark.parametrize("ran", found, ids=[case.id for case in found], indirect=True)
     patient = pytest.mark.timeout(1200)  # the first test of a world size waits for the scenes of all
     return lambda test: patient(parametrised(test))

@@ -67,13 +67,13 @@ def other_half(**values) -> bool:
     return not half(**values)
 
 
-@on_ranks(fp32, where=half, **AXES)
+@on_ranks(fp32, keeps=half, **AXES)
 def test_agrees_with_the_dense_reference(ran):
     assert_same(ran, dense())
 
 
 @pytest.mark.slow
-@on_ranks(fp32, where=other_half, **AXES)
+@on_ranks(fp32, keeps=other_half, **AXES)
 def test_agrees_with_the_dense_reference_in_the_other_half(ran):
     assert_same(ran, dense())
 
@@ -81,7 +81,7 @@ def test_agrees_with_the_dense_reference_in_the_other_half(ran):
 @pytest.mark.parametrize("axes", list(itertools.combinations(AXES, 3)), ids="-".join)
 @pytest.mark.parametrize("chosen", [half, other_half])
 def test_in_half_of_the_combinations_any_three_axes_meet_in_every_way(chosen, axes):
-    ran = [{"world": case.world, **json.loads(case.arguments)} for case in cases(fp32, where=chosen, **AXES)]
+    ran = [{"world": case.world, **json.loads(case.arguments)} for case in cases(fp32, keeps=chosen, **AXES)]
     met = {tuple(values[axis] for axis in axes) for values in ran}
     assert met == set(itertools.product(*(AXES[axis] for axis in axes))) and len(ran) == 24
 
