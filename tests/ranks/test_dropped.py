@@ -105,7 +105,6 @@ def looks(stage: int) -> dict:
     return {"with": looked_at(stage, True), "without": looked_at(stage, False)}
 
 
-@pytest.mark.xfail(reason="until the capture follows autograd")
 @on_ranks(looks, stage=[0, 1, 2, 3])
 def test_a_gradient_with_respect_to_an_activation_changes_nothing(ran):
     for result in ran.ranks:
