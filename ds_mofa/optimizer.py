@@ -71,6 +71,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"{title}(param_groups, model=model, ...)"
             )
         _refuse_several_processes(title)
+        if any(hasattr(param, "ds_tensor") for param in model.parameters()):
+            raise OptionError(
+                f"ZeRO stage 3 holds this model's weights in partitions, which {title} can train in an engine of that stage "
+                f'alone: use deepspeed.initialize with "optimizer": {{"type": "{title}"}} in the config'
+            )
         parsed, _ = self.options_class.from_config(options)
         split = split_parameters(model, params, parsed)
         ownership.release((matrix.param for matrix in split.matrices), to=f"another {title}")

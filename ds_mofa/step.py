@@ -303,7 +303,10 @@ class MatrixStep:
         counters = torch.zeros(2, dtype=torch.int64, device=device)
         problem = None
         if self.exchange.rank == 0:
-            problem = unpack(state or {}, layout, self.matrices, self.rule, flat, counters)
+            try:
+                problem = unpack(state or {}, layout, self.matrices, self.rule, flat, counters)
+            except Exception as error:  # whatever it is: the other ranks wait to be told
+                problem = f"the state could not be read ({type(error).__name__}: {error}). Use another checkpoint"
         self._agree(problem)
         self.exchange.broadcast(flat, 0)
         self.exchange.broadcast(counters, 0)

@@ -3,7 +3,6 @@
 import functools
 
 import deepspeed
-import pytest
 import torch
 from deepspeed import comm as dist
 from launching import on_ranks

@@ -541,3 +541,18 @@ def test_several_processes_that_came_after_the_build_are_refused_at_the_step(mon
     with pytest.raises(ValueError, match="several processes"):
         optimizer.step()
     assert distance(weights(net), before) == 0
+
+
+def test_a_model_in_partitions_is_refused():
+    torch.manual_seed(0)
+    net = Net()
+    net.first.weight.ds_tensor = torch.empty(0)  # as zero.Init leaves it
+    with pytest.raises(ValueError, match="stage 3.*deepspeed.initialize"):
+        MoFaSGD(net, rank=3)
+
+
+def test_whatever_is_wrong_with_a_state_is_told_to_all(monkeypatch):
+    _, optimizer = build()
+    monkeypatch.setattr("ds_mofa.step.unpack", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        optimizer.load_state_dict(optimizer.state_dict())
