@@ -165,6 +165,8 @@ class Gradients:
         self._factors: dict[int, tuple[Any, ...]] = {}  # of matrices that were scaled, not yet in the sketches
         self._norms: Tensor | None = None  # of the pending gradients, (matrices,), before the factors
         self._fresh = False  # whether a backward has added something since the last reduce
+        self._reduced: set[int] = set()  # the matrices that the pending sketches hold something of
+        self._stale = False  # whether the pending sketches have changed since they were measured
         for index, (matrix, sketch) in enumerate(zip(matrices.matrices, matrices.captured, strict=True)):
             sketch.grad = SketchedGradient(matrix.param, matrix.name, self, index)
         matrices.on_detach(functools.partial(_take_off, matrices.captured))
@@ -246,9 +248,10 @@ class Gradients:
 
     def _drop_reduced(self, index: int) -> None:
         self._factors.pop(index, None)
-        if self._step.pending:
+        if index in self._reduced:
+            self._reduced.remove(index)
             self._step.drop_pending_of(index)
-            self._norms = None
+            self._stale = True
 
     # ------------------------------------------------------------------ the step
 
@@ -270,8 +273,7 @@ class Gradients:
             if grad is None and sketch.filled and sketch.unmarked:
                 sketch.param.grad = sketch.grad
             elif grad is None:
-                if sketch.filled or self._step.pending:
-                    self.drop(index)
+                self.drop(index)
             elif grad is not sketch.grad:
                 sketch.open(sketch.Y, sketch.Z)
         self.reduce()
@@ -279,31 +281,37 @@ class Gradients:
     def reduce(self) -> None:
         """Have all that backwards have added in the pending sketches."""
         step = self._step
-        if step.pending:
-            if not self._fresh:
-                return
-            self.fold()
-        step.reduce(beside=step.pending)
-        for sketch in step.captured:
-            sketch.filled = sketch.unmarked = False
-        self._fresh, self._norms = False, None
+        if not step.pending or self._fresh:
+            self._fold()
+            step.reduce(beside=step.pending)
+            for index, sketch in enumerate(step.captured):
+                if sketch.filled:
+                    self._reduced.add(index)
+                    sketch.filled = sketch.unmarked = False
+            self._fresh = self._stale = False
+            self._norms = None
+        elif self._stale:
+            step.measure()
+            self._stale, self._norms = False, None
 
     def clip(self) -> Tensor | float:
         """The factor on every gradient; where factors differ they are folded into the sketches, and it is 1."""
         chains = [self._factors.get(i, ()) for i, sketch in enumerate(self._step.captured) if sketch.param.grad is not None]
         if any(not _same(chains[0], chain) for chain in chains):
-            self.fold()
+            self._fold()
+            self.reduce()
         return math.prod(chains[0]) if self._factors else 1.0
 
-    def fold(self) -> None:
+    def _fold(self) -> None:
         """Multiply the pending sketches by their factors."""
         if self._factors:
             self._step.scale_pending(self._factors)
-            self._factors, self._norms = {}, None
+            self._factors, self._stale = {}, True
 
     def forget(self) -> None:
-        """After a step: its factors and norms are of no use to the next."""
-        self._factors, self._norms = {}, None
+        """After a step: what is known of its gradient is of no use to the next."""
+        self._factors, self._norms, self._stale = {}, None, False
+        self._reduced.clear()
 
     def let_go(self) -> None:
         """Set every ``.grad`` to None and drop what they stand for."""

@@ -170,9 +170,10 @@ class MatrixStep:
         reduced.mul_(self.exchange.mean_scale / loss_scale)
         self.sketches.zero_()
         self._pending = reduced.add_(self._pending) if beside else reduced
-        self._measure()
+        self.measure()
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
+        """Take the norm of the pending gradients. Collective."""
         norm = self.exchange.sum(self.rule.square_norm(self.owner, self._pending, self.steps)).sqrt()
         self._norm, self._finite = torch.where(norm < _LARGEST_NORM, norm, math.inf), None
 
@@ -195,17 +196,15 @@ class MatrixStep:
         return torch.cat([square.double() for square in squares]).sqrt().to(self._pending.dtype)[self._places]
 
     def scale_pending(self, factors: Mapping[int, Sequence[Tensor | float]]) -> None:
-        """Multiply the pending gradient of each of these matrices by its factors. In one process."""
+        """Multiply the pending gradient of each of these matrices by its factors; :meth:`measure` then. In one process."""
         for index, some in factors.items():
             for view, factor in itertools.product(self.layout.views(self._pending, index)[:2], some):
                 view.mul_(factor)
-        self._measure()
 
     def drop_pending_of(self, index: int) -> None:
-        """Forget the pending gradient of one matrix. In one process."""
+        """Forget the pending gradient of one matrix; :meth:`measure` then. In one process."""
         for view in self.layout.views(self._pending, index):
             view.zero_()
-        self._measure()
 
     @property
     def finite(self) -> bool:

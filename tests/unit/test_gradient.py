@@ -556,3 +556,15 @@ def test_whatever_is_wrong_with_a_state_is_told_to_all(monkeypatch):
     monkeypatch.setattr("ds_mofa.step.unpack", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match="ZeroDivisionError"):
         optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_matrices_without_a_gradient_cost_a_clipped_step_no_measuring(monkeypatch):
+    net, optimizer = build()
+    warm(net, optimizer)
+    measured = []
+    measure = optimizer.matrices.measure
+    monkeypatch.setattr(optimizer.matrices, "measure", lambda: (measured.append(1), measure()))
+    net.second(torch.randn(5, 12, dtype=torch.float64)).square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    optimizer.step()
+    assert len(measured) == 1
