@@ -59,6 +59,7 @@ def register() -> None:
     _wrap("zero_grad", _zero_grad)
     _wrap("step", _step)
     _wrap("destroy", takeover.destroy)
+    _wrap("coalesce_grad_reduction", _coalesce_grad_reduction)
     _wrap("save_checkpoint", _save_checkpoint)
     _wrap("_commit_decoupled_checkpoint", _commit_decoupled_checkpoint)
     _wrap("load_checkpoint", _load_checkpoint)
@@ -282,6 +283,15 @@ def _load_zero_checkpoint(original, engine, load_dir, tag, load_optimizer_states
     if optimizer_of(engine) is not None and engine.load_universal_checkpoint():
         restore(engine, optimizer_of(engine), Path(load_dir) / str(tag), load_optimizer_states)
     return result
+
+
+@contextlib.contextmanager
+def _coalesce_grad_reduction(original, engine):
+    with original():
+        yield
+    mofa = optimizer_of(engine)
+    if mofa is not None:  # DeepSpeed has reduced them at the end: that .grad is None now is no drop
+        mofa.adamw_gradients.look()
 
 
 def _common_checkpoint_state(original, engine, module_state_dict, zero_optimizer_state, save_frozen_param):
