@@ -109,7 +109,7 @@ def on_ranks(
     """
     found = cases(scene, *some, world=world, after=after, keeps=keeps, **axes)
     parametrised = pytest.mark.parametrize("ran", found, ids=[case.id for case in found], indirect=True)
-    patient = pytest.mark.timeout(1200)  # the first test of a world size waits for the scenes of all
+    patient = pytest.mark.timeout(3600)  # the first test of a world size waits for the scenes of all
     return lambda test: patient(parametrised(test))
 
 
