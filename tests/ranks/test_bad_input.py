@@ -513,13 +513,26 @@ FULL = {
 
 
 def disk_full(what: str) -> dict:
-    def link() -> None:
+    """A save begins in a folder of its own: the full device is put there then, before the Trainer writes."""
+    from transformers import Trainer
+
+    method = "save_model" if what == "final model" else "_save_checkpoint"
+    save = getattr(Trainer, method)
+
+    def link_and_save(self, *args, **kwargs):
         path = Path(FULL[what][0])
-        path.parent.mkdir(parents=True)
-        path.symlink_to("/dev/full")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_symlink():
+            path.symlink_to("/dev/full")
+        return save(self, *args, **kwargs)
+
+    def patched() -> None:
+        patch = mock.patch.object(Trainer, method, link_and_save)
+        patch.start()
+        PATCHES.append(patch)
 
     saving = ["--save_strategy", "no" if what == "final model" else "steps", "--save_steps", "1"]
-    return outcome(command(*saving, before=link))
+    return outcome(command(*saving, before=patched))
 
 
 @on_ranks(disk_full, world=[1], what=list(FULL))
