@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ds_mofa import ownership
-from ds_mofa import sketch as sketching
+from ds_mofa.capture.attach import attach
 from ds_mofa.diagnostics import Report
 from ds_mofa.driver import RuleDriver
-from ds_mofa.head import FusedHead
+from ds_mofa.capture.head import FusedHead
+from ds_mofa.capture.queue import Queue
+from ds_mofa.capture.sketch import Sketch
 from ds_mofa.host_weights import write_wherever
 from ds_mofa.masters import Masters
 from ds_mofa.options import Options
@@ -73,7 +75,7 @@ class MatrixStep:
         exchange: the collectives.
         device: of the buffers.
         shard_of: this rank's part of a matrix; asked anew in every step.
-        gathered: see :func:`ds_mofa.sketch.attach`.
+        gathered: see :func:`ds_mofa.capture.attach.attach`.
         host: where to keep the fp32 state and masters; None for ``device``.
         head: to change the model by, where the options say ``fused_head``.
         rule: the maths; None for MoFaSGD's.
@@ -140,9 +142,9 @@ class MatrixStep:
         views = [
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
         ]
-        self._queue = sketching.Queue.serving(self.working, self.sketches, self.rule.columns)
-        self.captured = [sketching.Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
-        attachment = sketching.attach(self.matrices, self.captured, options.capture, gathered)
+        self._queue = Queue.serving(self.working, self.sketches, self.rule.columns)
+        self.captured = [Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
+        attachment = attach(self.matrices, self.captured, options.capture, gathered)
         self._undo.callback(attachment.remove)
         if head is not None:
             captured = zip(self.matrices, self.captured) if options.capture == "linear" else ()

@@ -18,7 +18,7 @@ from ds_mofa.deepspeed.replicated import replicated
 from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.diagnostics import Report
 from ds_mofa.galore import GaLore
-from ds_mofa.head import FusedHead
+from ds_mofa.capture.head import FusedHead
 from ds_mofa.optimizer import MatrixOptimizer, MoFaSGD
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import full_shape, split_parameters
