@@ -174,7 +174,7 @@ class RuleDriver:
         """:meth:`Rule.measures` of this rank's among ``count`` matrices, zero for the others', float64. Call it before
         :meth:`commit`. None where there are none.
         """
-        if self._measured is None or not self.rule.has_measures:
+        if self._measured is None:
             return None
         values = torch.zeros(count, len(MEASURES), dtype=torch.float64, device=updated.device)
         kept = zip(self._owner.kept(), self._owner.pieces(updated), self._measured.reused, strict=True)

@@ -51,7 +51,7 @@ from ds_mofa.rules.batch import Field, MatrixBatch, PlaceSigns
 from ds_mofa.rules.rule import Rule, State
 
 if TYPE_CHECKING:
-    from ds_mofa.galore import GaLoreOptions
+    from ds_mofa.options import GaLoreOptions
 
 __all__ = ["GaLoreRule", "basis_of"]
 

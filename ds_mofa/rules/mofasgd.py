@@ -37,11 +37,11 @@ class MoFaSGDRule(Rule):
     name = "MoFaSGD"
     can_fail = True
     norm_reads_state = True
-    has_measures = True
 
     def __init__(self, options: Options):
         super().__init__(options.rank, options.seed, signs=options.explore)
         self.summaries = 2 if options.balance else 0
+        self.diagnostics_every = options.diagnostics_every
         self._options = options
 
     @staticmethod

@@ -48,7 +48,7 @@ class Rule(abc.ABC):
         can_fail: :meth:`update` may raise a ``torch.linalg.LinAlgError``, which skips the step on every rank. Every
             field then needs a slot.
         norm_reads_state: :meth:`squared_norm` needs ``batch.state``.
-        has_measures: :meth:`measures` reports on an update.
+        diagnostics_every: optimizer steps between two reports of :meth:`measures`; 0 for none.
         summaries: how many numbers :meth:`summary` returns.
         redraws: test matrices of some step may still be in the working copies when a state is saved; a load draws them
             once more, and then calls :meth:`restore`.
@@ -58,7 +58,7 @@ class Rule(abc.ABC):
     can_fail: ClassVar[bool] = False
     norm_reads_state: ClassVar[bool] = False
     redraws: ClassVar[bool] = False
-    has_measures: ClassVar[bool] = False
+    diagnostics_every: int = 0
     summaries: int = 0
 
     def __init__(self, r: int, seed: int, signs: int = 0):
@@ -145,7 +145,7 @@ class Rule(abc.ABC):
 
     def measures(self, state: State, reused: Any, spectrum: Tensor, clip: float | Tensor) -> Tensor:
         """:data:`ds_mofa.diagnostics.MEASURES` (B, measures), float64, of a batch's update. It is asked where
-        :attr:`has_measures` is True.
+        :attr:`diagnostics_every` is not 0.
 
         Args:
             state: before the update, where it is kept, which may be the host.
