@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_mofa.backend import Backend
@@ -116,18 +115,15 @@ class Owner:
 
     def whole(self) -> Tensor | None:
         """Every rank's state on the CPU of the group's rank 0, gathered by slices; None elsewhere. Collective."""
-        world, segment, group = self._exchange.world_size, self.state_layout.segment, self._exchange.group
+        world, segment = self._exchange.world_size, self.state_layout.segment
         if world == 1:
             return self.state.cpu()
-        root = self._exchange.rank == 0
-        whole = self.state.new_empty(world, segment, device="cpu") if root else None
+        whole = self.state.new_empty(world, segment, device="cpu") if self._exchange.rank == 0 else None
         for first in range(0, segment, _SLICE):
-            mine = self.state[first : first + _SLICE].to(self._device)
-            parts = [torch.empty_like(mine) for _ in range(world)] if root else None
-            dist.gather(mine, parts, dst=dist.get_global_rank(group, 0), group=group)
-            if root:
+            parts = self._exchange.gather(self.state[first : first + _SLICE].to(self._device))
+            if parts is not None:
                 whole[:, first : first + _SLICE] = torch.stack([part.cpu() for part in parts])
-        return whole.view(-1) if root else None
+        return None if whole is None else whole.view(-1)
 
     def take(self, whole: Tensor) -> None:
         """This rank's segment of what :meth:`whole` has given."""

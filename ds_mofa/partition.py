@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NewType
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -150,6 +151,14 @@ class Exchange:
         if self.world_size > 1:
             dist.all_reduce(values, group=self.group)
         return values
+
+    def gather(self, part: Tensor) -> list[Tensor] | None:
+        """Every rank's ``part``, on the group's rank 0; None elsewhere."""
+        if self.world_size == 1:
+            return [part]
+        parts = [torch.empty_like(part) for _ in range(self.world_size)] if self.rank == 0 else None
+        dist.gather(part, parts, dst=dist.get_global_rank(self.group, 0), group=self.group)
+        return parts
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """``source`` is a rank of the group."""
