@@ -20,7 +20,7 @@ from packaging.version import Version
 
 from ds_mofa import ownership
 from ds_mofa.adamw_8bit import AdamW8bit
-from ds_mofa.deepspeed import checkpoints, takeover
+from ds_mofa.deepspeed import checkpoints, surface, takeover
 from ds_mofa.deepspeed.build import build_optimizer
 from ds_mofa.deepspeed.matrices import is_matrix
 from ds_mofa.deepspeed.replicated import wrap_replicated
@@ -95,7 +95,13 @@ def optimizer_of(engine: DeepSpeedEngine) -> MatrixOptimizer | None:
 
 
 def _wrap(name: str, replacement: Callable) -> None:
-    original = getattr(DeepSpeedEngine, name)
+    row = surface.row_of(surface.ENGINE, name)
+    original = getattr(DeepSpeedEngine, name, None)
+    if original is None:
+        raise AttributeError(
+            f"DeepSpeed {deepspeed.__version__} has no {row.owner}.{name}, which ds_mofa wraps ({row.why}). Install "
+            f"deepspeed=={TESTED[1]}"
+        )
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
