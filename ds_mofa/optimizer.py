@@ -16,7 +16,7 @@ from ds_mofa.absentees import Absentees
 from ds_mofa.adamw_8bit import AdamW8bit, check_states
 from ds_mofa.gradient import Gradients
 from ds_mofa.groups import check_rates
-from ds_mofa.head import FusedHead
+from ds_mofa.capture.head import FusedHead
 from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import Split, split_parameters
 from ds_mofa.partition import Exchange
