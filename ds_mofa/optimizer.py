@@ -352,7 +352,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
 
 def _signature(kind: type[MatrixOptimizer]) -> inspect.Signature:
-    """Of the constructor, with every option in the place of ``**options``."""
+    """The constructor's, with every option instead of ``**options``."""
     _, *own, _ = inspect.signature(MatrixOptimizer.__init__).parameters.values()
     return inspect.Signature([*own, *kind.options_class.keywords()])
 

@@ -118,7 +118,9 @@ def read_options(section: Mapping[str, Any]) -> tuple[OptimizerOptions, dict[str
     return options, passed_on
 
 
-def _adamw(engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]) -> torch.optim.Optimizer:
+def _adamw(
+    engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]
+) -> torch.optim.Optimizer:
     """Which of DeepSpeed's and torch's AdamWs the config asks for."""
     adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
     settings = {key: value for key, value in settings.items() if value is not None}
@@ -126,7 +128,9 @@ def _adamw(engine, groups: list[dict[str, Any]], options: OptimizerOptions, pass
     return adamw_class(groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
 
 
-def _adamw_8bit(engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]) -> AdamW8bit:
+def _adamw_8bit(
+    engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]
+) -> AdamW8bit:
     if passed_on:
         raise OptionError(
             f"{', '.join(passed_on)} chooses between DeepSpeed's AdamWs, and adamw_states='8bit' is none of them: remove "

@@ -1,4 +1,4 @@
-"""The table of what this package relies on in DeepSpeed, against the DeepSpeed that is installed and against the package.
+"""The table of what this package relies on in DeepSpeed, against the installed DeepSpeed and against the package itself.
 
 Everything is read from sources: decorators hide the signatures of some of DeepSpeed's methods, and the package's own
 stand over others.
@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def forms_of(row: Row) -> list[str]:
     """What DeepSpeed has under a row's name, in the words of the table; of a class also what its bases have."""
     owner = resolved(row.owner)
     if isinstance(owner, ModuleType):
-        return in_module(owner).get(row.name, [])
+        return list(in_module(owner, row.name))
     bases = owner.__mro__[:-1] if owner is not None else ()
     return [form for base in bases for form in in_class(base).get(row.name, [])]
 
@@ -72,21 +73,15 @@ def in_class(cls: type) -> dict[str, list[str]]:
     return forms
 
 
-@functools.cache
-def in_module(module: ModuleType) -> dict[str, list[str]]:
-    """{name: forms} of its functions, of what they look up in it, and of the attributes that they ask of any object."""
-    forms = defaultdict(list)
-    for node in ast.walk(tree(module)):
-        if isinstance(node, ast.Attribute):
-            forms[node.attr].append("attribute")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # getattr's
-            forms[node.value].append("attribute")
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            forms[node.id].append("name")
-    for node in tree(module).body:
-        if isinstance(node, ast.FunctionDef):
-            forms[node.name].insert(0, signature(node))
-    return forms
+def in_module(module: ModuleType, name: str) -> Iterator[str]:
+    """A function of it, a name that its functions call, an attribute that they ask of any object."""
+    for function in definitions(module, ast.FunctionDef, name):
+        yield signature(function)
+    source = inspect.getsource(module)
+    if re.search(rf"(?<![\w.]){name}\(", source):
+        yield "name"
+    if re.search(rf"\.{name}\b|([\"']){name}\1", source):  # in quotes: getattr's
+        yield "attribute"
 
 
 def definitions(module: ModuleType, kind: type, name: str) -> list:

@@ -1,8 +1,8 @@
 """Gradients are sent once a step.
 
-Stage 2 sends every micro-batch's gradients, so that no rank need hold all of them; one that every rank has a piece of it
-keeps whole all the same. With ``reduces_once`` they add up where autograd puts them until the step's last micro-batch,
-as in stage 1, which spares the others their all-reduce and the host its waits.
+DeepSpeed's stage 2 sends every micro-batch's gradients, so that no rank need hold all of them; but it keeps a gradient
+whole if every rank has a piece of it. With ``reduces_once`` gradients add up where autograd puts them until the step's
+last micro-batch, as in stage 1. That saves the other micro-batches their all-reduce, and the host its waits.
 """
 
 import torch

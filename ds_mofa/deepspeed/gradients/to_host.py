@@ -1,11 +1,11 @@
 """Gradients go to the host in pieces.
 
 With ``offload_optimizer`` DeepSpeed converts a whole gradient to fp32 on the GPU before it goes, 2.1 GB for an output
-head of 525 M parameters, and keeps a buffer there, as large as the largest parameter, in which what the host has added up
-comes back to the gradient of the next micro-batch. Here both go by pieces of 64 MiB at most, in the same stream and
-order, so each number is converted and added as it was. A gradient that the host has is gone at once, where DeepSpeed
-lets those of all but the last micro-batch live until the backward ends; and one that is larger than the bucket goes
-without the copy that DeepSpeed makes of it for its all-reduce, where one rank has nothing to reduce.
+head of 525 M parameters. It also keeps a buffer there, as large as the largest parameter: through it the sum that the
+host holds comes back, to be added to the next micro-batch's gradient. Here both go by pieces of 64 MiB at most, in the
+same stream and order, so each number is converted and added as it was. A gradient is freed as soon as the host has it;
+DeepSpeed lets those of all but the last micro-batch live until the backward ends. On one rank, which has nothing to
+reduce, a gradient larger than the bucket goes without the copy that DeepSpeed makes of it for its all-reduce.
 """
 
 import torch
