@@ -17,7 +17,7 @@ from ds_mofa.diagnostics import MEASURES
 from ds_mofa.factors import gradient_came
 from ds_mofa.kernels import triton_serves
 from ds_mofa.owner import Owner, Piece
-from ds_mofa.partition import Block, Exchange, Layout
+from ds_mofa.partition import Block, Exchange, FactorSegment, Layout, SketchSegment
 from ds_mofa.rules.batch import MatrixBatch
 from ds_mofa.rules.rule import Rule
 from ds_mofa.signs import SignColumns
@@ -44,8 +44,8 @@ class _Measured(NamedTuple):
 class RuleDriver:
     """One rule over one rank's matrices.
 
-    ``reduced`` is always this rank's segment of the mean sketches, and ``updated`` the same memory once
-    :meth:`update` has overwritten it. ``step`` counts the optimizer steps before the one at hand.
+    ``pending`` is this rank's segment of the mean sketches, and ``new`` the same memory once :meth:`update` has
+    overwritten it with factors. ``step`` counts the optimizer steps before the one at hand.
 
     Args:
         rule: the maths.
@@ -75,65 +75,66 @@ class RuleDriver:
 
     # ------------------------------------------------------------------ a step, in its order
 
-    def squared_norm(self, reduced: Tensor, step: int) -> Tensor:
+    def squared_norm(self, pending: SketchSegment, step: int) -> Tensor:
         """Squared norm of what the rule sees of this rank's gradients, 0-dim. NaN or Inf where a sketch holds one."""
         self.forget()
         if step == 0:
             if not self.rule.signs:
-                return reduced.square().sum() / 2  # E |G Omega|^2 = |G|^2, and the same of the other sketch
-            seen = (part.square().sum() for piece in self._owner.pieces(reduced) for part in self._sketches(piece))
-            return sum(seen, reduced.new_zeros(())) / 2 + 0 * reduced.sum()
-        passes: Iterable[list[Piece]] = ([piece] for piece in self._owner.pieces(reduced))
+                return pending.square().sum() / 2  # E |G Omega|^2 = |G|^2, and the same of the other sketch
+            seen = (part.square().sum() for piece in self._owner.pieces(pending) for part in self._sketches(piece))
+            return sum(seen, pending.new_zeros(())) / 2 + 0 * pending.sum()
+        passes: Iterable[list[Piece]] = ([piece] for piece in self._owner.pieces(pending))
         if self.rule.norm_reads_state:
-            passes = self._owner.passes(reduced)
+            passes = self._owner.passes(pending)
         self._measured = _Measured([], [], [])
         for piece in itertools.chain.from_iterable(passes):  # one after the other
             came = gradient_came(piece.Y, piece.Z)
             squares, reused = self.rule.squared_norm(self._batch(piece, came), step)
             for kept, value in zip(self._measured, (squares, came, reused), strict=True):
                 kept.append(value)
-        nothing = reduced.new_zeros((), dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
+        nothing = pending.new_zeros((), dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
         square = sum((squares.sum() for squares in self._measured.squares), nothing)
-        return square + 0 * reduced.sum() if self.rule.signs else square
+        return square + 0 * pending.sum() if self.rule.signs else square
 
-    def squared_norms(self, reduced: Tensor, step: int) -> list[Tensor]:
+    def squared_norms(self, pending: SketchSegment, step: int) -> list[Tensor]:
         """:meth:`squared_norm` of each matrix, (B,) for each of the owner's pieces. Call it after that method."""
         if step == 0:
-            sketches = (self._sketches(piece) for piece in self._owner.pieces(reduced))
+            sketches = (self._sketches(piece) for piece in self._owner.pieces(pending))
             return [sum(sketch.double().square().sum((-2, -1)) for sketch in pair) / 2 for pair in sketches]
         return self._measured.squares
 
-    def update(self, reduced: Tensor, step: int, clip: float | Tensor) -> None:
-        """Have the rule overwrite the sketches with what is to be published.
+    def update(self, pending: SketchSegment, step: int, clip: float | Tensor) -> FactorSegment:
+        """Have the rule overwrite the sketches with the factors to be published, and return these.
 
         Raises:
-            torch.linalg.LinAlgError: the state is as it was; ``reduced`` holds neither sketches nor factors.
+            torch.linalg.LinAlgError: the state is as it was; ``pending`` then holds neither sketches nor factors.
         """
         self._keep_previous(step)
         known = self._measured
         came = iter(known.came if known is not None else ())
         reused = iter(known.reused if known is not None else ())
         self._came = []
-        for pieces in self._passes(reduced, step):
+        for pieces in self._passes(pending, step):
             arrived = [next(came, None) for _ in pieces]
             arrived = [gradient_came(p.Y, p.Z) if one is None else one for p, one in zip(pieces, arrived)]
             batches = [self._batch(piece, one) for piece, one in zip(pieces, arrived)]
             self.rule.update(batches, [next(reused, None) for _ in pieces], step=step, clip=clip)
             self._came += arrived
+        return FactorSegment(pending)
 
-    def publish(self, updated: Tensor | None) -> None:
+    def publish(self, new: FactorSegment | None) -> None:
         """Write this rank's part of the working copies: left, right and coefficients. Collective.
 
         Args:
-            updated: None where :meth:`update` has raised: the coefficients are NaN then, which tells the other ranks by
+            new: None where :meth:`update` has raised: the coefficients are NaN then, which tells the other ranks by
                 the all-gather that is made anyway.
         """
-        total = self._total(updated)
-        if updated is None:
+        total = self._total(new)
+        if new is None:
             for block in self._owner.blocks:
                 block.views(self._working)[2].fill_(math.nan)
             return
-        for piece, came in zip(self._owner.pieces(updated), self._came or itertools.repeat(None)):
+        for piece, came in zip(self._owner.pieces(new), self._came or itertools.repeat(None)):
             left, right, published = piece.part.views(self._working)
             left.copy_(piece.Y)
             right.copy_(piece.Z)
@@ -154,14 +155,14 @@ class RuleDriver:
             for value, slot in zip(piece.state, self._slots(piece), strict=True):
                 slot.copy_(value)
         self._came = None
-        self.publish(kept)
+        self.publish(FactorSegment(kept))
 
-    def commit(self, updated: Tensor) -> None:
+    def commit(self, new: FactorSegment) -> None:
         """The step is certain: store what belongs to the state."""
         if self._committed_whole:
-            self._owner.keep(updated)
+            self._owner.keep(new)
         elif any(field.slot is not None for field in self._fields):
-            for piece in itertools.chain.from_iterable(self._owner.passes(updated, back=True)):
+            for piece in itertools.chain.from_iterable(self._owner.passes(new, back=True)):
                 for value, slot in zip(piece.state, self._slots(piece), strict=True):
                     if slot is not None:
                         value.copy_(slot)
@@ -170,16 +171,16 @@ class RuleDriver:
         """Drop what :meth:`squared_norm` has kept for :meth:`update`, and what that has for :meth:`publish`."""
         self._measured = self._came = None
 
-    def measures(self, updated: Tensor, clip: float | Tensor, count: int) -> Tensor | None:
+    def measures(self, new: FactorSegment, clip: float | Tensor, count: int) -> Tensor | None:
         """:meth:`Rule.measures` of this rank's among ``count`` matrices, zero for the others', float64. Call it before
         :meth:`commit`. None where there are none.
         """
         if self._measured is None:
             return None
-        values = torch.zeros(count, len(MEASURES), dtype=torch.float64, device=updated.device)
-        kept = zip(self._owner.kept(), self._owner.pieces(updated), self._measured.reused, strict=True)
+        values = torch.zeros(count, len(MEASURES), dtype=torch.float64, device=new.device)
+        kept = zip(self._owner.kept(), self._owner.pieces(new), self._measured.reused, strict=True)
         for (part, state), piece, reused in kept:
-            members = torch.tensor(part.members, device=updated.device)
+            members = torch.tensor(part.members, device=new.device)
             values[members] = self.rule.measures(state, reused, piece.spectrum, clip)
         return values
 
@@ -229,11 +230,11 @@ class RuleDriver:
 
     # ------------------------------------------------------------------ parts
 
-    def _passes(self, reduced: Tensor, step: int) -> Iterator[list[Piece]]:
+    def _passes(self, pending: SketchSegment, step: int) -> Iterator[list[Piece]]:
         """What :meth:`Rule.update` gets at a time. Before the first step there is no state to read."""
         if step == 0 and not self._in_place:
-            return ([piece] for piece in self._owner.pieces(reduced))
-        return self._owner.passes(reduced, back=self._in_place)
+            return ([piece] for piece in self._owner.pieces(pending))
+        return self._owner.passes(pending, back=self._in_place)
 
     def _batch(self, piece: Piece, came: Tensor) -> MatrixBatch:
         part = piece.part
@@ -259,13 +260,13 @@ class RuleDriver:
             if kept is not None:
                 self._previous[block.offset] = kept.clone()
 
-    def _total(self, updated: Tensor | None) -> Tensor | None:
+    def _total(self, new: FactorSegment | None) -> Tensor | None:
         """The sum of the rule's summaries over all matrices; None where it has none. Collective."""
         if not self.rule.summaries:
             return None
         total = torch.zeros(self.rule.summaries, dtype=torch.float64, device=self._working.device)
-        if updated is not None:
-            for i, piece in enumerate(self._owner.pieces(updated)):
+        if new is not None:
+            for i, piece in enumerate(self._owner.pieces(new)):
                 came = torch.ones_like(piece.spectrum[:, 0], dtype=torch.bool) if self._came is None else self._came[i]
                 total += self.rule.summary(piece.spectrum, came)
         return self._exchange.sum(total)

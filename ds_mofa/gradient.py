@@ -167,7 +167,7 @@ class Gradients:
         self._fresh = False  # whether a backward has added something since the last reduce
         self._reduced: set[int] = set()  # the matrices that the pending sketches hold something of
         self._stale = False  # whether the pending sketches have changed since they were measured
-        for index, (matrix, sketch) in enumerate(zip(matrices.matrices, matrices.captured, strict=True)):
+        for index, (matrix, sketch) in enumerate(zip(matrices.members, matrices.captured, strict=True)):
             sketch.grad = SketchedGradient(matrix.param, matrix.name, self, index)
         matrices.on_detach(functools.partial(_take_off, matrices.captured))
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ds_mofa import ownership
 from ds_mofa.absentees import Absentees
 from ds_mofa.adamw_8bit import AdamW8bit, check_states
+from ds_mofa.backend import OneProcess
+from ds_mofa.capture.head import FusedHead
 from ds_mofa.gradient import Gradients
 from ds_mofa.groups import check_rates
-from ds_mofa.capture.head import FusedHead
 from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import Split, split_parameters
-from ds_mofa.partition import Exchange
 from ds_mofa.phases import phase
 from ds_mofa.rules.rule import Rule
 from ds_mofa.state import adamw_misfit, whole_misfit
@@ -95,7 +95,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if split.adamw_groups:
             adamw = _plain_adamw(split.adamw_groups, parsed, device)
         rule = self.rule_class(parsed)
-        matrices = MatrixStep(split.matrices, parsed, exchange=Exchange(), device=device, head=head, rule=rule)
+        matrices = MatrixStep(split.matrices, parsed, rule, OneProcess(device), head=head)
         self._assemble(split, parsed, adamw, matrices, Gradients(matrices))
         self._model = weakref.ref(model)
         self._absentees.begin(model)
@@ -230,7 +230,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._gradients is not None:
             self._clip = self._gradients.clip()
         ours = self.matrices.norm.float() * self._clip
-        norm = torch.linalg.vector_norm(torch.stack([ours, *map(torch.linalg.vector_norm, grads)]))
+        norm = torch.linalg.vector_norm(torch.stack([ours, *self.matrices.backend.norms(grads)]))
         clip = clip_factor(norm, max_norm)
         for grad in grads:
             grad.mul_(clip)

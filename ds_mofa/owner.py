@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_mofa.partition import Exchange, Layout
+from ds_mofa.backend import Backend
+from ds_mofa.partition import FactorSegment, Layout, SketchSegment
 from ds_mofa.rules.rule import Rule
-from ds_mofa.staging import HostMemory, Staging
+from ds_mofa.staging import Staging
 from ds_mofa.subbatches import Part, split
 
 __all__ = ["Owner", "Piece"]
@@ -26,9 +27,9 @@ class Piece(NamedTuple):
     Attributes:
         part: which.
         state: the rule's tensors of them, on the device; empty where they were not asked for.
-        Y: (B, m, R), the reduced sketch G V, of as many columns as the rule says.
-        Z: (B, n, R), G^T U.
-        spectrum: (B, R), room beside them.
+        Y: (B, m, R), the mean sketch, or the new left.
+        Z: (B, n, R), likewise, or the new right.
+        spectrum: (B, R), room beside the sketches, or the new spectrum.
     """
 
     part: Part
@@ -45,10 +46,8 @@ class Owner:
         places: (shape, param group) of every matrix.
         rule: what is kept of each.
         update_bytes: bound on the temporaries of a sub-batch.
-        exchange: the collectives.
+        backend: which ranks share them, where the state is worked on, and where it is kept.
         dtype: of the state.
-        device: where it is worked on.
-        host: where it is kept; None for ``device``.
         staging: the way between the two.
 
     Attributes:
@@ -65,46 +64,41 @@ class Owner:
         rule: Rule,
         update_bytes: float,
         *,
-        exchange: Exchange,
+        backend: Backend,
         dtype: torch.dtype,
-        device: torch.device,
-        host: HostMemory | None,
         staging: Staging,
     ):
+        exchange = backend.exchange
         self.layout = Layout(places, rule.columns, exchange.world_size)
         self.state_layout = Layout(places, rule.r, exchange.world_size, rule.field_shapes)
         self.blocks = self.layout.owned_by(exchange.rank)
         self.sub_batches = split(self.blocks, update_bytes)
         states = dict(zip(self.blocks, self.state_layout.owned_by(exchange.rank), strict=True))
         self._states = [[Part(states[p.block], p.first, p.last) for p in parts] for parts in self.sub_batches]
-        self._exchange, self._device, self._host, self._staging = exchange, device, host, staging
+        self._exchange, self._device, self._host, self._staging = exchange, backend.device, backend.host, staging
         self._start = exchange.rank * self.layout.segment
         self._state_start = exchange.rank * self.state_layout.segment
-        self.state = self.zeros(self.state_layout.segment, dtype, device)
+        self.state = self.zeros(self.state_layout.segment, dtype, backend.device)
 
     def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for what offloading moves to the host, or on ``device``."""
         return torch.zeros(numel, dtype=dtype, device=device) if self._host is None else self._host.zeros(numel, dtype)
 
-    def passes(self, reduced: Tensor, *, back: bool = False) -> Iterator[list[Piece]]:
+    def passes(self, segment: SketchSegment | FactorSegment, *, back: bool = False) -> Iterator[list[Piece]]:
         """The pieces of each sub-batch in turn. Of offloaded state only the current sub-batch's is on the device.
 
         Args:
-            reduced: this rank's segment of the reduced sketches.
+            segment: of this rank, of the sketches or of what is made of them.
             back: keep what has been written into the state. Exhaust the iterator then.
         """
         for parts, states in zip(self.sub_batches, self._states_here(back), strict=True):
-            yield [Piece(part, tuple(state), *self.sketches(part, reduced)) for part, state in zip(parts, states)]
+            yield [Piece(part, tuple(state), *part.views(segment, self._start)) for part, state in zip(parts, states)]
 
-    def pieces(self, reduced: Tensor) -> Iterator[Piece]:
+    def pieces(self, segment: SketchSegment | FactorSegment) -> Iterator[Piece]:
         """All pieces, without their state."""
         for parts in self.sub_batches:
             for part in parts:
-                yield Piece(part, (), *self.sketches(part, reduced))
-
-    def sketches(self, part, flat: Tensor) -> tuple[Tensor, ...]:
-        """Left, right and spectrum of a part or block of this rank's, in its segment of a buffer."""
-        return part.views(flat, self._start)
+                yield Piece(part, (), *part.views(segment, self._start))
 
     def kept(self, flat: Tensor | None = None) -> Iterator[tuple[Part, tuple[Tensor, ...]]]:
         """Each piece's state where it is kept, or in ``flat``, of the same layout."""

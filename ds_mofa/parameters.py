@@ -18,16 +18,17 @@ __all__ = ["Frozen", "Leftover", "Matrix", "Split", "split_parameters", "full_sh
 
 @dataclasses.dataclass(eq=False)
 class Matrix:
-    """A 2-D weight whose momentum is kept as factors.
+    """A 2-D weight whose momentum is kept as factors: a parameter, or one slice of a stack of them.
 
     Attributes:
-        name: the parameter's name in the model.
+        name: the parameter's name in the model; of a slice, one that tells it from the others.
         param: the parameter itself; under ZeRO stage 3 it may be released, so ask ``shape`` for its shape.
         shape: (m, n), of the whole matrix.
         modules: every module that holds the parameter (two, where weights are tied).
         group: index of the param group that it came from: lr and weight decay.
         index: position among all matrices; keys the rounding and the start.
         transposed: the weight is n x m of a linear map from m to n, as in the Conv1D of transformers' GPT-2.
+        part: e, where the matrix is param[e] of a stacked (E, m, n) parameter; None where it is all of ``param``.
     """
 
     name: str
@@ -37,6 +38,17 @@ class Matrix:
     group: int
     index: int
     transposed: bool = False
+    part: int | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix itself, (m, n), detached; only where the parameter is whole."""
+        return self.param.data if self.part is None else self.param.data[self.part]
+
+    @property
+    def start(self) -> int:
+        """Index of its first element in the parameter, row-major."""
+        return 0 if self.part is None else self.part * math.prod(self.shape)
 
     @property
     def map_shape(self) -> tuple[int, int]:

@@ -4,7 +4,7 @@ Sketches (Y, Z) and working copies (U, V, coefficients) are flat buffers of one 
 of one owner, all those of one shape beside each other:
 
     segment of owner 0                          segment of owner 1
-    [ left (B, m, r) | right (B, n, r) | core (B, r) ][ next shape ... ][ padding ][ ...
+    [ left (B, m, r) | right (B, n, r) | spectrum (B, r) ][ next shape ... ][ padding ][ ...
 
 so one reduce-scatter gives every owner its sketches, one all-gather gives every rank all factors, and the
 update sees all matrices of one shape as one batch without a copy. What an owner keeps between steps lies likewise, in
@@ -15,19 +15,23 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import NewType
 
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Block", "Layout", "Exchange", "Shapes", "exchanged"]
+__all__ = ["Block", "Exchange", "FactorSegment", "Layout", "Shapes", "SketchSegment", "exchanged"]
 
 Shapes = tuple[tuple[int, ...], ...]
+# One owner's part of a flat buffer: Y, Z and room for a spectrum; or the left, right and spectrum made of them.
+SketchSegment = NewType("SketchSegment", Tensor)
+FactorSegment = NewType("FactorSegment", Tensor)
 
 _ALIGNMENT = 128  # elements; keeps every view 256-byte aligned in 16-bit buffers
 
 
 def exchanged(m: int, n: int, r: int) -> Shapes:
-    """Shapes of what one m x n matrix has in the buffers that are sent: left, right and core."""
+    """Shapes of what one m x n matrix has in the buffers that are sent: left, right and spectrum."""
     return (m, r), (n, r), (r,)
 
 
@@ -58,7 +62,7 @@ class Block:
         return len(self.members) * sum(map(math.prod, self.tensors))
 
     def views(self, flat: Tensor, start: int = 0) -> tuple[Tensor, ...]:
-        """left (B, m, r), right (B, n, r) and core (B, r), or what else ``tensors`` says, of a flat buffer that begins
+        """left (B, m, r), right (B, n, r) and spectrum (B, r), or what else ``tensors`` says, of a flat buffer that begins
         at element ``start``.
         """
         B = len(self.members)
@@ -110,7 +114,7 @@ class Layout:
         return [block for block in self.blocks if block.owner == owner]
 
     def views(self, flat: Tensor, index: int) -> tuple[Tensor, ...]:
-        """left (m, r), right (n, r) and core (r,), or what else ``tensors`` says, of one matrix in a whole buffer."""
+        """left (m, r), right (n, r) and spectrum (r,), or what else ``tensors`` says, of one matrix in a whole buffer."""
         block, i = self._place[index]
         return tuple(view[i] for view in block.views(flat))
 
@@ -128,13 +132,13 @@ class Exchange:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
 
-    def reduce_scatter(self, flat: Tensor, segment: int) -> Tensor:
+    def reduce_scatter(self, flat: Tensor, segment: int) -> SketchSegment:
         """The sum over ranks of this rank's segment of ``flat``, as a new tensor."""
         if self.world_size == 1:
-            return flat.clone()
+            return SketchSegment(flat.clone())
         out = flat.new_empty(segment)
         dist.reduce_scatter_tensor(out, flat, group=self.group)
-        return out
+        return SketchSegment(out)
 
     def all_gather(self, flat: Tensor, segment: int) -> None:
         """Fill ``flat`` with every rank's segment; this rank's own lies in it already."""

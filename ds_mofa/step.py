@@ -1,8 +1,7 @@
 """One optimizer step of all matrices: reduce the sketches, update the owners' state, gather, write the weights.
 
-This is the core that every backend and every update rule share. It knows a process group through
-:class:`~ds_mofa.partition.Exchange`, the weights through a function that gives this rank's shard of a matrix, and the
-maths through a :class:`~ds_mofa.rules.rule.Rule`; it does not know DeepSpeed.
+This is the core that every backend and every update rule share. It knows other processes and the weights through a
+:class:`~ds_mofa.backend.Backend`, and the maths through a :class:`~ds_mofa.rules.rule.Rule`.
 """
 
 import contextlib
@@ -17,26 +16,26 @@ import torch
 from torch import Tensor
 
 from ds_mofa import ownership
+from ds_mofa.backend import Backend
 from ds_mofa.capture.attach import attach
-from ds_mofa.diagnostics import Report
-from ds_mofa.driver import RuleDriver
 from ds_mofa.capture.head import FusedHead
 from ds_mofa.capture.queue import Queue
 from ds_mofa.capture.sketch import Sketch
+from ds_mofa.diagnostics import Report
+from ds_mofa.driver import RuleDriver
 from ds_mofa.host_weights import write_wherever
 from ds_mofa.masters import Masters
-from ds_mofa.options import Options
+from ds_mofa.options import OptimizerOptions
 from ds_mofa.owner import Owner
 from ds_mofa.parameters import Matrix
-from ds_mofa.partition import Exchange
+from ds_mofa.partition import FactorSegment, SketchSegment
 from ds_mofa.phases import phase
-from ds_mofa.rules.mofasgd import MoFaSGDRule
 from ds_mofa.rules.rule import Rule
-from ds_mofa.staging import HostMemory, Staging
+from ds_mofa.staging import Staging
 from ds_mofa.state import packed, unpack
-from ds_mofa.weights import Rounding, Shard
+from ds_mofa.weights import Rounding
 
-__all__ = ["MatrixStep", "full_fp32", "whole_matrix"]
+__all__ = ["MatrixStep", "full_fp32"]
 
 _LARGEST_NORM = 1e18  # the square of more overflows in fp32, in which DeepSpeed adds the norms up
 _NO_NUMBER = (
@@ -51,11 +50,6 @@ _NO_FACTORS = (
 logger = logging.getLogger("ds_mofa")
 
 
-def whole_matrix(matrix: Matrix) -> Shard:
-    """The shard of a rank that holds all of W."""
-    return Shard(matrix.param.data.view(-1))
-
-
 class MatrixStep:
     """Sketches, working copies and owners' state of all matrices, and the step that moves them.
 
@@ -65,25 +59,22 @@ class MatrixStep:
     temporaries. With ``options.explore`` = k all but the state has r + k columns in the place of r, and k (m + n) / 4
     bytes a matrix hold the random signs.
 
-    With ``host`` the fp32 state and masters lie there. The state of one sub-batch after the other is read through two
+    With ``backend.host`` the fp32 state and masters lie there. The state of one sub-batch after the other is read through two
     buffers, less than a quarter of ``update_bytes`` each for MoFaSGD; masters, and weights that the backend keeps on
     the host, are written through two of ``host_weights.CHUNK_BYTES``.
 
     Args:
         matrices: what to train.
         options: of the optimizer.
-        exchange: the collectives.
-        device: of the buffers.
-        shard_of: this rank's part of a matrix; asked anew in every step.
-        gathered: see :func:`ds_mofa.capture.attach.attach`.
-        host: where to keep the fp32 state and masters; None for ``device``.
+        rule: the maths.
+        backend: where the weights lie, and how processes reach each other.
         head: to change the model by, where the options say ``fused_head``.
-        rule: the maths; None for MoFaSGD's.
 
     The matrices are this object's until :meth:`detach`, until another one is built over any of them, or until it is
     garbage: then the model is as it was before.
 
     Attributes:
+        members: the matrices.
         factors: this rank's segment of the rule's state, flat.
         driver: of the rule, over them.
         captured: the sketch of each matrix.
@@ -93,40 +84,34 @@ class MatrixStep:
     def __init__(
         self,
         matrices: Sequence[Matrix],
-        options: Options,
+        options: OptimizerOptions,
+        rule: Rule,
+        backend: Backend,
         *,
-        exchange: Exchange,
-        device: torch.device,
-        shard_of: Callable[[Matrix], Shard] = whole_matrix,
-        gathered=None,
-        host: HostMemory | None = None,
         head: FusedHead | None = None,
-        rule: Rule | None = None,
     ):
         self._undo = contextlib.ExitStack()  # what puts the model back; it must not keep this object alive
         self.claim = ownership.claim(
             options.title, {matrix.param: matrix.name for matrix in matrices}, self._undo.close
         )
         weakref.finalize(self, self._undo.close).atexit = False
-        self.matrices, self.options, self.exchange, self._shard_of = list(matrices), options, exchange, shard_of
-        self.rule = MoFaSGDRule(options) if rule is None else rule
-        self._device, self._staging = device, Staging(device)
+        self.members, self.options, self.rule = list(matrices), options, rule
+        self.backend, self.exchange = backend, backend.exchange
+        self._device, self._staging = backend.device, Staging(backend.device)
         compute = _compute_dtype(matrices)
         exact = torch.float64 if compute == torch.float64 else torch.float32
         self.owner = Owner(
             [(matrix.shape, matrix.group) for matrix in matrices],
             self.rule,
             options.update_bytes,
-            exchange=exchange,
+            backend=backend,
             dtype=exact,
-            device=device,
-            host=host,
             staging=self._staging,
         )
         self.layout, self.factors = self.owner.layout, self.owner.state
-        self.sketches = torch.zeros(self.layout.numel, dtype=exact, device=device)
-        self.working = torch.zeros(self.layout.numel, dtype=compute, device=device)
-        self._pending: Tensor | None = None
+        self.sketches = torch.zeros(self.layout.numel, dtype=exact, device=self._device)
+        self.working = torch.zeros(self.layout.numel, dtype=compute, device=self._device)
+        self._pending: SketchSegment | None = None
         self._norm: Tensor | None = None
         self._finite: bool | None = None
         self._places: Tensor | None = None  # of each matrix among the owner's pieces, for :meth:`norms`
@@ -134,20 +119,22 @@ class MatrixStep:
         self.skipped = 0
         self.report: Report | None = None  # the last one
         self.on_report: Callable[[Report], None] | None = None
-        self.driver = RuleDriver(self.rule, self.owner, self.working, exchange, options.update_bytes)
+        self.driver = RuleDriver(rule, self.owner, self.working, self.exchange, options.update_bytes)
         self.driver.prepare(self.steps)
 
-        self.masters = Masters(options.master_weights, self.matrices, exchange, device, shard_of, self.owner.zeros)
+        self.masters = Masters(
+            options.master_weights, self.members, self.exchange, self._device, backend.shard_of, self.owner.zeros
+        )
 
         views = [
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
         ]
         self._queue = Queue.serving(self.working, self.sketches, self.rule.columns)
         self.captured = [Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
-        attachment = attach(self.matrices, self.captured, options.capture, gathered)
+        attachment = attach(self.members, self.captured, options.capture, backend.gathered)
         self._undo.callback(attachment.remove)
         if head is not None:
-            captured = zip(self.matrices, self.captured) if options.capture == "linear" else ()
+            captured = zip(self.members, self.captured) if options.capture == "linear" else ()
             head.attach(next((sketch for matrix, sketch in captured if matrix.param is head.weight), None))
             self._undo.callback(head.remove)
 
@@ -197,7 +184,7 @@ class MatrixStep:
         if self._places is None:  # once: the host waits for the copy
             members = itertools.chain.from_iterable(piece.part.members for piece in self.owner.pieces(self._pending))
             places = {index: place for place, index in enumerate(members)}
-            self._places = torch.tensor([places[i] for i in range(len(self.matrices))], device=self._device)
+            self._places = torch.tensor([places[i] for i in range(len(self.members))], device=self._device)
         return torch.cat([square.double() for square in squares]).sqrt().to(self._pending.dtype)[self._places]
 
     def scale_pending(self, factors: Mapping[int, Sequence[Tensor | float]]) -> None:
@@ -233,9 +220,9 @@ class MatrixStep:
             groups: the matrix param groups, for ``lr`` and ``weight_decay``.
             clip: factor on the gradient, <= 1, from clipping by the global norm.
         """
-        new = self._pending
         with phase("factor update"), full_fp32():
-            self.driver.publish(new if self._updated(new, clip) else None)
+            new = self._updated(self._pending, clip)
+            self.driver.publish(new)
         self._pending = None
         with phase("gather"):
             self.exchange.all_gather(self.working, self.layout.segment)
@@ -291,7 +278,7 @@ class MatrixStep:
         if flat is None:
             return {}
         layout = self.owner.state_layout
-        return packed(flat, layout, self.matrices, self.rule, steps=self.steps, skipped=self.skipped)
+        return packed(flat, layout, self.members, self.rule, steps=self.steps, skipped=self.skipped)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -308,7 +295,7 @@ class MatrixStep:
         problem = None
         if self.exchange.rank == 0:
             try:
-                problem = unpack(state or {}, layout, self.matrices, self.rule, flat, counters)
+                problem = unpack(state or {}, layout, self.members, self.rule, flat, counters)
             except Exception as error:  # whatever it is: the other ranks wait to be told
                 problem = f"the state could not be read ({type(error).__name__}: {error}). Use another checkpoint"
         self._agree(problem)
@@ -328,18 +315,17 @@ class MatrixStep:
 
     # ------------------------------------------------------------------ parts
 
-    def _updated(self, pending: Tensor, clip: float | Tensor) -> bool:
-        """Have the rule work on the pending sketches.
+    def _updated(self, pending: SketchSegment, clip: float | Tensor) -> FactorSegment | None:
+        """Have the rule turn the pending sketches into factors, in their memory.
 
         Returns:
-            False if torch.linalg failed to converge; ``pending`` then holds neither sketches nor factors.
+            None if torch.linalg failed to converge; ``pending`` then holds neither.
         """
         try:
-            self.driver.update(pending, self.steps, clip)
+            return self.driver.update(pending, self.steps, clip)
         except torch.linalg.LinAlgError as error:
             logger.warning("ds_mofa: rank %d: %s", self.exchange.rank, error)
-            return False
-        return True
+            return None
 
     def _roll_back(self) -> None:
         """Make the working copies what they were before the rule's results were published. Collective."""
@@ -354,12 +340,12 @@ class MatrixStep:
         every = self.rule.diagnostics_every
         return every > 0 and (self.steps + 1) % every == 0
 
-    def _report(self, new: Tensor, clip: float | Tensor) -> Report | None:
+    def _report(self, new: FactorSegment, clip: float | Tensor) -> Report | None:
         """Measure this rank's matrices, and give every rank the measures of all. Collective."""
-        values = self.driver.measures(new, clip, len(self.matrices))
+        values = self.driver.measures(new, clip, len(self.members))
         if values is None:
             return None
-        names = [matrix.name for matrix in self.matrices]
+        names = [matrix.name for matrix in self.members]
         return Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))
 
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -369,13 +355,13 @@ class MatrixStep:
             lr, weight_decay = float(groups[part.block.group]["lr"]), float(groups[part.block.group]["weight_decay"])
             first = 0
             # One shape is not one orientation: beside a Conv1D's weight may lie that of a linear the other way round.
-            factors = [self.rule.lr_factor(*self.matrices[index].map_shape) for index in part.members]
+            factors = [self.rule.lr_factor(*self.members[index].map_shape) for index in part.members]
             for factor, run in itertools.groupby(factors):
                 some = slice(first, first + len(list(run)))
                 first, members = some.stop, part.members[some]
                 write_wherever(
                     self._staging,
-                    [self._shard_of(self.matrices[index]) for index in members],
+                    [self.backend.shard_of(self.members[index]) for index in members],
                     U[some],
                     V[some],
                     coefficients[some],

@@ -28,7 +28,7 @@ class Part:
         return self.block.members[self.first : self.last]
 
     def views(self, flat: Tensor, start: int = 0) -> tuple[Tensor, ...]:
-        """left (B, m, r), right (B, n, r) and core (B, r), as :meth:`ds_mofa.partition.Block.views`."""
+        """left (B, m, r), right (B, n, r) and spectrum (B, r), as :meth:`ds_mofa.partition.Block.views`."""
         return tuple(view[self.first : self.last] for view in self.block.views(flat, start))
 
 

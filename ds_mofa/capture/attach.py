@@ -41,7 +41,7 @@ def attach(
                 capture = next((one for one in CAPTURES if one.serves(module, matrix)), None)
                 if capture is not None:
                     attachment.add(capture.attach(module, matrix, sink, gathered))
-            attachment.add(attach_hook(matrix.param, sink))
+            attachment.add(attach_hook(matrix, sink))
     except OptionError:
         attachment.remove()
         raise

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from torch import nn
 
 from ds_mofa.capture.sink import Sink
+from ds_mofa.parameters import Matrix
 from ds_mofa.phases import phase
 
 __all__ = ["attach_hook"]
 
 
-def attach_hook(param: nn.Parameter, sink: Sink) -> Callable[[], None]:
+def attach_hook(matrix: Matrix, sink: Sink) -> Callable[[], None]:
     """Put what autograd accumulates into ``param.grad`` into the sink, and return what undoes that."""
 
     def hook(param: nn.Parameter) -> None:
@@ -22,4 +23,4 @@ def attach_hook(param: nn.Parameter, sink: Sink) -> Callable[[], None]:
             with phase("capture"):
                 sink.take(grad)
 
-    return param.register_post_accumulate_grad_hook(hook).remove
+    return matrix.param.register_post_accumulate_grad_hook(hook).remove

@@ -11,19 +11,17 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from ds_mofa.adamw_8bit import AdamW8bit
+from ds_mofa.capture.head import FusedHead
 from ds_mofa.deepspeed import takeover
 from ds_mofa.deepspeed.dropped import AdamWGradients
-from ds_mofa.deepspeed.matrices import forget, mark_matrices, shard_of
+from ds_mofa.deepspeed.backend import EngineBackend
+from ds_mofa.deepspeed.matrices import forget, mark_matrices
 from ds_mofa.deepspeed.replicated import replicated
-from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.diagnostics import Report
-from ds_mofa.capture.head import FusedHead
 from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.optimizers.registry import entry_of
 from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import full_shape, split_parameters
-from ds_mofa.partition import Exchange
-from ds_mofa.staging import HostMemory
 from ds_mofa.step import MatrixStep
 
 __all__ = ["build_optimizer", "read_options"]
@@ -67,13 +65,9 @@ def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
     matrices = MatrixStep(
         split.matrices,
         options,
-        exchange=_exchange(engine),
-        device=engine.device,
-        shard_of=shard_of,
-        gathered=GatheredWeight if engine.zero_optimization_partition_weights() else None,
-        host=HostMemory(engine.zero_offload_optimizer().pin_memory) if engine.zero_cpu_offload() else None,
+        entry.rule(options),
+        EngineBackend(engine),
         head=head,
-        rule=entry.rule(options),
     )
     matrices.on_report = functools.partial(_write_to_monitor, engine)
     mark_matrices(split.matrices)
@@ -165,18 +159,6 @@ def _write_to_monitor(engine, report: Report) -> None:
     for matrix, values in report.by_matrix().items():
         events += [(f"MoFaSGD/{name}/{matrix}", value, samples) for name, value in values.items()]
     engine.monitor.write_events(events)
-
-
-def _exchange(engine) -> Exchange:
-    group = engine.seq_data_parallel_group
-    world_size = dist.get_world_size(group)
-    # Ranks of one sequence-parallel group hold parts of the same sequences: their gradients add up.
-    # Stage 3's reduce-scatter, which is its default, divides them by all ranks all the same, and the matrices by what
-    # AdamW's part is divided by: one norm clips both.
-    divided = engine.zero_optimization_partition_weights() and engine.zero_reduce_scatter()
-    parts = 1 if divided else engine.sequence_parallel_size
-    mean_scale = parts / world_size if engine.gradient_average else 1.0
-    return Exchange(group if world_size > 1 else None, mean_scale)
 
 
 def _refuse_unsupported(engine, title: str) -> None:

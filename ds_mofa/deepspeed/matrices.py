@@ -13,11 +13,11 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
+from ds_mofa.backend import whole_matrix
 from ds_mofa.deepspeed import bases
 from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.parameters import Matrix
 from ds_mofa.staging import HostMemory
-from ds_mofa.step import whole_matrix
 from ds_mofa.weights import Shard
 
 __all__ = [
@@ -55,7 +55,12 @@ def forget(matrices: Iterable[Matrix]) -> None:
 
 def shard_of(matrix: Matrix) -> Shard:
     """This rank's part of W: a flat range of the row-major matrix in stage 3, all of it in the others."""
-    return local_shard(matrix.param) if is_partitioned(matrix.param) else whole_matrix(matrix)
+    if not is_partitioned(matrix.param):
+        return whole_matrix(matrix)
+    local, (m, n) = local_shard(matrix.param), matrix.shape
+    first, last = matrix.start, matrix.start + m * n  # of the parameter's elements
+    low, high = (min(max(bound, first), last) for bound in (local.start, local.start + local.flat.numel()))
+    return Shard(local.flat[low - local.start : high - local.start] if high > low else local.flat[:0], low - first)
 
 
 def is_partitioned(param: nn.Parameter) -> TypeGuard[bases.Partitioned]:

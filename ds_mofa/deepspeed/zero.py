@@ -12,7 +12,6 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
@@ -24,24 +23,7 @@ from ds_mofa.optimizer import MatrixOptimizer, clip_factor
 from ds_mofa.phases import phase
 from ds_mofa.staging import HostMemory
 
-__all__ = ["wrap_zero", "MatrixMixin", "GatheredWeight", "swap_class"]
-
-
-class GatheredWeight:
-    """The whole of a stage-3 weight: as it stands where the module hooks have gathered it, else gathered here."""
-
-    def __init__(self, weight: Tensor):
-        self._weight = weight
-        self._here = getattr(weight, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
-
-    def __enter__(self) -> Tensor:
-        if self._here:
-            self._weight.all_gather()
-        return self._weight
-
-    def __exit__(self, *_) -> None:
-        if self._here:
-            self._weight.partition()
+__all__ = ["wrap_zero", "MatrixMixin", "swap_class"]
 
 
 def wrap_zero(optimizer: Any, mofa: MatrixOptimizer, managed_accumulation: bool = True) -> Any:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ds_mofa import MoFaSGD, host_weights
+from ds_mofa.backend import OneProcess
 from ds_mofa.host_weights import write_wherever
 from ds_mofa.options import Options
 from ds_mofa.parameters import split_parameters
-from ds_mofa.partition import Exchange
+from ds_mofa.rules.mofasgd import MoFaSGDRule
 from ds_mofa.staging import HostMemory, Staging
 from ds_mofa.step import MatrixStep
 from ds_mofa.weights import Rounding, Shard, write_updates
@@ -215,7 +216,7 @@ def _steps(host, dtype, steps=6, **options):
     model = _model(dtype)
     options = Options(lr=1e-2, rank=16, adamw_lr=0.0, **options)
     split = split_parameters(model, model.parameters(), options)
-    matrices = MatrixStep(split.matrices, options, exchange=Exchange(), device=GPU, host=host)
+    matrices = MatrixStep(split.matrices, options, MoFaSGDRule(options), OneProcess(GPU, host=host))
     optimizer = MoFaSGD.from_parts(split, options, torch.optim.AdamW(split.adamw_groups), matrices)
     generator = torch.Generator(GPU).manual_seed(1)
     for _ in range(steps):

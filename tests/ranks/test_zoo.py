@@ -54,7 +54,7 @@ def errors_of(ways, stage, capture):
 
 def worst(plain, matrices):
     found = [0.0]
-    for matrix, sketch in zip(matrices.matrices, matrices.captured, strict=True):
+    for matrix, sketch in zip(matrices.members, matrices.captured, strict=True):
         G = plain.get_parameter(matrix.name).grad
         for sketched, other, wide in ((sketch.Y, sketch.V, G), (sketch.Z, sketch.U, None if G is None else G.mT)):
             if wide is None or not wide.any():

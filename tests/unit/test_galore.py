@@ -239,7 +239,7 @@ def test_a_nan_in_what_is_used_skips_the_step(steps, side):
     before, state = weights_of(model), copy.deepcopy(optimizer.state_dict()["mofasgd"])
     model(*batch(5, torch.float32)).backward()
     matrices = optimizer.matrices
-    index = [matrix.name for matrix in matrices.matrices].index("widen.weight")  # tall: Y is R, Z becomes the basis
+    index = [matrix.name for matrix in matrices.members].index("widen.weight")  # tall: Y is R, Z becomes the basis
     matrices.layout.views(matrices.sketches, index)[side][0, 0] = math.nan
     optimizer.step()
     used = side == 0 or steps % 2 == 0

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import Cohere2Config, Cohere2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ds_mofa import MoFaSGD, OptionError, head
+from ds_mofa import MoFaSGD, OptionError
+from ds_mofa.capture import head
 from ds_mofa.capture.head import FusedLoss, peak_bytes
 from ds_mofa.capture.sketch import Sketch
 from tests.live_bytes import LiveBytes

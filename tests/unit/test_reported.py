@@ -67,7 +67,7 @@ def same(one, other):
 def check_sketches(optimizer, plain, tolerance=1e-6):
     """The sketches are those of the gradients that autograd has given a plain copy of the model."""
     matrices, params = optimizer.matrices, dict(plain.named_parameters())
-    for index, matrix in enumerate(matrices.matrices):
+    for index, matrix in enumerate(matrices.members):
         Y, Z, _ = matrices.layout.views(matrices.sketches, index)
         U, V, _ = matrices.layout.views(matrices.working, index)
         G = params[matrix.name].grad.double()
