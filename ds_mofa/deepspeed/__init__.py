@@ -2,6 +2,7 @@
 
 surface.py        every private name of DeepSpeed's that is used here, and every method that is wrapped or overridden
 registration.py   the optimizers' names, and the engine's methods that are wrapped
+backend.py        the engine as the step sees it: its process group, its weights, its host memory
 build.py          from an engine and its config to the optimizer, and what is refused there
 takeover.py       one engine after the other on one model, and optimizers that were built outside of an engine
 matrices.py       a matrix as DeepSpeed meets it: its shards, and what accessors are told

@@ -13,8 +13,8 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from ds_mofa.adamw_8bit import AdamW8bit
 from ds_mofa.capture.head import FusedHead
 from ds_mofa.deepspeed import takeover
-from ds_mofa.deepspeed.dropped import AdamWGradients
 from ds_mofa.deepspeed.backend import EngineBackend
+from ds_mofa.deepspeed.dropped import AdamWGradients
 from ds_mofa.deepspeed.matrices import forget, mark_matrices
 from ds_mofa.deepspeed.replicated import replicated
 from ds_mofa.diagnostics import Report

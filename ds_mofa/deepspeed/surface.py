@@ -315,6 +315,7 @@ ROWS: tuple[Row, ...] = (
     *_attributes(STAGE_3, "how it was configured", "clip_grad", "offload_param", "offload_param_pin_memory"),
     *_attributes(STAGE_3, "who shares the parameters, and the outcome of a step", "dp_process_group", "overflow"),
     *_attributes("deepspeed.runtime.zero.stage3", "whom the accessors ask", "_z3_optimizer", use="sets"),
+    *_attributes(PARTITION, "a weight is whole while a hook looks at it", "all_gather", "partition", use="calls"),
     *_attributes(
         PARTITION,
         "a parameter in partitions: its shape, its shard, and whose",
