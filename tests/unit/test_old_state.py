@@ -1,0 +1,33 @@
+"""A state_dict that an earlier version saved still loads, and trains on as it did there."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_mofa import MoFaSGD
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_it_goes_on_as_it_did(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "ranks")])
+    from toys import Toy, batches
+
+    saved = torch.load(ROOT / "fixtures" / "checkpoints" / "plain_explore.pt", weights_only=True)
+    torch.manual_seed(1)
+    model = Toy()
+    optimizer = MoFaSGD(model, lr=1e-2, rank=4, weight_decay=0.1, adamw_eps=1e-6, explore=2)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    losses = []
+    for batch in batches(6)[3:]:
+        optimizer.zero_grad()
+        loss = model(*batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx(saved["losses"], rel=1e-4)
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(weight, saved["weights"][name], rtol=1e-3, atol=1e-4), name
