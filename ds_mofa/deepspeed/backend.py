@@ -1,6 +1,7 @@
 """DeepSpeed's engine as the step sees it: its process group, where it keeps weights, and how a released one is gathered."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -19,7 +20,7 @@ __all__ = ["EngineBackend", "GatheredWeight"]
 class EngineBackend:
     """A :class:`ds_mofa.backend.Backend` of a DeepSpeed engine, at every ZeRO stage."""
 
-    def __init__(self, engine):
+    def __init__(self, engine: Any):
         self.exchange = _exchange(engine)
         self.device: torch.device = engine.device
         self.host = HostMemory(engine.zero_offload_optimizer().pin_memory) if engine.zero_cpu_offload() else None
@@ -37,7 +38,7 @@ class GatheredWeight:
     """The whole of a stage-3 weight: as it stands where the module hooks have gathered it, else gathered here."""
 
     def __init__(self, weight: Tensor):
-        self._weight = weight
+        self._weight: Any = weight  # with DeepSpeed's methods, where stage 3 has partitioned it
         self._here = getattr(weight, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
 
     def __enter__(self) -> Tensor:
@@ -50,7 +51,7 @@ class GatheredWeight:
             self._weight.partition()
 
 
-def _exchange(engine) -> Exchange:
+def _exchange(engine: Any) -> Exchange:
     group = engine.seq_data_parallel_group
     world_size = dist.get_world_size(group)
     # Ranks of one sequence-parallel group hold parts of the same sequences: their gradients add up.

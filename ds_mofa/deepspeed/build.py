@@ -13,8 +13,8 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from ds_mofa.adamw_8bit import AdamW8bit
 from ds_mofa.capture.head import FusedHead
 from ds_mofa.deepspeed import takeover
-from ds_mofa.deepspeed.dropped import AdamWGradients
 from ds_mofa.deepspeed.backend import EngineBackend
+from ds_mofa.deepspeed.dropped import AdamWGradients
 from ds_mofa.deepspeed.matrices import forget, mark_matrices
 from ds_mofa.deepspeed.replicated import replicated
 from ds_mofa.diagnostics import Report
@@ -112,7 +112,9 @@ def read_options(section: Mapping[str, Any]) -> tuple[OptimizerOptions, dict[str
     return options, passed_on
 
 
-def _adamw(engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]) -> torch.optim.Optimizer:
+def _adamw(
+    engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]
+) -> torch.optim.Optimizer:
     """Which of DeepSpeed's and torch's AdamWs the config asks for."""
     adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
     settings = {key: value for key, value in settings.items() if value is not None}
@@ -120,7 +122,9 @@ def _adamw(engine, groups: list[dict[str, Any]], options: OptimizerOptions, pass
     return adamw_class(groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
 
 
-def _adamw_8bit(engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]) -> AdamW8bit:
+def _adamw_8bit(
+    engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]
+) -> AdamW8bit:
     if passed_on:
         raise OptionError(
             f"{', '.join(passed_on)} chooses between DeepSpeed's AdamWs, and adamw_states='8bit' is none of them: remove "

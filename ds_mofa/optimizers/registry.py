@@ -1,13 +1,13 @@
-"""The optimizers by name: the one table that the DeepSpeed backend, the launcher, the profiler and the experiments read.
+"""The optimizers by name: the table that the DeepSpeed backend, the launcher, the profiler and the experiments read.
 
-An optimizer enters it where its class is written, in this package or in any module that is imported before it is needed:
+A class enters it where it is written, in this package or in any module that is imported before the name is needed:
 
 >>> @register
 ... class Toy(MatrixOptimizer):
 ...     options_class = ToyOptions   # its ``title`` is the name
 ...     rule_class = ToyRule
 
-From there on ``{"type": "Toy"}`` works in a DeepSpeed JSON, and with ``launch/train.py --plugins toy.py`` in the launcher.
+From then on ``{"type": "Toy"}`` works in a DeepSpeed JSON. ``launch/train.py --plugins toy.py`` imports the file first.
 """
 
 import dataclasses

@@ -36,8 +36,8 @@ class GaLoreRuleOptions(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaLoreOptions(GaLoreRuleOptions, OptimizerOptions):
-    """The options of GaLore: :class:`GaLoreRuleOptions` and, as for MoFaSGD, :class:`~ds_mofa.options.CommonOptions` and
-    :class:`~ds_mofa.options.AdamWOptions`. Of these some mean more here, or have other defaults.
+    """The options of GaLore: :class:`GaLoreRuleOptions` and, as for MoFaSGD, :class:`~ds_mofa.options.CommonOptions`
+    and :class:`~ds_mofa.options.AdamWOptions`. Some of these have other defaults here, or a narrower meaning.
 
     Attributes:
         lr: learning rate of the matrices and, without ``adamw_lr``, of all else; > 0. What counts is lr alpha: 2.5e-3
