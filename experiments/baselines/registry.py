@@ -15,8 +15,8 @@ from experiments.baselines.baseline import Baseline
 from experiments.baselines.fira import Fira
 from experiments.baselines.galore import GaLore
 from experiments.baselines.gum import GUM
+from experiments.baselines.laboratory import MoFaSGDLab
 from experiments.baselines.mlorc import MLorc
-from experiments.baselines.mofasgd_lab import MoFaSGDLab
 from experiments.baselines.so import SO
 
 __all__ = ["build", "names"]

@@ -9,7 +9,10 @@ from torch import nn
 from ds_mofa import MoFaSGD
 from ds_mofa.factors import Factors
 from experiments import baselines
-from experiments.baselines.mofasgd_lab import MoFaSGDLab, allotted_ranks, balancing, range_estimate
+from experiments.baselines.laboratory import MoFaSGDLab
+from experiments.baselines.laboratory.probes import range_estimate
+from experiments.baselines.laboratory.ranks import allotted_ranks
+from experiments.baselines.laboratory.scaling import balancing
 from tests.unit.dense_reference import dense, next_momentum, relative_error, truncated
 
 LR, BETA, R = 0.01, 0.85, 3
