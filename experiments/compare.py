@@ -5,7 +5,7 @@
 
 Prints a table and writes, into --output_dir (out/comparisons/sst2), report.html, summary.md, summary.json, a PNG for
 each chart, and results.jsonl with every run. Interrupted, the same command goes on: a run that is in results.jsonl is
-not made again.
+not made again; with ``--only_report`` the report of a results.jsonl is written anew, and nothing is trained.
 docs/comparing.md says what is held fixed, and how to add a task or an optimizer.
 """
 
@@ -24,6 +24,7 @@ import torch
 
 from experiments.comparison.isolation import in_own_process, in_own_processes
 from experiments.comparison.plan import Plan, Run, load_plan
+from experiments.comparison.published import matched
 from experiments.comparison.reading import unknown
 from experiments.comparison.report import write_report
 from experiments.comparison.results import Results
@@ -39,8 +40,12 @@ def main(argv: list[str]) -> None:
         raise UserError("--device cuda: PyTorch sees no GPU. Leave the option out to train on the CPU.")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1.")
-    plan = load_plan(args.plan, args.data_dir, args.optimizers, args.seeds, args.pretrained)
+    chosen = (args.plan, args.data_dir, args.optimizers, args.seeds, args.pretrained)
+    plan = load_plan(*chosen, identify=not args.only_report)
     folder = args.output_dir or Path("out/comparisons") / plan.name
+    if args.only_report:
+        print(report_only(plan, folder))
+        return
     keep = models_to_keep(plan, args.keep_models or (), folder)
     with Results(folder / "results.jsonl") as results:
         run_all(plan, results, folder, args.device, args.jobs, keep)
@@ -48,6 +53,14 @@ def main(argv: list[str]) -> None:
     print(f"\n{table}\nreport: {folder / 'report.html'}, and summary.md beside it")
     if keep:
         print("models: " + ", ".join(str(model) for key, model in keep.items() if kept_key(model) == key))
+
+
+def report_only(plan: Plan, folder: Path) -> str | None:
+    """Write the report of the runs that ``folder`` holds; returns the table."""
+    if not (folder / "results.jsonl").is_file():
+        raise UserError(f"--only_report: {folder} has no results.jsonl. Give the folder of a comparison.")
+    with Results(folder / "results.jsonl") as results:
+        return write_report(*matched(plan, results.rows), folder)
 
 
 def models_to_keep(plan: Plan, labels: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -108,6 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep_models", nargs="+", metavar="NAME", help="keep what these optimizers trained, in OUTPUT_DIR/models"
     )
+    parser.add_argument("--only_report", action="store_true", help="train nothing: report on OUTPUT_DIR/results.jsonl")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on the device; default: 1")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser

@@ -32,7 +32,7 @@ import torch
 from ds_mofa.profiler import load_report
 from ds_mofa.profiler.categories import gb
 from ds_mofa.profiler.claims import judge
-from ds_mofa.profiler.masking import masked
+from ds_mofa.profiler.report.masking import masked
 from ds_mofa.profiler.predict import PredictionError, Setting, predict
 from ds_mofa.profiler.report import SCHEMA_VERSION, environment, write_pages
 

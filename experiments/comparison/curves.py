@@ -1,49 +1,28 @@
-"""The charts of a comparison as data, which the PNG and the page both draw."""
+"""The charts of a comparison as data."""
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ds_mofa.profiler.report.charts import Lines, Series
+from ds_mofa.profiler.report.styles import Style, styles_of
 from experiments.comparison.summary import Outcome, Summary
 
-__all__ = ["COLORS", "Chart", "Series", "charts"]
-
-# By the place of the optimizer in the YAML; in the middle of the scale, to be seen on white and on black.
-COLORS = (
-    "#2f7de1", "#d9730d", "#1f9d63", "#a15ce0", "#d8475a", "#1297a8",
-    "#9a7440", "#7d8793", "#b09a00", "#e06bb0", "#3f5fb5", "#a3402a",
-)  # fmt: skip
+__all__ = ["charts", "styles"]
 
 _TRAIN_POINTS = 40
 
 
-@dataclasses.dataclass(frozen=True)
-class Series:
-    """A line, the mean over seeds, and a band from the lowest seed to the highest."""
-
-    label: str
-    color: str
-    x: Sequence[float]
-    mean: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+def styles(summary: Summary) -> dict[str, Style]:
+    """How each optimizer is drawn, the same in all charts: in colour the YAML's first, and the best of the others."""
+    plan = summary.plan
+    sign = -1 if plan.task.higher_is_better else 1
+    others = [label for label in plan.labels[1:] if summary.best[label].dev is not None]
+    return styles_of(plan.labels, [plan.labels[0], *sorted(others, key=lambda o: sign * summary.best[o].dev.mean)])
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
-    """Lines over one x axis; ``name`` is for files."""
-
-    name: str
-    title: str
-    x_label: str
-    y_label: str
-    series: Sequence[Series]
-    log_x: bool = False
-
-
-def charts(summary: Summary) -> list[Chart]:
+def charts(summary: Summary) -> list[Lines]:
     """Of each optimizer's best setting: learning curves by step and by second; of all settings: the learning rates."""
     task = summary.plan.task
     best = {label: outcome for label, outcome in summary.best.items() if outcome.dev is not None}
@@ -76,19 +55,19 @@ def _chart(
     x_label: str,
     y_label: str,
     points: Callable[[dict[str, Any]], Points],
-) -> Chart:
+) -> Lines:
+    drawn = styles(summary)
     series = []
     for label, outcome in best.items():
         runs = [points(row) for row in outcome.rows]
         x = [statistics.fmean(values) for values in zip(*(x for x, _ in runs))]
-        series.append(_band(summary, label, x, list(zip(*(y for _, y in runs)))))
-    return Chart(name, f"{y_label} by {x_label}", x_label, y_label, series)
+        series.append(_band(label, drawn[label], x, list(zip(*(y for _, y in runs)))))
+    return Lines(name, f"{y_label} by {x_label}", x_label, y_label, series)
 
 
-def _band(summary: Summary, label: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Series:
-    color = COLORS[summary.plan.labels.index(label) % len(COLORS)]
+def _band(label: str, style: Style, x: Sequence[float], values: Sequence[Sequence[float]]) -> Series:
     means = [statistics.fmean(v) for v in values]
-    return Series(label, color, x, means, [min(v) for v in values], [max(v) for v in values])
+    return Series(label, style, x, means, [min(v) for v in values], [max(v) for v in values])
 
 
 def _evaluated(metric: str, x: str, scale: float) -> Callable[[dict[str, Any]], Points]:
@@ -110,9 +89,10 @@ def _train_loss(row: dict[str, Any]) -> Points:
     return ends, [statistics.fmean(stretch) for stretch in stretches]
 
 
-def _rates(summary: Summary, metric: str, scale: float) -> Chart:
+def _rates(summary: Summary, metric: str, scale: float) -> Lines:
     """The metric by learning rate; of several settings with one rate the best, diverged ones left out."""
     sign = 1 if summary.plan.task.higher_is_better else -1
+    drawn = styles(summary)
     series = []
     for label in summary.plan.labels:
         tried = [o for o in summary.outcomes if o.setting.label == label and "lr" in o.setting.grid and o.dev]
@@ -122,5 +102,5 @@ def _rates(summary: Summary, metric: str, scale: float) -> Chart:
         rates = sorted(by_rate)
         values = [[scale * row["evaluations"][-1][summary.plan.task.metric] for row in by_rate[r].rows] for r in rates]
         if len(rates) > 1:
-            series.append(_band(summary, label, rates, values))
-    return Chart("learning_rates", f"{metric} by learning rate", "learning rate", metric, series, log_x=True)
+            series.append(_band(label, drawn[label], rates, values))
+    return Lines("learning_rates", f"{metric} by learning rate", "learning rate", metric, series, log_x=True)

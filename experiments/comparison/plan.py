@@ -92,10 +92,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A whole comparison; ``name`` is that of its file."""
+    """A whole comparison; ``name`` is that of its file, ``identity`` its task's."""
 
     name: str
     task: Task
+    identity: Mapping[str, Any]
     training: Training
     seeds: tuple[int, ...]
     settings: tuple[Setting, ...]
@@ -115,6 +116,7 @@ def load_plan(
     labels: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     pretrained: str | None = None,
+    identify: bool = True,
 ) -> Plan:
     """Read a comparison.
 
@@ -123,6 +125,7 @@ def load_plan(
         labels: optimizers to keep, by the YAML's names for them; None: all.
         seeds: seeds to keep; None: all.
         pretrained: the model to start from, in the place of the one that the YAML names.
+        identify: read the task's data, which the keys of the runs depend on. Without, the keys fit no results.
 
     Raises:
         UserError: something in it is unknown, missing, of the wrong type or out of its range; says which.
@@ -143,7 +146,7 @@ def load_plan(
     kept_labels = _kept(labels, list(dict.fromkeys(setting.label for setting in settings)), "--optimizers")
     settings = [setting for setting in settings if setting.label in kept_labels]
     kept_seeds = _kept(seeds, _seeds(content["seeds"], f"{path}: seeds"), "--seeds")
-    identity = task.identity()
+    identity = task.identity() if identify else {"name": task.name}
     # Seeds outside, settings inside: what an interruption leaves is a complete comparison over fewer seeds.
     runs = [
         Run(setting, seed, training, _key(identity, training, setting, seed))
@@ -151,7 +154,7 @@ def load_plan(
         for setting in settings
     ]
     _check_different(runs, f"{path}: optimizers")
-    return Plan(path.stem, task, training, tuple(kept_seeds), tuple(settings), tuple(runs))
+    return Plan(path.stem, task, identity, training, tuple(kept_seeds), tuple(settings), tuple(runs))
 
 
 def _task(section: Any, given: Mapping[str, str | None], where: str) -> Task:

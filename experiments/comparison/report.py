@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison import page
+from ds_mofa.profiler.report.document import Document, Figure, Points, Section, Text
+from ds_mofa.profiler.report.rendering import markdown_table, write
 from experiments.comparison.curves import charts
-from experiments.comparison.figures import write_figures
 from experiments.comparison.plan import Plan
 from experiments.comparison.results import check_control
 from experiments.comparison.summary import Outcome, Summary, summarise
-from experiments.comparison.tables import Table, all_table, best_table, fixed_table, notes
+from experiments.comparison.tables import all_table, best_table, fixed_table, notes
 
-__all__ = ["markdown", "write_report"]
+__all__ = ["write_report"]
+
+_CURVES = (
+    "Each optimizer at its best setting, the mean over seeds; bands reach from the lowest seed to the highest. In "
+    "colour the first optimizer of the YAML and the best others, the rest in grey."
+)
 
 
 def write_report(plan: Plan, rows: Mapping[str, dict[str, Any]], folder: Path) -> str | None:
@@ -30,24 +35,20 @@ def write_report(plan: Plan, rows: Mapping[str, dict[str, Any]], folder: Path) -
     summary = summarise(plan, rows)
     if not summary.seeds:
         return None
-    title, subtitle = f"Comparison {plan.name}", _subtitle(summary)
-    best, every, fixed, said = best_table(summary), all_table(summary), fixed_table(summary), notes(summary)
-    drawn = charts(summary)
-    figures = write_figures(drawn, folder)
-    text = markdown(best) + "".join(f"\n- {note}" for note in said) + ("\n" if said else "")
-    pictures = "\n".join(f"![{chart.title}]({file.name})" for chart, file in zip(drawn, figures))
-    document = [f"# {title}", subtitle + ".", text, pictures, "## All settings", markdown(every), markdown(fixed)]
-    (folder / "summary.md").write_text("\n\n".join(document) + "\n", encoding="utf-8")
+    best, said, drawn = best_table(summary), notes(summary), charts(summary)
+    document = Document(
+        f"Comparison {plan.name}",
+        _subtitle(summary) + ".",
+        [
+            Section("", [best, *([Points(said)] if said else [])]),
+            *([Section("Curves", [Text(_CURVES), *map(Figure, drawn)])] if drawn else []),
+            Section("All settings", [all_table(summary)], folded=True),
+            Section("What was held fixed", [fixed_table(summary)], folded=True),
+        ],
+    )
+    write(document, folder, "summary.md")
     (folder / "summary.json").write_text(json.dumps(_as_json(summary, said), indent=1) + "\n", encoding="utf-8")
-    rendered = page.render(title, subtitle, best, every, fixed, said, drawn)
-    (folder / "report.html").write_text(rendered, encoding="utf-8")
-    return text
-
-
-def markdown(table: Table) -> str:
-    lines = ["| " + " | ".join(table.header) + " |", "| --- |" + " ---: |" * (len(table.header) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join([markdown_table(best), *(f"- {note}" for note in said)])
 
 
 def _subtitle(summary: Summary) -> str:
@@ -64,7 +65,7 @@ def _as_json(summary: Summary, said: list[str]) -> dict[str, Any]:
     """Every setting with its statistics and the keys of its rows in results.jsonl, and which was chosen."""
     return {
         "comparison": summary.plan.name,
-        "task": summary.plan.task.identity(),
+        "task": summary.plan.identity,
         "training": dataclasses.asdict(summary.plan.training),
         "seeds": list(summary.seeds),
         "settings": [_outcome(outcome) for outcome in summary.outcomes],

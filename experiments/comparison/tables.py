@@ -1,34 +1,31 @@
-"""The tables and notes of a comparison as text, which the Markdown and the page both show."""
+"""The tables and notes of a comparison as text."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from ds_mofa.profiler.report.document import Table
+from ds_mofa.profiler.report.units import unit_of
 from experiments.comparison.plan import Plan
 from experiments.comparison.results import differing_environments
 from experiments.comparison.summary import Outcome, Stat, Summary
 
-__all__ = ["Table", "all_table", "best_table", "fixed_table", "notes", "shown_metric"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Cells of text; the first column is of names, the others of numbers."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+__all__ = ["all_table", "best_table", "fixed_table", "notes", "shown_metric"]
 
 
 def best_table(summary: Summary) -> Table:
     """A row for each optimizer, at the setting chosen on "dev"."""
     task = summary.plan.task
+    on_gpu = all(outcome.median("peak_allocated") is not None for outcome in summary.outcomes)
+    peak, state = ("peak_allocated" if on_gpu else "peak_resident"), "state_bytes"
+    peaks, states = (unit_of(o.median(name) for o in summary.best.values()) for name in (peak, state))
     columns: dict[str, Callable[[Outcome], str]] = {
         f"dev {task.metric}": lambda o: shown_metric(summary.plan, o.dev),
         f"test {task.metric}": lambda o: shown_metric(summary.plan, o.test),
         **({"test loss": lambda o: _shown(o.test_loss)} if task.metric != "loss" else {}),
         f"{task.unit}/s" + ", shared" * (summary.jobs > 1): lambda o: _number(o.median("units_per_second"), "{:,.0f}"),
-        _memory(summary)[1]: lambda o: f"{o.median(_memory(summary)[0]) / 1e9:.2f}",
-        "state, MB": lambda o: f"{o.median('state_bytes') / 1e6:,.1f}",
+        f"{peak.replace('_', ' ')}, {peaks.name}": lambda o: peaks.number(o.median(peak)),
+        f"state, {states.name}": lambda o: states.number(o.median(state)),
         "trained": lambda o: f"{o.median('trained_parameters') / 1e6:.2f} M",
         "best of its grid": lambda o: _grid(o) + (" *" if o.at_edge else ""),
     }
@@ -40,10 +37,10 @@ def all_table(summary: Summary) -> Table:
     """A row for each setting. Without "test", which must not choose."""
     metric = summary.plan.task.metric
     rows = [
-        [str(o.setting), shown_metric(summary.plan, o.dev), f"{o.diverged} of {len(o.rows)}" if o.diverged else "no"]
+        [str(o.setting), shown_metric(summary.plan, o.dev), f"{o.diverged} of {len(o.rows)}" if o.diverged else "-"]
         for o in summary.outcomes
     ]
-    return Table(["setting", f"dev {metric}", "diverged"], rows)
+    return Table(["setting", f"dev {metric}", "diverged for seeds"], rows)
 
 
 def fixed_table(summary: Summary) -> Table:
@@ -104,11 +101,6 @@ def _shown(stat: Stat | None, scale: float = 1, digits: int = 4, percent: bool =
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
-
-
-def _memory(summary: Summary) -> tuple[str, str]:
-    on_gpu = all(outcome.median("peak_allocated") is not None for outcome in summary.outcomes)
-    return ("peak_allocated", "peak allocated, GB") if on_gpu else ("peak_resident", "peak resident, GB")
 
 
 def _grid(outcome: Outcome) -> str:

@@ -4,72 +4,63 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from ds_mofa.profiler.report.charts import Lines
+from ds_mofa.profiler.report.drawing import finish, handle_of, plot_line, save_png
+from ds_mofa.profiler.report.styles import styles_of
 
-from experiments.comparison.curves import COLORS, Chart
-
-__all__ = ["COLORS", "draw_cost", "draw_panels"]
+__all__ = ["draw_cost", "draw_panels"]
 
 
-def draw_panels(charts: Sequence[Chart], columns: int, path: Path) -> Path:
-    """Charts side by side on one scale, with one legend: a color means the same in each."""
+def draw_panels(charts: Sequence[Lines], columns: int, path: Path) -> Path:
+    """Charts side by side on one scale, with one legend: a style means the same in each."""
     rows = -(-len(charts) // columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(1.2 + 3.1 * columns, 0.8 + 2.7 * rows), layout="constrained", sharey=True, squeeze=False
-    )
+    figure = Figure(figsize=(1.2 + 3.1 * columns, 0.8 + 2.7 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     handles = {}
     for axes, chart in zip(grid.flat, charts):
         for series in chart.series:
-            [line] = axes.plot(series.x, series.mean, color=series.color, linewidth=1.8)
-            if list(series.low) != list(series.high):
-                axes.fill_between(series.x, series.low, series.high, color=series.color, alpha=0.13, linewidth=0)
-            handles.setdefault(series.label, line)
+            plot_line(axes, series)
+            handles.setdefault(series.label, handle_of(series))
         axes.set_title(chart.title, loc="left", fontsize=10)
         axes.set_xlabel(chart.x_label)
-        _plain(axes)
+        finish(figure, axes, grid=True)
     for axes in grid[:, 0]:
         axes.set_ylabel(charts[0].y_label)
     grid[0, 0].set_ylim(0, 1.04 * max(value for chart in charts for series in chart.series for value in series.high))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
-    return _saved(figure, path)
+    columns = min(7, len(handles))
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=columns, frameon=False)
+    return save_png(figure, path)
 
 
 def draw_cost(costs: Sequence[Mapping[str, Any]], lines: Sequence[tuple[str, float]], y_label: str, path: Path) -> Path:
     """Final loss against captured energy: the best rate full, the others pale; ``lines`` are losses to compare with."""
-    figure, axes = pyplot.subplots(figsize=(7.4, 4.6), layout="constrained")
-    for color, label in zip(COLORS, dict.fromkeys(point["label"] for point in costs)):
+    figure = Figure(figsize=(7.4, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    labels = [*dict.fromkeys(point["label"] for point in costs), *(label for label, _ in lines)]
+    styles = styles_of(labels, labels)
+    for label in labels[: len(labels) - len(lines)]:
+        style = styles[label]
         own = [point for point in costs if point["label"] == label and point["best"] is not None]
         for point in own:
             others = [loss for loss in point["loss"].values() if loss is not None]
-            axes.plot([_x(point)] * len(others), others, "o", color=color, alpha=0.3, ms=5)
+            axes.plot([_x(point)] * len(others), others, style.marker, color=style.color, alpha=0.3, ms=5)
         x, y = [_x(point) for point in own], [point["loss"][point["best"]] for point in own]
-        axes.plot(x, y, "o-", color=color, linewidth=1.6, ms=6, label=label)
+        drawn = {"color": style.color, "linestyle": style.dash, "marker": style.marker, "linewidth": 1.6}
+        axes.plot(x, y, ms=6, label=label, **drawn)
         for point, left, up in zip(own, x, y):
             name = "full rank" if point["rank"] is None else f"r = {point['rank']}"
             axes.annotate(name, (left, up), xytext=(-9, -4), textcoords="offset points", ha="right", fontsize=9)
-    for color, (label, value) in zip(COLORS[::-1], lines):
-        axes.axhline(value, color=color, linestyle="--", linewidth=1.4, label=label)
+    for label, value in lines:
+        axes.axhline(value, color=styles[label].color, linestyle=styles[label].dash, linewidth=1.4, label=label)
     axes.set_xlabel("energy of the exact momentum that the top r directions hold, %")
     axes.set_ylabel(y_label)
     axes.margins(x=0.1, y=0.12)
-    _plain(axes)
+    finish(figure, axes, grid=True)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return _saved(figure, path)
+    return save_png(figure, path)
 
 
 def _x(point: Mapping[str, Any]) -> float:
     return 100 * point["captured"]
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-
-
-def _saved(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=120, facecolor="white")
-    pyplot.close(figure)
-    return path

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.curves import COLORS, Chart, Series
-from experiments.comparison.report import markdown
-from experiments.comparison.tables import Table
+from ds_mofa.profiler.report.charts import Lines, Series
+from ds_mofa.profiler.report.document import Table
+from ds_mofa.profiler.report.rendering import markdown_table
+from ds_mofa.profiler.report.styles import styles_of
 from experiments.studies.figures import draw_panels
 from experiments.studies.projections import KINDS, REFRESH_EVERY
 from experiments.studies.synthetic import COUNT, DIRECTIONS, NOISE, SHAPE, TURN
@@ -15,7 +16,7 @@ __all__ = ["TITLE", "draw", "sections"]
 
 TITLE = "What a projection of the gradient loses"
 
-_COLORS = dict(zip([*KINDS, "best"], COLORS))
+_STYLES = styles_of([*KINDS, "best"], [*KINDS, "best"])
 _SAME = ("tangent", "left", "right", "two-sided")
 
 
@@ -57,17 +58,17 @@ def sections(result: Mapping[str, Any], figures: Sequence[str]) -> list[str]:
         f"beta is {result['options']['beta']:g}.",
         "## Residual per step",
         _RESIDUAL,
-        markdown(_residuals(result)),
+        markdown_table(_residuals(result)),
         _picture(figures[0]),
         "## In one and the same pair of subspaces",
         _SAME_SUBSPACES,
-        markdown(_same(result)),
+        markdown_table(_same(result)),
         "## What the momentum lacks",
         _MOMENTUM,
-        markdown(_momenta(result)),
+        markdown_table(_momenta(result)),
         _picture(figures[1]),
         "## The tangent's residual by the matrix' role",
-        markdown(_roles(result)),
+        markdown_table(_roles(result)),
     ]
 
 
@@ -80,15 +81,15 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     ]
 
 
-def _charts(result: Mapping[str, Any], what: str, label: str) -> list[Chart]:
+def _charts(result: Mapping[str, Any], what: str, label: str) -> list[Lines]:
     charts = []
     for r in map(str, result["options"]["ranks"]):
         for name, sequence in result["sequences"].items():
             series = []
             for kind, found in sequence["ranks"][r][what].items():
                 x, y = zip(*found["series"])
-                series.append(Series(kind, _COLORS[kind], x, y, y, y))
-            charts.append(Chart(what, f"{name}, r = {r}", "step", label, series))
+                series.append(Series(kind, _STYLES[kind], x, y, y, y))
+            charts.append(Lines(what, f"{name}, r = {r}", "step", label, series))
     return charts
 
 

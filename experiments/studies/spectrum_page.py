@@ -5,9 +5,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.comparison.curves import COLORS, Chart, Series
-from experiments.comparison.report import markdown
-from experiments.comparison.tables import Table
+from ds_mofa.profiler.report.charts import Lines, Series
+from ds_mofa.profiler.report.document import Table
+from ds_mofa.profiler.report.rendering import markdown_table
+from ds_mofa.profiler.report.styles import styles_of
 from experiments.studies.figures import draw_cost, draw_panels
 
 __all__ = ["TITLE", "draw", "sections"]
@@ -41,21 +42,21 @@ def sections(result: Mapping[str, Any], figures: Sequence[str]) -> list[str]:
         f"A look every {result['options']['every']} steps.",
         "## Energy in the leading directions",
         _SHARES,
-        markdown(_overall(result, tops)),
+        markdown_table(_overall(result, tops)),
         f"![energy over the steps]({figures[0]})",
         "## By the matrix' role",
         _ROLES,
-        markdown(_by_role(result, tops)),
+        markdown_table(_by_role(result, tops)),
         "## Over the training",
         f"The share in the top {_middle(tops)}, the mean over the matrices, in %.",
-        markdown(_over_time(result, tops)),
+        markdown_table(_over_time(result, tops)),
     ]
     for (task, costs), figure in zip(result["costs"].items(), figures[1:]):
         text += [
             f"## What the lost energy costs: {task}",
             _COST,
             _trainer(result, task),
-            markdown(_cost(result, task, costs)),
+            markdown_table(_cost(result, task, costs)),
             f"![final loss against captured energy]({figure})",
         ]
     return text
@@ -64,16 +65,18 @@ def sections(result: Mapping[str, Any], figures: Sequence[str]) -> list[str]:
 def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     charts = []
     tops = result["options"]["tops"]
+    labels = [f"top {k}" for k in tops]
+    styles = styles_of(labels, labels)
     for task, observed in result["tasks"].items():
         for beta in _betas(result):
             looks = observed["betas"][beta]
             x = [look["step"] for look in looks]
             series = []
-            for color, k in zip(COLORS, tops):
+            for label, k in zip(labels, tops):
                 values = [[100 * share[observed["tops"].index(k)] for share in look["share"]] for look in looks]
                 bands = [fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
-                series.append(Series(f"top {k}", color, x, *bands))
-            charts.append(Chart("spectrum", f"{task}, beta {beta}", "step", "share of |M|^2, %", series))
+                series.append(Series(label, styles[label], x, *bands))
+            charts.append(Lines("spectrum", f"{task}, beta {beta}", "step", "share of |M|^2, %", series))
     written = [draw_panels(charts, len(_betas(result)), folder / "spectrum_energy.png")]
     for task, costs in result["costs"].items():
         trainer = result["plans"][task]["trainer"]["optimizer"]

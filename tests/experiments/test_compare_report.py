@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
 
-from experiments.comparison.curves import charts
+from ds_mofa.profiler.report.styles import HIGHLIGHTED
+from experiments import compare
+from experiments.comparison.curves import charts, styles
+from experiments.comparison.plan import load_plan
+from experiments.comparison.published import matched
 from experiments.comparison.report import write_report
 from experiments.comparison.results import check_control
 from experiments.comparison.summary import stat, summarise
@@ -45,7 +50,7 @@ def test_the_best_setting_is_chosen_on_dev_and_not_on_test(tmp_path):
     cells = dict(zip(best_table(summary).header, best_table(summary).rows[0]))
     assert cells["dev loss"] == "2.1000 ± 0.1414" and cells["test loss"] == "2.2000 ± 0.2828"
     assert cells["tokens/s"] == "1,000" and cells["peak resident, GB"] == "1.50"
-    assert cells["state, MB"] == "2.0" and cells["trained"] == "3.00 M"
+    assert cells["state, MB"] == "2.00" and cells["trained"] == "3.00 M"
 
 
 def test_of_an_accuracy_the_highest_is_best_and_shown_in_percent(tmp_path):
@@ -154,7 +159,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.references += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        names = ("src", "href", "srcset", "data", "action")
+        self.references += [value for name, value in attributes if name in names and not value.startswith("#")]
         if tag != "meta":
             self.open.append(tag)
 
@@ -176,8 +182,10 @@ def test_the_report_is_whole_and_its_page_needs_nothing_else(tmp_path):
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert not page.references and not {"script", "link", "img", "iframe"} & set(page.tags)
-    assert "url(" not in text and "@import" not in text and "http" not in text
-    assert page.tags.count("svg") == 4 and page.tags.count("polyline") == 8
+    assert not re.search(r"url\((?!#)", text) and "@import" not in text and "http" not in text
+    assert page.tags.count("svg") == 4
+    labels = [word for word in page.words if word == "MoFaSGD"]
+    assert len(labels) == 5, "a row of the table, and a line in each figure"
     assert "A <b>&" in page.words and "2.5000 ± 0.7071" in page.words and "1.7500 ± 0.7071" in page.words
     assert "prefers-color-scheme:dark" in text and 'name="viewport"' in text
     assert str(tmp_path) not in "".join(page.words), "a path of this machine"
@@ -189,3 +197,50 @@ def test_the_report_is_whole_and_its_page_needs_nothing_else(tmp_path):
     assert summary["best"] == {"A <b>&": "A <b>& lr=0.001", "MoFaSGD": "MoFaSGD lr=0.003"}
     assert summary["settings"][1]["dev"] == {"mean": 3.5, "spread": pytest.approx(0.5**0.5), "count": 2}
     assert set(sum((setting["runs"] for setting in summary["settings"]), [])) == set(rows)
+
+
+def test_what_has_no_value_has_no_column(tmp_path):
+    optimizers = {"AdamW": {"lr": 1e-3}, "Muon": {"lr": 1e-3}}
+    plan = language_plan(tmp_path, optimizers=optimizers, seeds=[0])
+    write_report(plan, outcomes(plan, {(s, 0): {"dev": 1.0 + s} for s in range(2)}), tmp_path)
+    text = (tmp_path / "summary.md").read_text()
+    assert "best of its grid" not in text and "diverged" not in text and "| AdamW | 1.0000 |" in text
+
+
+def test_in_colour_are_the_first_of_the_yaml_and_the_best_of_the_others(tmp_path):
+    names = [f"method {i}" for i in range(9)]
+    optimizers = {name: {"optimizer": "AdamW", "lr": 1e-3 + i} for i, name in enumerate(names)}
+    plan = language_plan(tmp_path, optimizers=optimizers, seeds=[0])
+    losses = [9.0, 1.0, 8.0, 2.0, 7.0, 3.0, 6.0, 4.0, 5.0]
+    values = {(i, 0): {"dev": loss} for i, loss in enumerate(losses)}
+    values[3, 0] |= {"diverged_at": 2}
+    drawn = styles(summarise(plan, outcomes(plan, values)))
+    assert [name for name in names if drawn[name].strong] == [names[i] for i in (0, 1, 5, 6, 7, 8)]
+    assert drawn["method 0"] == HIGHLIGHTED[0] and drawn["method 1"] == HIGHLIGHTED[1]
+
+
+def test_a_report_is_made_anew_without_the_data(tmp_path):
+    plan = language_plan(tmp_path)
+    rows = outcomes(plan, {(s, k): {"dev": 2.0 + s + k} for s in range(3) for k in range(2)})
+    write_report(plan, rows, tmp_path / "first")
+    by_hand = [
+        {"optimizer": run.setting.optimizer, "options": dict(run.setting.options), **rows[run.key], "key": str(i)}
+        for i, run in enumerate(plan.runs)
+    ]
+    (tmp_path / "first/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in by_hand))
+    (tmp_path / "train.txt").unlink()
+    arguments = [str(tmp_path / "tiny.yaml"), "--only_report", "--device", "cpu", "--output_dir"]
+    shown = [path for path in (tmp_path / "first").iterdir() if path.suffix in (".md", ".html", ".png")]
+    before = [path.read_bytes() for path in shown]
+    for path in shown:
+        path.unlink()
+    compare.main([*arguments, str(tmp_path / "first")])
+    assert [path.read_bytes() for path in shown] == before and len(shown) == 6
+    kept = [row for row in by_hand if row["options"] != dict(plan.settings[1].options)]
+    assert len(kept) == 4
+    plan, found = matched(load_plan(tmp_path / "tiny.yaml", identify=False), {row["key"]: row for row in kept})
+    assert [str(setting) for setting in plan.settings] == ["AdamW", "MoFaSGD lr=0.01"] and len(found) == 4
+    with pytest.raises(UserError, match="no row of results.jsonl is of this YAML"):
+        matched(plan, {})
+    with pytest.raises(UserError, match="has no results.jsonl"):
+        compare.main([*arguments, str(tmp_path / "nothing")])

@@ -8,7 +8,7 @@ from torch import nn
 
 import ds_mofa
 from ds_mofa.profiler import MemoryProfiler
-from ds_mofa.profiler.masking import masked
+from ds_mofa.profiler.report.masking import masked
 
 SECRET = "S3CR3T"
 

@@ -1,7 +1,6 @@
-"""A report as data: put together from all ranks, checked, and written as JSON, Markdown, HTML and PNG."""
+"""The report of a run as data: put together from all ranks, and checked."""
 
 import datetime
-import importlib
 import json
 import platform
 import sys
@@ -12,11 +11,10 @@ from typing import Any
 
 import torch
 
-from ds_mofa.profiler import markdown, page
 from ds_mofa.profiler.categories import CATEGORIES
-from ds_mofa.profiler.masking import masked
+from ds_mofa.profiler.report.masking import masked
 
-__all__ = ["SCHEMA_VERSION", "assemble", "check", "load_report", "write_pages", "write_report"]
+__all__ = ["SCHEMA_VERSION", "assemble", "check", "environment", "load_report"]
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "liger-kernel", "triton", "ds_mofa", "nvidia-ml-py")
@@ -90,52 +88,3 @@ def load_report(path: str | Path) -> dict[str, Any]:
     report = json.loads(Path(path).read_text(encoding="utf-8"))
     check(report)
     return report
-
-
-def write_report(report: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Write report.json, report.md, report.html and, with matplotlib, a PNG of each figure; returns the files.
-
-    Raises:
-        ValueError: see :func:`check`.
-    """
-    check(report)
-    return write_pages({report["setting"].get("name", "run"): report}, folder, report)
-
-
-def write_pages(
-    runs: Mapping[str, dict[str, Any]],
-    folder: str | Path,
-    document: dict[str, Any],
-    claims: Sequence[Mapping[str, Any]] = (),
-    title: str = "Memory of a training run",
-) -> list[Path]:
-    """Write one or several runs side by side.
-
-    Args:
-        runs: reports by name.
-        folder: made where it is missing.
-        document: what report.json holds.
-        claims: verdicts, see ``profiling/verify_claim.py``.
-        title: of the page.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = _figures(runs, folder, document)
-    files = {
-        "report.json": json.dumps(document, separators=(",", ":")) + "\n",
-        "report.md": markdown.render(runs, claims, title, document, [path.name for path in pictures]),
-        "report.html": page.render(runs, claims, title, document),
-    }
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in files] + pictures
-
-
-def _figures(runs: Mapping[str, dict[str, Any]], folder: Path, document: dict[str, Any]) -> list[Path]:
-    try:
-        figures = importlib.import_module("ds_mofa.profiler.figures")
-    except ImportError as error:
-        note = f"No PNG: {error}. Install matplotlib (pip install 'ds_mofa[profile]'), or use report.html"
-        document.setdefault("notes", []).append(note)
-        return []
-    return figures.write(runs, folder)
