@@ -1,6 +1,7 @@
-"""The optimizer that users construct and that learning-rate schedulers see: MoFaSGD, and what it shares with others."""
+"""The base of what users construct and learning-rate schedulers see: a rule for the matrices, AdamW for the rest."""
 
 import contextlib
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -16,16 +17,15 @@ from ds_mofa.adamw_8bit import AdamW8bit, check_states
 from ds_mofa.gradient import Gradients
 from ds_mofa.groups import check_rates
 from ds_mofa.head import FusedHead
-from ds_mofa.options import OptionError, Options
+from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import Split, split_parameters
 from ds_mofa.partition import Exchange
 from ds_mofa.phases import phase
-from ds_mofa.rules.mofasgd import MoFaSGDRule
 from ds_mofa.rules.rule import Rule
 from ds_mofa.state import adamw_misfit, whole_misfit
 from ds_mofa.step import MatrixStep
 
-__all__ = ["MatrixOptimizer", "MoFaSGD"]
+__all__ = ["MatrixOptimizer", "clip_factor"]
 
 _NO_TORCH_STATE = (
     "torch.distributed.checkpoint asks {title} for a state by parameter, which it does not have in one process: save "
@@ -39,7 +39,7 @@ _NO_COPY = (
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """A rule for the matrices of a model, AdamW for everything else; the base of :class:`MoFaSGD`.
+    """A rule for the matrices of a model, AdamW for everything else; the base of :class:`ds_mofa.MoFaSGD`.
 
     Args:
         params: the model, or parameters, named parameters or param groups of it together with ``model``.
@@ -58,8 +58,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
     both.
     """
 
-    options_class: ClassVar[type[Options]]
+    options_class: ClassVar[type[OptimizerOptions]]
     rule_class: ClassVar[Callable[[Any], Rule]]
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show each option in ``inspect.signature(cls)``, and so in help() and notebooks: from the options' class."""
+        super().__init_subclass__(**kwargs)
+        if "options_class" in vars(cls):
+            cls.__signature__ = _signature(cls)
 
     def __init__(self, params: nn.Module | Iterable[Any], *, model: nn.Module | None = None, **options: Any):
         if isinstance(params, nn.Module):
@@ -95,7 +102,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def from_parts(
-        cls, split: Split, options: Options, adamw: torch.optim.Optimizer | None, matrices: MatrixStep
+        cls, split: Split, options: OptimizerOptions, adamw: torch.optim.Optimizer | None, matrices: MatrixStep
     ) -> "MatrixOptimizer":
         """An optimizer around an AdamW and a :class:`MatrixStep` that a backend has built."""
         self = cls.__new__(cls)
@@ -105,7 +112,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _assemble(
         self,
         split: Split,
-        options: Options,
+        options: OptimizerOptions,
         adamw: torch.optim.Optimizer | None,
         matrices: MatrixStep,
         gradients: Gradients | None = None,
@@ -341,22 +348,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             group.update(saved)
 
 
-class MoFaSGD(MatrixOptimizer):
-    """Momentum-factorized SGD for the matrices of a model, AdamW for everything else.
-
-    In a plain PyTorch loop, with no DeepSpeed:
-
-    >>> optimizer = MoFaSGD(model, lr=6e-3, rank=8)
-    >>> loss.backward()          # no weight matrix gets a .grad
-    >>> optimizer.step()
-    >>> optimizer.zero_grad()
-
-    Under DeepSpeed, ``"optimizer": {"type": "MoFaSGD", "params": {...}}`` in the JSON builds it. Its options are
-    :class:`ds_mofa.options.Options`, its other arguments those of :class:`MatrixOptimizer`.
-    """
-
-    options_class = Options
-    rule_class = MoFaSGDRule
+def _signature(kind: type[MatrixOptimizer]) -> inspect.Signature:
+    """Of the constructor, with every option in the place of ``**options``."""
+    _, *own, _ = inspect.signature(MatrixOptimizer.__init__).parameters.values()
+    return inspect.Signature([*own, *kind.options_class.keywords()])
 
 
 def _given(value: Any, otherwise: Any) -> Any:
@@ -393,7 +388,9 @@ def _refuse_several_processes(title: str) -> None:
         )
 
 
-def _plain_adamw(groups: list[dict[str, Any]], options: Options, device: torch.device) -> torch.optim.Optimizer:
+def _plain_adamw(
+    groups: list[dict[str, Any]], options: OptimizerOptions, device: torch.device
+) -> torch.optim.Optimizer:
     if options.adamw_states == "8bit":
         adamw = AdamW8bit(groups, options)
         print(f"ds_mofa: {adamw.summary()}", flush=True)

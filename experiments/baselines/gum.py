@@ -33,7 +33,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_mofa.options import AdjustLr, Options, check_integer, check_number
+from ds_mofa.options import AdjustLr, MoFaSGDRuleOptions, check_integer, check_number
 from ds_mofa.weights import Rounding, rounding_key
 from experiments.baselines.matrix_method import MatrixMethod
 from experiments.baselines.newton_schulz import orthogonalized
@@ -53,7 +53,7 @@ class GUM(MatrixMethod):
         period: K.
         momentum: beta.
         ns_steps: iterations of Newton-Schulz.
-        adjust_lr_fn: f, as for :class:`ds_mofa.options.Options`.
+        adjust_lr_fn: f, as for :class:`ds_mofa.options.MoFaSGDRuleOptions`.
         seed: of the sampling.
     """
 
@@ -73,7 +73,7 @@ class GUM(MatrixMethod):
         check_number("momentum", momentum, low=0, high=1)
         check_integer("period", period, low=1, high=2**31)
         check_integer("ns_steps", ns_steps, low=1, high=100)
-        self._options = Options(adjust_lr_fn=adjust_lr_fn)
+        self._options = MoFaSGDRuleOptions(adjust_lr_fn=adjust_lr_fn)
         super().__init__(params, rank=rank, q=q, period=period, momentum=momentum, ns_steps=ns_steps, seed=seed)
 
     def lr_factor(self, m: int, n: int) -> float:

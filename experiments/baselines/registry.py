@@ -1,4 +1,7 @@
-"""The baselines by name, each built around the same split of a model's parameters."""
+"""The baselines by name, each built around the same split of a model's parameters, and ``ds_mofa``'s own optimizers.
+
+Of two of one name it is the baseline: "GaLore" here sees whole gradients, ds_mofa's works from sketches.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -7,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_mofa.optimizer import MoFaSGD
-from ds_mofa.options import OptionError, Options, check_integer, check_number
+from ds_mofa.optimizers.registry import OPTIMIZERS
+from ds_mofa.options import OptimizerOptions, OptionError, check_integer, check_number
 from ds_mofa.parameters import split_parameters
 from experiments.baselines.adam import check_adam
 from experiments.baselines.baseline import Baseline
@@ -65,7 +68,7 @@ _COMMON = (
 
 def names() -> list[str]:
     """What :func:`build` can build."""
-    return [*_METHODS, "MoFaSGD"]
+    return [*_METHODS, *(name for name in OPTIMIZERS if name not in _METHODS)]
 
 
 def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
@@ -75,21 +78,21 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
         name: one of :func:`names`.
         model: what to train.
         **settings: of the method, as in its file, and of all, which mean what they mean for MoFaSGD
-            (:class:`ds_mofa.options.Options`): ``lr``, to be given, as each method needs another; ``rank``, which
+            (:class:`ds_mofa.options.OptimizerOptions`): ``lr``, to be given, as each method needs another; ``rank``, which
             decides which parameters are matrices even where a method has none; ``weight_decay``, ``include``,
             ``exclude``, ``seed``, ``adamw_betas``, ``adamw_eps``, ``adamw_weight_decay``; and ``adamw_lr``, by default
             the same as ``lr``. ``reset_every`` (AdamW, GaLore, Fira) is :mod:`experiments.baselines.restarts`';
             ``sketched`` (GaLore, GUM) takes P^T G in backward instead of G where a step needs no more, and leaves
-            matrices without ``.grad``, so that ``clip_grad_norm_`` does not see them. "MoFaSGD" takes its own options
-            alone, and has its own defaults.
+            matrices without ``.grad``, so that ``clip_grad_norm_`` does not see them. MoFaSGD, and what else
+            ``ds_mofa`` has registered, takes its own options alone, and has its own defaults.
 
     Raises:
         ValueError: an unknown name or setting, or a value that cannot be right.
     """
     if name not in names():
         raise ValueError(f"there is no baseline {name!r}. There are {', '.join(names())}")
-    if name == "MoFaSGD":
-        return MoFaSGD(model, **settings)
+    if name not in _METHODS:
+        return OPTIMIZERS[name].optimizer(model, **settings)
     own = _own_settings(name)
     for key in settings:
         if key not in own and key not in _COMMON:
@@ -99,7 +102,7 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
     if "lr" not in settings:
         raise ValueError(f"{name} needs an lr: no rate suits all methods; docs/baselines.md has the published ones")
 
-    options = Options(**{key: value for key, value in settings.items() if key in _COMMON})
+    options = OptimizerOptions(**{key: value for key, value in settings.items() if key in _COMMON})
     split = split_parameters(model, model.parameters(), options)
     reset_every, sketched = settings.get("reset_every", 0), settings.get("sketched", False)
     check_integer("reset_every", reset_every, low=0, high=2**31)

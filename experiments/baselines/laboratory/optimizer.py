@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_mofa.factors import Factors, live_directions, resized, start_factors
-from ds_mofa.options import AdjustLr, Options
+from ds_mofa.options import AdjustLr, MoFaSGDRuleOptions
 from ds_mofa.step import full_fp32
 from ds_mofa.weights import Rounding, rounding_key
 from experiments.baselines.laboratory.batch import Batch, Terms, keep_factors, masked_factors
@@ -41,7 +41,7 @@ class MoFaSGDLab(MatrixMethod):
         params: param groups with ``lr`` and ``weight_decay``.
         rank: r.
         beta: decay of the momentum.
-        adjust_lr_fn: f, as for :class:`ds_mofa.options.Options`.
+        adjust_lr_fn: f, as for :class:`ds_mofa.options.MoFaSGDRuleOptions`.
         seed: of the start's test matrices and of all other random columns.
         balance, balance_by, rank_scale: what multiplies D.
         nesterov, update_rank, soft, second_moment, second_moment_power, second_moment_sides, explore, explore_scale,
@@ -86,7 +86,7 @@ class MoFaSGDLab(MatrixMethod):
     ):
         settings = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         check_settings(settings)
-        self._options = Options(adjust_lr_fn=adjust_lr_fn, beta=beta)
+        self._options = MoFaSGDRuleOptions(adjust_lr_fn=adjust_lr_fn, beta=beta)
         super().__init__(params, **settings)
 
     def _move_all(self) -> None:
