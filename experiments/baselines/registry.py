@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ds_mofa.optimizers.registry import OPTIMIZERS
-from ds_mofa.options import OptimizerOptions, OptionError, check_integer, check_number
+from ds_mofa.options import OptionError, Options, check_integer, check_number
 from ds_mofa.parameters import split_parameters
 from experiments.baselines.adam import check_adam
 from experiments.baselines.baseline import Baseline
@@ -78,7 +78,7 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
         name: one of :func:`names`.
         model: what to train.
         **settings: of the method, as in its file, and of all, which mean what they mean for MoFaSGD
-            (:class:`ds_mofa.options.OptimizerOptions`): ``lr``, to be given, as each method needs another; ``rank``, which
+            (:class:`ds_mofa.options.Options`): ``lr``, to be given, as each method needs another; ``rank``, which
             decides which parameters are matrices even where a method has none; ``weight_decay``, ``include``,
             ``exclude``, ``seed``, ``adamw_betas``, ``adamw_eps``, ``adamw_weight_decay``; and ``adamw_lr``, by default
             the same as ``lr``. ``reset_every`` (AdamW, GaLore, Fira) is :mod:`experiments.baselines.restarts`';
@@ -102,7 +102,7 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
     if "lr" not in settings:
         raise ValueError(f"{name} needs an lr: no rate suits all methods; docs/baselines.md has the published ones")
 
-    options = OptimizerOptions(**{key: value for key, value in settings.items() if key in _COMMON})
+    options = Options(**{key: value for key, value in settings.items() if key in _COMMON})
     split = split_parameters(model, model.parameters(), options)
     reset_every, sketched = settings.get("reset_every", 0), settings.get("sketched", False)
     check_integer("reset_every", reset_every, low=0, high=2**31)

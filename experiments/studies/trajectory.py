@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from ds_mofa.options import OptimizerOptions
+from ds_mofa.options import Options
 from ds_mofa.parameters import split_parameters
 from experiments.comparison.optimizers import build, clip_gradients
 from experiments.comparison.plan import Run
@@ -46,9 +46,7 @@ class Trajectory:
         clips = run.training.max_grad_norm is not None
         setting = run.setting
         self.model, self._optimizer = build(setting.optimizer, model, setting.options, task.head_modules, clips=clips)
-        self.matrices = {
-            m.name: m.param for m in split_parameters(model, model.parameters(), OptimizerOptions()).matrices
-        }
+        self.matrices = {m.name: m.param for m in split_parameters(model, model.parameters(), Options()).matrices}
 
     def __iter__(self) -> Iterator[Gradients]:
         run, training = self._run, self._run.training
