@@ -111,7 +111,7 @@ DOCS := $(VENV)-docs
 $(DOCS)/.installed: constraints.txt
 	$(PYTHON) -m venv "$(DOCS)"
 	"$(DOCS)/bin/python" -m pip install --quiet --constraint constraints.txt \
-	  mkdocs mkdocs-material mkdocstrings mkdocstrings-python
+	  mkdocs mkdocs-material mkdocstrings mkdocstrings-python ruff  # which formats signatures
 	@touch "$@"
 
 docs: $(DOCS)/.installed
