@@ -132,7 +132,7 @@ def test_the_table_of_capacities_is_what_the_command_prints():
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("\n") == 2 + 5
-    table = (ROOT / "docs/capacity.md").read_text()
+    table = (ROOT / "docs/memory.md").read_text()
     assert [line for line in run.stdout.splitlines() if line not in table] == []
 
 
