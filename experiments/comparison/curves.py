@@ -62,7 +62,7 @@ def _chart(
         runs = [points(row) for row in outcome.rows]
         x = [statistics.fmean(values) for values in zip(*(x for x, _ in runs))]
         series.append(_band(label, drawn[label], x, list(zip(*(y for _, y in runs)))))
-    return Lines(name, f"{y_label} by {x_label}", x_label, y_label, series)
+    return Lines(name, f"{y_label} by {name.rpartition('_')[2]}", x_label, y_label, series)
 
 
 def _band(label: str, style: Style, x: Sequence[float], values: Sequence[Sequence[float]]) -> Series:

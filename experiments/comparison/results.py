@@ -27,7 +27,7 @@ class Results:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab+")
+        self._file = open(path, "ab+")  # noqa: SIM115, open and locked as long as this lives
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

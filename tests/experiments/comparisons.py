@@ -16,7 +16,7 @@ SHAPE = {
 }  # fmt: skip
 TRAINING = {"steps": 4, "batch_size": 2, "eval_every": 2, "warmup_steps": 1, "max_grad_norm": 1.0}
 OPTIMIZERS = {"AdamW": {"lr": 1e-3}, "MoFaSGD": {"rank": 4, "lr": [3e-3, 1e-2]}}
-WORDS = "good bad fine dull film plot".split()
+WORDS = ["good", "bad", "fine", "dull", "film", "plot"]
 
 
 def language_comparison(folder: Path, **sections: Any) -> Path:

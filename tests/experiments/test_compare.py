@@ -155,9 +155,8 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
 
 
 def test_two_comparisons_do_not_write_to_one_file(tmp_path):
-    with Results(tmp_path / "results.jsonl"):
-        with pytest.raises(UserError, match="another comparison is writing"):
-            Results(tmp_path / "results.jsonl")
+    with Results(tmp_path / "results.jsonl"), pytest.raises(UserError, match="another comparison is writing"):
+        Results(tmp_path / "results.jsonl")
     with Results(tmp_path / "results.jsonl"):
         pass
 

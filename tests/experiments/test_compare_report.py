@@ -196,7 +196,7 @@ def test_the_report_is_whole_and_its_page_needs_nothing_else(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["best"] == {"A <b>&": "A <b>& lr=0.001", "MoFaSGD": "MoFaSGD lr=0.003"}
     assert summary["settings"][1]["dev"] == {"mean": 3.5, "spread": pytest.approx(0.5**0.5), "count": 2}
-    assert set(sum((setting["runs"] for setting in summary["settings"]), [])) == set(rows)
+    assert {key for setting in summary["settings"] for key in setting["runs"]} == set(rows)
 
 
 def test_what_has_no_value_has_no_column(tmp_path):

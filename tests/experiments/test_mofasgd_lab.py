@@ -291,7 +291,7 @@ def test_a_rank_budget_is_kept_and_its_ranks_are_the_momentum_s(rule):
         for size, rank, param in zip((1, 5), (24, 2), params):
             G = gradients(tuple(param.shape), t + 1, rank)[t]
             param.grad = size * G.float()
-        old = [{key: value for key, value in optimizer.state[param].items()} for param in params]
+        old = [dict(optimizer.state[param]) for param in params]
         optimizer.step()
         ranks = [int(optimizer.state[param]["rank"]) for param in params]
         assert sum(r * (m + n + 1) for r, (m, n) in zip(ranks, shapes)) <= 4 * sum(m + n + 1 for m, n in shapes)

@@ -101,7 +101,7 @@ def test_the_gpu_with_a_fused_head_and_with_a_head_that_is_a_matrix(seq, micro_b
     ],
 )
 def test_pieces_on_the_way_take_it_further_down(seq, micro_batches, choice, gb):
-    """profiling/results/benchmarks/pieces_*: what the host has of the head's gradient is there when the embedding's is copied."""
+    """benchmarks/pieces_*: what the host has of the head's gradient is there when the embedding's is copied."""
     found = predict(dataclasses.replace(STAGE2, seq=seq, micro_batches=micro_batches, fused_head=True, **choice))
     assert found["categories"]["communication buffers"] == 4 * COMMON["bucket"] + 2 * (1 << 24)
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.01)

@@ -42,7 +42,7 @@ def setting_of(row) -> Setting:
 
 @pytest.fixture
 def norm_of_a_copy(monkeypatch):
-    """The norm of AdamW's gradients as it was taken when profiling/results/benchmarks were measured: of a float64 copy of each."""
+    """The norm of AdamW's gradients as it was when profiling/results/benchmarks were measured: of a float64 copy of each."""
     now = predictions._zero
     monkeypatch.setattr(predictions, "_zero", lambda setting: dataclasses.replace(now(setting), norm_in_pieces=False))
 

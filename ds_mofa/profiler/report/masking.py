@@ -24,7 +24,7 @@ def masked(words: Sequence[str]) -> list[str]:
     """
     result, secret = [], False
     for word in map(str, words):
-        name, equals, value = word.partition("=")
+        name, equals, _ = word.partition("=")
         if word.startswith("-"):
             secret = _is_secret(name) and not equals
             result.append(f"{name}={MASK}" if equals and _is_secret(name) else _without(word))

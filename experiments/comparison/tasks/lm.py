@@ -75,7 +75,7 @@ class LanguageModelling(Task):
             return {"name": self.name, **options, "data": digest_of_files(files)}
 
     def prepare(self) -> None:
-        self._blocks
+        _ = self._blocks  # read now, and kept
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)

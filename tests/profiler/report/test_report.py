@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_every_line_is_labelled_once_and_no_label_covers_another():
     labels = [text for text in axes.texts if text.get_text()]
     assert sorted(text.get_text() for text in labels) == sorted(LABELS)
     boxes = sorted((text.get_window_extent() for text in labels), key=lambda box: box.y0)
-    assert all(low.y0 + 0.7 * low.height < high.y0 for low, high in zip(boxes, boxes[1:]))
+    assert all(low.y0 + 0.7 * low.height < high.y0 for low, high in pairwise(boxes))
     assert all(box.x1 <= figure.bbox.x1 for box in boxes), "cut off"
     assert not figure.legends and not axes.get_legend()
 
