@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ds_mofa.profiler.report.charts import Areas, Bars, Chart, Lines, Series
 from ds_mofa.profiler.report.styles import AREA_COLORS, INK, PAPER, SOFT
@@ -93,7 +94,10 @@ def _lines(chart: Lines, width: float) -> Figure:
         plot_line(axes, series)
     if chart.log_x:
         axes.set_xscale("log")
+        rates = [x for series in chart.series for x in series.x]
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if max(rates) > 12 * min(rates) else (1, 2, 3, 6)))
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.margins(x=0.02)
