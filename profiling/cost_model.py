@@ -4,8 +4,8 @@
 
 Counts are arithmetic (docs/cost_model.md has the formulas); the rates that turn them into time are measured on one kind of
 machine, and so are two constants, of the SVD and of the host. docs/cost_model.md sets them beside the runs in
-docs/benchmarks. Prints, for each rank and number of GPUs (two on NVLink, more on 400 Gb/s Ethernet), what a step sends,
-what AdamW would send, and tokens/s when neither the host nor a slower rank is waited for and nothing is overlapped.
+profiling/results/benchmarks. Prints, for each rank and number of GPUs (two on NVLink, more on 400 Gb/s Ethernet), what a
+step sends, what AdamW would send, and tokens/s when neither the host nor a slower rank is waited for and nothing is overlapped.
 """
 
 import argparse

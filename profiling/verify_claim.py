@@ -32,9 +32,9 @@ import torch
 from ds_mofa.profiler import load_report
 from ds_mofa.profiler.categories import gb
 from ds_mofa.profiler.claims import judge
-from ds_mofa.profiler.masking import masked
 from ds_mofa.profiler.predict import PredictionError, Setting, predict
 from ds_mofa.profiler.report import SCHEMA_VERSION, environment, write_pages
+from ds_mofa.profiler.report.masking import masked
 
 ONE_GPU = ["torch:AdamW", "torch:MoFaSGD:r=8", "torch:MoFaSGD:r=8:liger=1", "torch:LoRA:r=8"]
 SEVERAL = ["zero2:AdamW", "zero2:MoFaSGD:r=32", "zero3:AdamW", "zero3:MoFaSGD:r=32"]

@@ -7,7 +7,7 @@ inventory.py     which storage is what
 trace.py         every allocation of one step, and what was alive when
 layers.py        what is alive after each layer's backward
 accounting.py    from meters to a sum by category
-report.py        the report as data; markdown.py, page.py, figures.py: as text, HTML, PNG
+report/          the report as data, text, HTML and PNG
 predict.py       the same categories without a GPU; simulate.py, zero.py: forward and backward, ZeRO's buffers
 """
 
