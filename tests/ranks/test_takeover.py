@@ -15,7 +15,7 @@ from accelerate.utils import DeepSpeedPlugin
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from launching import on_ranks
-from test_huggingface import forget_accelerate, llama, sentences
+from scenes.huggingface import forget_accelerate, llama, sentences
 from toys import Toy, batches
 from training import config, toy, train_step, whole_weights
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
