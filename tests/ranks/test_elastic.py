@@ -15,13 +15,14 @@ def converted_by_deepspeed(before: str, stage: int) -> dict:
     return resumed(stage, before=".", tag="raw")
 
 
-@on_ranks(resumed, world=[3], after=cases(saved, stage=[1, 2, 3]), stage=[1, 2, 3])
-def test_more_ranks_and_another_stage_through_a_universal_checkpoint(ran):
-    assert_continued(ran)
+def sharded_on_one(world: int, stage: int, **_) -> bool:
+    return world == 3 or stage > 1
 
 
-@on_ranks(resumed, world=[1], after=cases(saved, stage=[2, 3]), stage=[2, 3])
-def test_fewer_ranks_and_another_stage_through_a_universal_checkpoint(ran):
+@on_ranks(
+    resumed, world=[1, 3], after=cases(saved, stage=[1, 2, 3]), stage=[1, 2, 3], keeps=sharded_on_one, pairwise=True
+)
+def test_more_or_fewer_ranks_and_another_stage_through_a_universal_checkpoint(ran):
     assert_continued(ran)
 
 
@@ -53,7 +54,7 @@ def test_what_deepspeed_converts_from_stage_3_loads_into_3(ran):
 MASTERS = {"dtype": "bf16", "options": {"master_weights": True}}
 
 
-@on_ranks(resumed, MASTERS, world=[1, 3], after=cases(saved, MASTERS, stage=[2, 3]), stage=[2, 3])
+@on_ranks(resumed, MASTERS, world=[1, 3], after=cases(saved, MASTERS, stage=[2, 3]), stage=[2, 3], pairwise=True)
 def test_fp32_masters_change_world_size_and_stage(ran):
     """They differ from the bf16 weights: read from those, they would be a spacing off."""
     assert_continued(ran, tolerance=2e-2)  # bf16 activations of another micro-batch size

@@ -4,7 +4,7 @@ from launching import on_ranks
 from scenes.overflow import assert_left_out, one_bad_step
 
 
-@on_ranks(one_bad_step, stage=[1, 2, 3], dtype=["fp16"], where=["loss", "sketches"], rank=[0, 1])
+@on_ranks(one_bad_step, stage=[1, 2, 3], dtype=["fp16"], where=["loss", "sketches"], rank=[0, 1], pairwise=True)
 def test_an_fp16_overflow_on_one_rank_is_left_out_by_all(ran):
     assert_left_out(ran)
     for result in ran.ranks:
@@ -12,7 +12,9 @@ def test_an_fp16_overflow_on_one_rank_is_left_out_by_all(ran):
         assert result["after"]["scale"] == result["end"]["scale"] == 512
 
 
-@on_ranks(one_bad_step, stage=[1, 2], dtype=["fp16", "bf16"], where=["one of AdamW's gradients"], rank=[0, 1])
+@on_ranks(
+    one_bad_step, stage=[1, 2], dtype=["fp16", "bf16"], where=["one of AdamW's gradients"], rank=[0, 1], pairwise=True
+)
 def test_an_inf_that_adamw_alone_has_is_left_out_by_all(ran):
     assert_left_out(ran)
 
@@ -23,6 +25,7 @@ def test_an_inf_that_adamw_alone_has_is_left_out_by_all(ran):
     {"where": "sketches", "rank": 1},
     stage=[0, 1, 2, 3],
     dtype=["fp32", "bf16"],
+    pairwise=True,
 )
 def test_a_nan_on_one_rank_is_left_out_by_all(ran):
     assert_left_out(ran)
@@ -35,6 +38,7 @@ def test_a_nan_on_one_rank_is_left_out_by_all(ran):
     {"where": "inf in the sketches", "rank": 1},
     stage=[0, 1, 2, 3],
     dtype=["fp32"],
+    pairwise=True,
 )
 def test_a_nan_or_inf_is_left_out_by_all_wherever_it_is(ran):
     assert_left_out(ran)
