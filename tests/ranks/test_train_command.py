@@ -11,20 +11,15 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from launching import cases, on_ranks
-from scenes.command import STEPS, command, finished, make_inputs, saved_model, sigterm_before
+from scenes.command import command, finished, make_inputs, saved_model, sigterm_before
 
 from ds_mofa.phases import PHASES
 from ds_mofa.profiler import load_report
 from ds_mofa.profiler.layers import verdict
 from ds_mofa.step import MatrixStep
+from tests.launch.commands import STEPS, losses_in
 
 HALF = str(STEPS // 2)
-
-
-def losses_in(output: str) -> tuple[float, float]:
-    """The first and the last evaluation loss in what a run printed."""
-    first, last = re.search(r"eval loss ([\d.]+) -> ([\d.]+)", output).groups()
-    return float(first), float(last)
 
 
 def printed(ran, run: str | None = None) -> str:

@@ -13,26 +13,15 @@ import torch
 from deepspeed import comm as dist
 from safetensors.torch import load_file
 from scenes.huggingface import forget_accelerate
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
-ROOT = Path(__file__).resolve().parents[3]
-MODEL = {
-    "model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
-}  # fmt: skip
-LENGTH = 64
-STEPS = 6
+from tests.launch import commands
+from tests.launch.commands import LENGTH, ROOT, STEPS
 
 
 def make_inputs() -> None:
-    """A shape, text to train on, and answers of unequal length, so that a mean over them is none over their tokens."""
     if dist.get_rank() == 0:
-        Path("shape.json").write_text(json.dumps(MODEL))
-        Path("train.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
-        answer = "brown fox jumps over the lazy dog " * 2
-        records = [{"prompt": "the quick ", "completion": answer[:n]} for n in (5, 40, 12, 3, 55)]
-        Path("eval.jsonl").write_text("\n".join(map(json.dumps, records)))
+        commands.make_inputs(Path())
     dist.barrier()
 
 
@@ -81,21 +70,6 @@ def saved_model(folder: str) -> dict[str, torch.Tensor]:
     return load_file(path) if path.exists() else {}
 
 
-def answer_loss(folder: str) -> float:
-    """Loss per answer token of a saved model, one example at a time: what the run's eval loss should be."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    total, tokens = 0.0, 0
-    for record in map(json.loads, Path("eval.jsonl").read_text().splitlines()):
-        prompt = tokenizer(record["prompt"])["input_ids"]
-        answer = tokenizer(record["completion"])["input_ids"] + [tokenizer.eos_token_id]
-        ids = torch.tensor([prompt + answer])[:, :LENGTH]
-        with torch.no_grad():
-            log_probs = model(ids).logits[0, :-1].log_softmax(-1)
-        picked = log_probs.gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
-        total, tokens = total - picked.sum().item(), tokens + len(picked)
-    return total / tokens
-
-
 def finished() -> dict:
     """One uninterrupted run, with a checkpoint half way."""
     make_inputs()
@@ -112,6 +86,6 @@ def finished() -> dict:
     if dist.get_rank() == 0:
         history = json.loads(Path(f"model/checkpoint-{STEPS}/trainer_state.json").read_text())["log_history"]
         run["history"] = [{key: float(value) for key, value in entry.items()} for entry in history]
-        run["answer loss"] = answer_loss("model")
+        run["answer loss"] = commands.answer_loss(Path("model"), Path("eval.jsonl"))
         run["events"] = len(list(Path("model").glob("runs/*/events.out.tfevents.*")))
     return {**run, "weights": saved_model("model")}
