@@ -498,7 +498,6 @@ def on_deepspeeds_cpu_adam(stage: int) -> dict:
     return train(config(stage, options={"torch_adam": False}, zero_optimization=zero), STEPS)
 
 
-@pytest.mark.slow  # compiles an extension of DeepSpeed's, once a machine
 @on_ranks(on_deepspeeds_cpu_adam, stage=[2, 3])
 def test_deepspeeds_own_cpu_adam(ran):
     assert_same(ran, dense())
