@@ -74,6 +74,17 @@ $(TORCHAO): $(STAMP)
 test test-fast test-slow test-long test-gpu: $(TORCHAO)
 test test-fast test-slow test-long test-gpu: export PYTHONPATH := $(abspath $(TORCHAO))
 
+# DeepSpeed compiles an operator when it is first used: all that the tests use once an environment, before any of them
+# and its time limit begin. Where that fails, the tests that need one say so.
+OPERATORS := $(VENV)/torch_extensions/.compiled
+$(OPERATORS): $(STAMP) tests/compile_operators.py
+	@mkdir -p "$(@D)"
+	DS_ACCELERATOR=cpu python tests/compile_operators.py && touch "$@" || echo "DeepSpeed's operators were not compiled"
+
+test test-slow test-long: $(OPERATORS)
+test test-slow test-long: export TORCH_EXTENSIONS_DIR := $(abspath $(VENV)/torch_extensions)
+$(OPERATORS): export TORCH_EXTENSIONS_DIR := $(abspath $(VENV)/torch_extensions)
+
 # Tests that start ranks of their own fill the cores; the others use one, so two of their files run at once. Both
 # halves run, whatever the first one says; stopped by hand, neither goes on.
 test: $(STAMP)

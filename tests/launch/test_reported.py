@@ -10,7 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from launch.encoding import IGNORED, Encoder
 from launch.tokenizer import byte_tokenizer
-from tests.launch.test_train_command import assert_same_model, log_history, make_inputs, succeeded, train
+from tests.launch.commands import assert_same_model, log_history, make_inputs, succeeded, train
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 RECORDS = [

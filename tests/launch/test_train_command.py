@@ -1,7 +1,10 @@
-"""The command as a user starts it: ranks on a CPU, files in, a model folder out."""
+"""The command as a user starts it: ranks on a CPU, files in, a model folder out.
+
+What a start decides: exit codes, a signal through the launcher, what stays behind. What a run computes and prints is
+shown by tests/ranks/test_train_command.py, in processes that are there already.
+"""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,89 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_mofa.phases import PHASES
-from ds_mofa.profiler import load_report
-from ds_mofa.profiler.layers import verdict
+from tests.launch.commands import (
+    ROOT,
+    STEPS,
+    answer_loss,
+    assert_same_model,
+    command_environment,
+    faulty,
+    log_history,
+    losses_in,
+    make_inputs,
+    succeeded,
+    train,
+)
 from tests.ports import free_port
-
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = {
-    "model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
-}  # fmt: skip
-LENGTH = 64
-STEPS = 6
-
-
-def command_environment(folder: Path) -> dict[str, str]:
-    bin_folder = str(Path(sys.executable).parent)
-    return os.environ | {
-        "PATH": os.pathsep.join([bin_folder, os.environ["PATH"]]),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-    }
-
-
-def train(
-    folder: Path, *words: str, config: str = "zero2_mofasgd", ranks: int = 2, script: str = "launch/train.py"
-) -> subprocess.CompletedProcess:
-    """Run `deepspeed launch/train.py` from ``folder``, so from elsewhere than the repository's root."""
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / script)]
-    command += ["--deepspeed", str(ROOT / f"configs/{config}.json")]
-    if "--model_name_or_path" not in words:
-        command += ["--model_config", "shape.json"]
-    command += ["--train_file", "train.txt", "--eval_file", "eval.jsonl", "--max_length", str(LENGTH)]
-    # Five examples to evaluate do not divide by two ranks of two: Accelerate repeats some, and none may count twice.
-    command += ["--per_device_eval_batch_size", "2"]
-    command += ["--per_device_train_batch_size", "2", "--max_steps", str(STEPS)]
-    command += ["--logging_steps", "1", "--eval_on_start", *words]
-    return subprocess.run(
-        command, cwd=folder, env=command_environment(folder), capture_output=True, text=True, timeout=300
-    )
-
-
-def succeeded(run: subprocess.CompletedProcess) -> str:
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return run.stdout
-
-
-def log_history(folder: Path) -> list[dict]:
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-
-def losses_in(output: str) -> tuple[float, float]:
-    """The first and the last evaluation loss in what a run printed."""
-    first, last = re.search(r"eval loss ([\d.]+) -> ([\d.]+)", output).groups()
-    return float(first), float(last)
-
-
-def make_inputs(folder: Path) -> None:
-    (folder / "shape.json").write_text(json.dumps(MODEL))
-    (folder / "train.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
-    lengths = (5, 40, 12, 3, 55)  # unequal, so that a mean over examples is not a mean over tokens
-    records = [{"prompt": "the quick ", "completion": ("brown fox jumps over the lazy dog " * 2)[:n]} for n in lengths]
-    (folder / "eval.jsonl").write_text("\n".join(map(json.dumps, records)))
-
-
-def answer_loss(model_folder: Path, eval_file: Path) -> float:
-    """Loss per answer token of a saved model, one example at a time: what the run's eval loss should be."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    total, tokens = 0.0, 0
-    for record in map(json.loads, eval_file.read_text().splitlines()):
-        prompt = tokenizer(record["prompt"])["input_ids"]
-        answer = tokenizer(record["completion"])["input_ids"] + [tokenizer.eos_token_id]
-        ids = torch.tensor([prompt + answer])[:, :LENGTH]
-        with torch.no_grad():
-            log_probs = model(ids).logits[0, :-1].log_softmax(-1)
-        picked = log_probs.gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
-        total, tokens = total - picked.sum().item(), tokens + len(picked)
-    return total / tokens
 
 
 @pytest.fixture(scope="module")
@@ -117,81 +52,26 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     return folder, output
 
 
-def test_the_model_loads_and_is_the_trained_one(finished):
-    folder, output = finished
-    assert (folder / "model/model.safetensors").is_file()
-    history = log_history(folder / f"model/checkpoint-{STEPS}")
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.2
-    first, last = losses_in(output)
-    assert last < first - 0.1
-    assert answer_loss(folder / "model", folder / "eval.jsonl") == pytest.approx(last, abs=0.006)
-
-
-def test_the_output_tells_the_story(finished):
-    folder, output = finished
-    assert "shape.json, random weights, 0.1 M parameters, fp32" in output
-    assert "MoFaSGD, ZeRO stage 2, lr 0.006 (linear)" in output
-    assert "batch: 4 sequences = 2 each on 2 ranks, 1 times" in output
-    assert re.search(rf"{STEPS} steps, [\d,]+ tokens/s, peak memory [\d.]+ GB", output)
-    assert output.count("model saved in model") == 1  # by one rank
-    steps = [entry for entry in log_history(folder / f"model/checkpoint-{STEPS}") if "tokens_per_second" in entry]
-    assert len(steps) == STEPS and all(entry["tokens_per_second"] > 0 for entry in steps)
-    assert list((folder / "model").glob("runs/*/events.out.tfevents.*"))
-
-
-def faulty(folder: Path, fault: str, *words: str) -> subprocess.CompletedProcess:
-    """A run with a fault in it (see faulty.py), which must end by itself, and with an error."""
-    run = train(folder, *words, "--ddp_timeout", "60", "--fault", fault, script="tests/launch/faulty.py")
-    assert run.returncode != 0, run.stdout[-3000:]
-    return run
-
-
-def assert_same_model(one: Path, other: Path) -> None:
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
-        assert torch.equal(weight, theirs[name]), name
-
-
 @pytest.fixture(scope="module")
-def stopped(finished) -> tuple[Path, subprocess.CompletedProcess]:
-    """The same run, of which one rank gets SIGTERM half way."""
-    folder, _ = finished
-    return folder, faulty(folder, f"sigterm:{STEPS // 2}:1", "--output_dir", "stopped")
+def stopped(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A run of which one rank gets SIGTERM half way."""
+    folder = tmp_path_factory.mktemp("run")
+    make_inputs(folder)
+    return folder, faulty(folder, f"sigterm:{STEPS // 2}:1", "--output_dir", "model")
 
 
 def test_sigterm_to_one_rank_saves_on_all(stopped):
     folder, run = stopped
     assert run.returncode == 143, run.stdout[-3000:] + run.stderr[-3000:]
-    assert run.stdout.count(f"stopped by SIGTERM, saved stopped/checkpoint-{STEPS // 2}. Start the same command") == 1
-    assert "--resume_from_checkpoint last" in run.stdout
-    assert not (folder / "stopped/model.safetensors").exists()  # nothing that looks like a finished model
+    assert run.stdout.count(f"stopped by SIGTERM, saved model/checkpoint-{STEPS // 2}. Start the same command") == 1
+    assert not (folder / "model/model.safetensors").exists()  # nothing that looks like a finished model
 
 
-def test_a_resumed_run_ends_where_the_uninterrupted_one_did(finished, stopped):
-    folder, output = finished
-    # Under the memory profiler, which must not change a bit of what is trained.
-    options = ["--resume_from_checkpoint", "last", "--profile_memory", "--profile_hz", "50"]
-    resumed = succeeded(train(folder, "--output_dir", "stopped", *options))
-    assert_same_model(folder / "model", folder / "stopped")
-    assert losses_in(resumed) == losses_in(output)
-    check_memory_report(folder / "stopped/memory", resumed)
-
-
-def test_sigterm_in_an_evaluation_saves_on_all(finished):
-    """To rank 1, in the first of two batches of the evaluation half way."""
-    folder, output = finished
-    evaluating = ["--output_dir", "evaluated", "--eval_strategy", "steps", "--eval_steps", str(STEPS // 2)]
-    run = faulty(folder, "sigterm-eval:3:1", *evaluating)
-    assert run.returncode == 143, run.stdout[-3000:] + run.stderr[-3000:]
-    assert run.stdout.count(f"stopped by SIGTERM, saved evaluated/checkpoint-{STEPS // 2}. Start the same command") == 1
-    assert f"step {STEPS // 2}: eval loss" not in run.stdout + run.stderr
-    # Resumed with another rate, which is said not to be in force, it ends as if nothing had been.
-    resumed = succeeded(train(folder, *evaluating, "--resume_from_checkpoint", "last", "--learning_rate", "1e-3"))
-    assert resumed.count("resumed: lr 0.006 of the checkpoint is in force, not 0.001 of the command line") == 1
-    assert_same_model(folder / "model", folder / "evaluated")
-    assert losses_in(resumed)[1] == losses_in(output)[1]
+def test_the_same_command_goes_on_and_ends_well(stopped):
+    folder, _ = stopped
+    output = succeeded(train(folder, "--output_dir", "model", "--resume_from_checkpoint", "last"))
+    assert output.count("model saved in model") == 1  # by one rank
+    assert losses_in(output)[1] == pytest.approx(answer_loss(folder / "model", folder / "eval.jsonl"), abs=0.006)
 
 
 @pytest.mark.slow
@@ -234,22 +114,9 @@ def test_a_run_that_is_killed_everywhere_ends_as_if_nothing_had_been(finished, r
     assert_same_model(folder / "model", folder / out)
 
 
-def check_memory_report(folder: Path, output: str) -> None:
-    assert "memory report: stopped/memory/report.html" in output
-    report = load_report(folder / "report.json")
-    assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
-    for rank in report["ranks"]:
-        counts = {phase["name"]: phase["count"] for phase in rank["phases"]}
-        assert counts.keys() == {"between phases", "forward", "backward", *PHASES}
-        assert counts["forward"] == counts["backward"] == counts["apply"] == STEPS - STEPS // 2
-        holds, text = verdict(rank["layers"])
-        assert holds, text
-    assert any("rank 0, 1: No CUDA device" in note for note in report["notes"])
-
-
-def test_nothing_is_left_in_shared_memory(finished):
+def test_nothing_is_left_in_shared_memory(stopped):
     # Every name ends in the port and the rank, and the run above used a port of its own.
-    port = re.search(r"--master_port=(\d+)", finished[1]).group(1)
+    port = re.search(r"--master_port=(\d+)", stopped[1].stdout).group(1)
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
 
 
@@ -260,17 +127,6 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
     assert run.returncode != 0
     assert run.stderr.count("train.py: error: eval.jsonl:1: the record has keys ['prompt']") == 1
     assert "Traceback" not in run.stdout + run.stderr
-
-
-def test_no_step_at_all_is_an_error_and_not_a_model(tmp_path):
-    make_inputs(tmp_path)
-    batches = ["--dataloader_drop_last", "--per_device_train_batch_size", "1000"]
-    run = train(tmp_path, "--output_dir", "model", *batches, ranks=2)
-    assert run.returncode != 0
-    said = r"train.py: error: --dataloader_drop_last: \d+ training examples .* than one batch, 1000 on each of 2 ranks"
-    assert len(re.findall(said, run.stderr)) == 1
-    assert "Traceback" not in run.stdout + run.stderr
-    assert not (tmp_path / "model/model.safetensors").exists()
 
 
 def test_without_a_launcher_it_says_how_to_start(tmp_path):

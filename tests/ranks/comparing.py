@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from galore_reference import GaLoreReference
 from launching import Ran
 from reference import Reference
@@ -11,7 +12,7 @@ from torch import nn
 from toys import Toy, batches
 from training import GALORE, OPTIONS, toy
 
-__all__ = ["STEPS", "TOLERANCE", "assert_same", "dense", "distances"]
+__all__ = ["STEPS", "TOLERANCE", "assert_same", "dense", "distances", "equal"]
 
 STEPS = 5
 TOLERANCE = 1e-5
@@ -78,3 +79,12 @@ def assert_same(ran: Ran, wanted: dict, tolerance: float = TOLERANCE) -> None:
         assert result["weights"].keys() == wanted["weights"].keys()
         far = distances(result, wanted)
         assert max(far.values()) < tolerance, far
+
+
+def equal(a, b) -> bool:
+    """The same tensors bit for bit, and the same of everything around them."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b

@@ -12,9 +12,9 @@ test names its scene and the arguments to try:
 A scene may go on from the files of another, on another number of ranks: with ``after=case`` that case is run first,
 the scene gets its folder as the argument ``before``, and the test its results as ``ran.before``.
 
-Starting processes costs seconds, a scene tenths: all scenes of one world size that the selected tests need run
-in one process group, one after the other (``driver.py``). A rank that fails ends its launch, since the others may
-be waiting for it; the scenes after the failed one get a new launch.
+Starting processes costs seconds, a scene tenths: the scenes that the selected tests need run in a few launches, one
+after the other in each (``driver.py``). Two launches run at a time: half of its time a rank waits for another. A rank
+that fails ends its launch, since the others may be waiting for it; the scenes after the failed one get a new launch.
 """
 
 import ctypes
@@ -26,16 +26,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pairs import covering
 from ports import free_port
 
 __all__ = ["Case", "Launcher", "Ran", "cases", "on_ranks", "remove_shared_buffers"]
 
 _HERE = Path(__file__).parent
+_LIBC = ctypes.CDLL(None)  # loaded here: a forked child of a process with threads should do little
+LAUNCHES = 2  # at a time
+FEW = 20  # cases that one launch runs sooner than two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,7 @@ def cases(
     **axes: Iterable[Any],
 ) -> list[Case]:
     """Every combination of the arguments; see :func:`on_ranks`."""
-    module = Path(scene.__code__.co_filename).stem
+    module = ".".join(Path(scene.__code__.co_filename).relative_to(_HERE).with_suffix("").parts)
     return [
         Case(module, scene.__name__, size, json.dumps(arguments, sort_keys=True), first)
         for size in world
@@ -95,6 +100,7 @@ def on_ranks(
     world: Iterable[int] = (2,),
     after: Iterable[Case | None] = (None,),
     keeps: Callable[..., bool] = lambda **arguments: True,
+    pairwise: bool = False,
     **axes: Iterable[Any],
 ):
     """Parametrise a test, whose argument ``ran`` is a :class:`Ran`, by every combination of the axes.
@@ -105,12 +111,23 @@ def on_ranks(
         world: numbers of ranks.
         after: cases to run first, whose files the scene goes on from.
         keeps: which of the combinations: called with ``world`` and the arguments by their names.
+        pairwise: mark as slow what is not needed for every two values of every two arguments to meet (``pairs.py``).
         **axes: values of each other argument.
     """
     found = cases(scene, *some, world=world, after=after, keeps=keeps, **axes)
-    parametrised = pytest.mark.parametrize("ran", found, ids=[case.id for case in found], indirect=True)
+    quick = thinned(found) if pairwise else found
+    params = [pytest.param(case, id=case.id, marks=() if case in quick else pytest.mark.slow) for case in found]
+    parametrised = pytest.mark.parametrize("ran", params, indirect=True)
     patient = pytest.mark.timeout(3600)  # the first test of a world size waits for the scenes of all
     return lambda test: patient(parametrised(test))
+
+
+def thinned(found: list[Case]) -> list[Case]:
+    """Those of ``found`` in which every two values meet that meet in any."""
+    axes = [
+        {"world": case.world, "after": case.after and case.after.id, **json.loads(case.arguments)} for case in found
+    ]
+    return [found[i] for i in covering(axes)]
 
 
 class Launcher:
@@ -119,21 +136,14 @@ class Launcher:
     def __init__(self, directory: Path):
         self._directory = directory
         self._places: dict[Case, Path] = {}
+        self._running: set[subprocess.Popen] = set()
+        self._ended = False
+        self._launches = itertools.count()
 
     def result(self, case: Case, wanted: Iterable[Case]) -> Ran:
-        """The result of ``case``; where it must be run, ``wanted`` of the same world size are run with it."""
-        wanted = list(wanted)
-        wanted += [c.after for c in wanted if c.after]
+        """The result of ``case``; where it must be run, all of ``wanted`` are run with it."""
         if case not in self._places:
-            fresh = dict.fromkeys(
-                c for c in sorted([*wanted, case], key=_depth) if c.world == case.world and c not in self._places
-            )
-            for first in {c.after for c in fresh if c.after and c.after.world != case.world}:
-                self.result(first, wanted)
-            for c in fresh:
-                self._places[c] = self._directory / f"case{len(self._places)}"
-                self._places[c].mkdir()
-            self._run(case.world, list(fresh))
+            self._run_all([*wanted, case])
         place = self._places[case]
         reports = _reports(place)
         if reports:
@@ -142,8 +152,35 @@ class Launcher:
         results = [torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in range(case.world)]
         return Ran(case, results, before)
 
+    def _run_all(self, wanted: Iterable[Case]) -> None:
+        """Run what has not been run of ``wanted``, and of what that goes on from, in its order."""
+        fresh = [case for case in dict.fromkeys(c for one in wanted for c in _chain(one)) if case not in self._places]
+        for case in fresh:
+            self._places[case] = self._directory / f"case{len(self._places)}"
+            self._places[case].mkdir()
+        left = dict.fromkeys(fresh)
+        while left:
+            waiting = {case.world for case in left if case.after in left and case.after.world != case.world}
+            # A world size waits for the files of another; of two that wait for each other, for what waits for nothing.
+            now = [case for case in left if case.world not in waiting] or [c for c in left if c.after not in left]
+            left = dict.fromkeys(case for case in left if case not in set(now))
+            worlds = sorted({case.world for case in now})
+            self._side_by_side([lane for world in worlds for lane in _lanes([c for c in now if c.world == world])])
+
+    def _side_by_side(self, lanes: list[list[Case]]) -> None:
+        """Run lists of cases, each one after the other, of one world size; ended by hand, nothing goes on."""
+        with ThreadPoolExecutor(LAUNCHES) as pool:
+            try:
+                for done in [pool.submit(self._run, lane[0].world, lane) for lane in lanes]:
+                    done.result()
+            except BaseException:
+                self._ended = True
+                for process in list(self._running):
+                    process.terminate()
+                raise
+
     def _run(self, world: int, cases: list[Case]) -> None:
-        while cases:
+        while cases and not self._ended:
             code, log = self._launch(world, cases)
             left = [case for case in cases if not self._finished(case)]
             if left and len(left) == len(cases):  # not one: blame the first, go on with the others
@@ -163,7 +200,8 @@ class Launcher:
         return bool(_reports(place)) or len(list(place.glob("rank*.pt"))) == case.world
 
     def _launch(self, world: int, cases: list[Case]) -> tuple[int, str]:
-        listing = self._directory / f"world{world}.json"
+        name = f"launch{next(self._launches)}-world{world}"
+        listing = self._directory / f"{name}.json"
         listing.write_text(json.dumps([self._entry(case) for case in cases]))
         port = free_port()
         paths = [str(_HERE.parent.parent), str(_HERE.parent), str(_HERE), os.environ.get("PYTHONPATH", "")]
@@ -171,7 +209,7 @@ class Launcher:
         environment.setdefault("OMP_NUM_THREADS", "1")
         command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", world, "--master_port", port]
         command += [_HERE / "driver.py", listing]
-        log = self._directory / f"world{world}.log"
+        log = self._directory / f"{name}.log"
         try:
             with log.open("w") as file:
                 process = subprocess.Popen(
@@ -182,20 +220,27 @@ class Launcher:
                     cwd=self._directory,
                     preexec_fn=_end_with_parent,
                 )
-                try:
-                    code = process.wait()
-                finally:
-                    if process.poll() is None:
-                        process.terminate()
-                        process.wait(30)
+                self._running.add(process)
+                code = process.wait()
+                self._running.discard(process)
         finally:
             remove_shared_buffers(port)
         return code, log.read_text()
 
 
-def _depth(case: Case) -> int:
-    """How many cases must be run before."""
-    return 0 if case.after is None else 1 + _depth(case.after)
+def _chain(case: Case) -> list[Case]:
+    """``case`` after all that must be run before it."""
+    return [case] if case.after is None else [*_chain(case.after), case]
+
+
+def _lanes(cases: list[Case]) -> list[list[Case]]:
+    """Lists that can run at the same time: a case stays with the one it goes on from."""
+    families: dict[Case, list[Case]] = {}
+    for case in cases:
+        families.setdefault(next(c for c in _chain(case) if c.world == case.world), []).append(case)
+    count = LAUNCHES if len(cases) > FEW else 1
+    lanes = [[case for family in list(families.values())[i::count] for case in family] for i in range(count)]
+    return [lane for lane in lanes if lane]
 
 
 def _reports(place: Path) -> list[Path]:
@@ -210,5 +255,5 @@ def remove_shared_buffers(port: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have Linux tell the launcher to stop when pytest is killed: it stops its ranks."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    """Have Linux tell the launcher to stop when pytest is killed, or the thread ends that waits: it stops its ranks."""
+    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -5,9 +5,10 @@ import io
 from pathlib import Path
 
 import pytest
+from comparing import equal
 from deepspeed import comm as dist
 from launching import on_ranks
-from test_resume import DATA, SCHEDULE, end_of, equal
+from scenes.resuming import DATA, SCHEDULE, end_of
 from torch import nn
 from toys import HIDDEN, WIDTH, Toy
 from training import config, engine_for, toy, train_step, whole_weights

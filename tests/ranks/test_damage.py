@@ -1,15 +1,15 @@
 """A checkpoint that is not whole is refused, by the file's name, on every rank, before anything is loaded."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from comparing import equal
 from deepspeed import comm as dist
 from launching import on_ranks
-from test_resume import equal
+from scenes.checkpoints import edit, state_of
 from toys import batches
 from training import config, engine_for, toy, train_step, whole_weights
 
@@ -30,13 +30,6 @@ def flip(path: Path, where: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
     content[int(where * (len(content) - 1))] ^= 1
     path.write_bytes(content)
-
-
-def edit(path: Path, **changes) -> None:
-    """A manifest that says something else, and is whole."""
-    body = json.loads(path.read_text())
-    del body["checksum"]
-    path.write_text(json.dumps({**body, **changes, "checksum": checkpoints._checksum({**body, **changes})}))
 
 
 def model_file(stage: int, rank: int) -> str:
@@ -94,17 +87,6 @@ def damaged(stage: int) -> dict:
             dist.barrier()
         engine.load_checkpoint("saved", tag="whole")
         return {"found": found, "loaded": equal(wanted, state_of(engine))}
-
-
-def state_of(engine) -> dict:
-    """Weights, AdamW's moments, factors, and the engine's own counter."""
-    moments = [one for state in engine.basic_optimizer.adamw.state.values() for one in state.values()]
-    return {
-        "weights": whole_weights(engine.module),
-        "moments": {str(i): one.clone() for i, one in enumerate(moments) if isinstance(one, torch.Tensor)},
-        "factors": engine.basic_optimizer.matrices.state_dict(),
-        "steps": engine.global_steps,
-    }
 
 
 @on_ranks(damaged, stage=[0, 2, 3])

@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from comparing import STEPS, assert_same, dense, distances
+from comparing import STEPS, assert_same, dense, distances, equal
 from launching import cases, on_ranks
 from reference import random_columns
-from test_communication import watched
-from test_elastic import assert_continued, resumed, saved
-from test_resume import equal, saved_and_resumed
+from scenes.collectives import watched
+from scenes.elastic import assert_continued, resumed, saved
+from scenes.resuming import saved_and_resumed
 from toys import Toy, batches
 from training import OPTIONS, config, engine_for, train, train_step
 

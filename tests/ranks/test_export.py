@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import torch
+from comparing import equal
 from deepspeed import comm as dist
 from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 from launching import on_ranks
 from safetensors.torch import load_file
-from test_huggingface import config_file, forget_accelerate, llama, sentences
-from test_resume import equal
+from scenes.huggingface import config_file, forget_accelerate, llama, sentences
 from torch import Tensor, nn
 from toys import Toy, batches
 from training import config, engine_for, toy, train_step, whole_weights

@@ -9,8 +9,8 @@ from comparing import assert_same, dense, distances
 from deepspeed import comm as dist
 from launching import on_ranks
 from torch import nn
-from toys import SEQUENCES, VOCABULARY, WIDTH, Sometimes, Toy, batches, micro_batches
-from training import config, engine_for, toy, train, train_step, whole_momenta, whole_weights
+from toys import SEQUENCES, VOCABULARY, WIDTH, Sometimes, batches, micro_batches
+from training import config, engine_for, matrices_of, toy, train, train_step, whole_momenta, whole_weights
 
 STEPS = 5
 
@@ -25,12 +25,6 @@ def logged():
         yield lines
     finally:
         logger.removeHandler(handler)
-
-
-def matrices_of(engine) -> dict:
-    step = engine.basic_optimizer.matrices
-    weights = {name: value for name, value in whole_weights(engine.module).items() if name in Toy.MATRICES}
-    return {"weights": weights, "momenta": whole_momenta(engine), "working": step.working.clone(), "steps": step.steps}
 
 
 # ------------------------------------------------------------------ an SVD that does not converge

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import equal
 from deepspeed import comm as dist
 from launching import on_ranks
-from test_damage import edit, state_of
-from test_resume import equal
+from scenes.checkpoints import edit, state_of
 from toys import batches
 from training import config, engine_for, toy, train_step, whole_weights
 

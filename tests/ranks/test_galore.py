@@ -1,15 +1,14 @@
 """GaLore under ZeRO: against the dense reference in every stage, offloaded, skipped, saved and resumed elsewhere."""
 
 import pytest
-from comparing import STEPS, assert_same, dense, distances
+from comparing import STEPS, assert_same, dense, distances, equal
 from launching import cases, on_ranks
-from test_clipping import TIGHT
-from test_elastic import UNIVERSAL, assert_continued, refused, resumed, saved
-from test_offload import ALL, CPU, NOWHERE, ONE_AT_A_TIME, assert_the_same_everywhere
-from test_overflow import assert_left_out, one_bad_step
-from test_resume import OFFLOADED, assert_resumed, equal, saved_and_resumed
+from scenes.elastic import UNIVERSAL, assert_continued, refused, resumed, saved
+from scenes.offloading import ALL, CPU, NOWHERE, ONE_AT_A_TIME, assert_the_same_everywhere
+from scenes.overflow import assert_left_out, one_bad_step
+from scenes.resuming import OFFLOADED, assert_resumed, saved_and_resumed
 from toys import Resting
-from training import GALORE, config, toy, train
+from training import GALORE, TIGHT, config, toy, train
 
 OURS = {"optimizer": "GaLore"}
 

@@ -8,7 +8,7 @@ import torch
 from comparing import STEPS, assert_same, dense
 from deepspeed.utils import safe_get_full_grad
 from launching import on_ranks
-from test_communication import watched
+from scenes.collectives import watched
 from toys import Padded, batches, micro_batches
 from training import config, engine_for, toy, train, train_step
 

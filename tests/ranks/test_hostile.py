@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from launching import on_ranks
-from test_damage import edit
+from scenes.checkpoints import edit
 from toys import batches
 from training import config, engine_for, train_step
 

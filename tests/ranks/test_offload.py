@@ -10,42 +10,40 @@ from unittest import mock
 
 import pytest
 import torch
-from comparing import STEPS, assert_same, dense, distances
+from comparing import STEPS, assert_same, dense, distances, equal
 from deepspeed import comm as dist
 from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_grad
 from launching import on_ranks
-from test_clipping import TIGHT
-from test_faults import matrices_of
-from test_resume import end_of, equal, saved_and_resumed
+from scenes.offloading import (
+    CPU,
+    NOWHERE,
+    ONE_AT_A_TIME,
+    PARAMETERS,
+    assert_the_same_everywhere,
+    places_of,
+    settings_of,
+)
+from scenes.resuming import end_of, saved_and_resumed
 from toys import Resting, batches, micro_batches
-from training import config, engine_for, mean_over_ranks, toy, train, train_step, whole_momenta, whole_weights
+from training import (
+    TIGHT,
+    config,
+    engine_for,
+    matrices_of,
+    mean_over_ranks,
+    toy,
+    train,
+    train_step,
+    whole_momenta,
+    whole_weights,
+)
 
 from ds_mofa import host_weights
 from ds_mofa import owner as owner_module
 from ds_mofa.deepspeed.gradients import GradientMixin
 from ds_mofa.deepspeed.gradients import pieces as on_the_way
-
-CPU = {"device": "cpu", "pin_memory": False}
-PINNED = {"device": "cpu", "pin_memory": True}
-NOWHERE = {}
-PARAMETERS = {"offload_param": CPU}
-ALL = {"offload_optimizer": PINNED, "offload_param": PINNED}
-ONE_AT_A_TIME = {"update_bytes": 1}
-
-
-def settings_of(stage: int, where: dict, dtype: str = "fp32", **rest) -> dict:
-    """With torch's AdamW wherever its state is, so that nothing but the place differs."""
-    options = {**ONE_AT_A_TIME, **rest.pop("options", {})}
-    return config(
-        stage, dtype=dtype, options=options, zero_optimization=where, zero_force_ds_cpu_optimizer=False, **rest
-    )
-
-
-def places_of(stage: int) -> list[dict]:
-    return [NOWHERE, {"offload_optimizer": PINNED if stage == 1 else CPU}] + ([PARAMETERS, ALL] if stage == 3 else [])
-
 
 # ---------------------------------------------------------------------- the same bits wherever they are
 
@@ -68,12 +66,6 @@ def owned(step) -> list[torch.Tensor]:
     own = [(block, i) for block in step.layout.owned_by(step.exchange.rank) for i in range(len(block.members))]
     views = [(block.views(step.factors, step.exchange.rank * step.layout.segment), i) for block, i in own]
     return [torch.cat([part[i].flatten() for part in parts]) for parts, i in views]
-
-
-def assert_the_same_everywhere(ran) -> None:
-    for result in ran.ranks:
-        plain, *offloaded = [{key: run[key] for key in ("losses", "weights", "momenta")} for run in result["runs"]]
-        assert offloaded and all(equal(run, plain) for run in offloaded)
 
 
 FEW = [{"stage": 2, "dtype": "fp32"}, {"stage": 3, "dtype": "bf16"}]
@@ -506,7 +498,6 @@ def on_deepspeeds_cpu_adam(stage: int) -> dict:
     return train(config(stage, options={"torch_adam": False}, zero_optimization=zero), STEPS)
 
 
-@pytest.mark.slow  # compiles an extension of DeepSpeed's, once a machine
 @on_ranks(on_deepspeeds_cpu_adam, stage=[2, 3])
 def test_deepspeeds_own_cpu_adam(ran):
     assert_same(ran, dense())

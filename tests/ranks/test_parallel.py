@@ -7,10 +7,9 @@ from deepspeed import comm as dist
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.utils import groups
 from launching import on_ranks
-from test_clipping import TIGHT
 from torch.distributed.nn.functional import all_gather
 from toys import Toy, batches
-from training import config, toy, whole_momenta, whole_weights
+from training import TIGHT, config, toy, whole_momenta, whole_weights
 
 from ds_mofa import OptionError
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from comparing import STEPS, dense, distances
+from comparing import STEPS, dense, distances, equal
 from deepspeed import comm as dist
 from launching import on_ranks
-from test_overflow import SCALER
-from test_resume import equal, saved_and_resumed
+from scenes.overflow import SCALER
+from scenes.resuming import saved_and_resumed
 from toys import Toy, batches, micro_batches
 from training import config, engine_for, mean_over_ranks, train, train_step, whole_weights
 

@@ -8,16 +8,16 @@ import torch
 from comparing import STEPS, TOLERANCE, assert_same, dense
 from deepspeed import comm as dist
 from launching import on_ranks
-from test_huggingface import forget_accelerate
-from toys import VOCABULARY, WIDTH, Toy, batches, micro_batches
+from reference import Reference
+from scenes.huggingface import forget_accelerate
+from scenes.llama import OneLayer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from toys import WIDTH, Toy, batches, micro_batches
 from training import OPTIONS, config, toy, train, whole_weights
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
-
-from reference import Reference
 
 
 class HalfCheckpointed(Toy):
@@ -77,20 +77,8 @@ def test_frozen_weights_in_a_checkpointed_block_in_stage_3(ran):
 PER_DEVICE, MICRO, LENGTH = 2, 2, 8
 
 
-class Answering(nn.Module):
-    """A LLaMA whose loss is the mean over all labels that it is given."""
-
-    MATRICES = [
-        *(f"model.model.layers.0.self_attn.{part}_proj.weight" for part in "qkvo"),
-        *(f"model.model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
-    ]
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=52, num_hidden_layers=1)
-        heads = dict(num_attention_heads=4, num_key_value_heads=2)
-        self.model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=False))
+class Answering(OneLayer):
+    """Its loss is the mean over all labels that it is given."""
 
     def forward(self, tokens, labels):
         logits = self.model(input_ids=tokens).logits

@@ -4,40 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from comparing import equal
 from deepspeed import comm as dist
 from launching import on_ranks
-from toys import Toy, batches, micro_batches
-from training import config, engine_for, toy, train_step, whole_weights
-
-DATA = batches(6)
-SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8, "warmup_max_lr": 1e-2}}
-
-
-def saved_and_resumed(stage: int, dtype: str, seed: int = 1, **rest) -> dict:
-    """Six steps, saved after three; then three again by an engine that starts from other weights: those of ``seed``."""
-    settings = config(stage, dtype=dtype, scheduler=SCHEDULE, gradient_clipping=0.5, **rest)
-    with engine_for(settings) as engine:
-        for batch in DATA[:3]:
-            train_step(engine, batch)
-        engine.save_checkpoint("saved")
-        saved = whole_weights(engine.module)
-        uninterrupted = end_of(engine)
-    with engine_for(settings, model=toy(seed=seed)) as engine:
-        engine.load_checkpoint("saved")
-        loaded = whole_weights(engine.module)
-        resumed = end_of(engine)
-    return {"uninterrupted": uninterrupted, "resumed": resumed, "saved": saved, "loaded": loaded}
-
-
-def end_of(engine) -> dict:
-    losses = [train_step(engine, batch) for batch in DATA[3:]]
-    state = engine.basic_optimizer.matrices.state_dict()
-    return {
-        "losses": losses,
-        "lr": [group["lr"] for group in engine.basic_optimizer.param_groups],
-        "weights": whole_weights(engine.module),
-        "state": state,
-    }
+from scenes.resuming import DATA, OFFLOADED, assert_resumed, end_of, saved_and_resumed
+from toys import Toy, micro_batches
+from training import config, engine_for, toy, train_step
 
 
 def files(stage: int, dtype: str) -> dict:
@@ -77,15 +49,6 @@ def strange_types(value) -> Iterator[str]:
         yield type(value).__name__
 
 
-def equal(a, b) -> bool:
-    """The same tensors bit for bit, and the same of everything around them."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return a == b
-
-
 @on_ranks(saved_and_resumed, stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(ran):
     assert_resumed(ran)
@@ -95,12 +58,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(ran):
 def test_masters_are_resumed_bit_for_bit(ran):
     """Whole ones, which rank 0 saves for all, and shards: without them the weights would start half a spacing off."""
     assert_resumed(ran)
-
-
-OFFLOADED = [
-    {"stage": 2, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-    {"stage": 3, "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}},
-]
 
 
 @on_ranks(saved_and_resumed, *OFFLOADED, dtype=["bf16"], options=[{"torch_adam": False}])
@@ -136,15 +93,6 @@ def saved_within_an_accumulation(stage: int) -> dict:
 def test_sketches_of_half_a_step_are_dropped_as_gradients_are(ran):
     for result in ran.ranks:
         assert equal(result["between"], result["within"])
-
-
-def assert_resumed(ran) -> None:
-    for result in ran.ranks:
-        assert equal(result["saved"], result["loaded"])
-        for what in ("losses", "lr", "weights", "state"):
-            assert equal(result["uninterrupted"][what], result["resumed"][what]), what
-    assert ran.ranks[0]["resumed"]["state"]["steps"] == 6
-    assert not equal(ran.ranks[0]["saved"], ran.ranks[0]["resumed"]["weights"])
 
 
 @on_ranks(files, stage=[0, 1, 2, 3], dtype=["fp32", "bf16"])

@@ -15,7 +15,7 @@ from accelerate.utils import DeepSpeedPlugin
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from launching import on_ranks
-from test_huggingface import forget_accelerate, llama, sentences
+from scenes.huggingface import forget_accelerate, llama, sentences
 from toys import Toy, batches
 from training import config, toy, train_step, whole_weights
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
@@ -67,19 +67,23 @@ def successors(stage: int, dtype: str, pair: str) -> dict:
     return {"between": between, **runs}
 
 
-@on_ranks(successors, stage=[0, 1, 2, 3], dtype=["fp32"], pair=PAIRS)
+def both_optimizers(world: int, dtype: str, pair: str, **_) -> bool:
+    """Where MoFaSGD and AdamW follow each other, bf16 and one rank are tried as well."""
+    return (world, dtype) == (2, "fp32") or (pair in PAIRS[1:3] and (world == 2 or dtype == "fp32"))
+
+
+@on_ranks(
+    successors,
+    world=[1, 2],
+    stage=[0, 1, 2, 3],
+    dtype=["fp32", "bf16"],
+    pair=PAIRS,
+    keeps=both_optimizers,
+    pairwise=True,
+)
 def test_a_later_engine_trains_as_on_a_fresh_model(ran):
-    check_successors(ran)
-
-
-@on_ranks(successors, stage=[0, 1, 2, 3], dtype=["bf16"], pair=PAIRS[1:3])
-def test_a_later_engine_trains_as_on_a_fresh_model_in_bf16(ran):
-    check_successors(ran, Toy.MATRICES)  # a norm's weight moves by less than half of bf16's last bit
-
-
-@on_ranks(successors, world=[1], stage=[0, 1, 2, 3], dtype=["fp32"], pair=PAIRS[1:3])
-def test_a_later_engine_trains_as_on_a_fresh_model_on_one_rank(ran):
-    check_successors(ran)
+    # In bf16 a norm's weight moves by less than half of its last bit.
+    check_successors(ran, Toy.MATRICES if ran.dtype == "bf16" else None)
 
 
 def check_successors(ran, moved: list[str] | None = None) -> None:
@@ -232,13 +236,20 @@ def trainers(stage: int, architecture: str, pair: str) -> dict:
     }
 
 
-@on_ranks(trainers, stage=[0, 1, 2, 3], architecture=["gpt2"], pair=PAIRS[:3])
+def sharded_llama(stage: int, architecture: str, pair: str, **_) -> bool:
+    """A model of linears is tried where gradients or weights are in shards."""
+    return architecture == "gpt2" or (stage >= 2 and pair in PAIRS[:2])
+
+
+@on_ranks(
+    trainers,
+    stage=[0, 1, 2, 3],
+    architecture=["gpt2", "llama"],
+    pair=PAIRS[:3],
+    keeps=sharded_llama,
+    pairwise=True,
+)
 def test_a_later_trainer_trains_as_on_a_fresh_model(ran):
-    check_successors(ran)
-
-
-@on_ranks(trainers, stage=[2, 3], architecture=["llama"], pair=PAIRS[:2])
-def test_a_later_trainer_trains_a_model_of_linears(ran):
     check_successors(ran)
 
 

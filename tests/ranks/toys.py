@@ -5,7 +5,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Toy", "Padded", "Checkpointed", "Sliver", "Sometimes", "Resting", "Late", "batches", "micro_batches", "SEQUENCES"]
+__all__ = [
+    "Toy",
+    "Padded",
+    "Checkpointed",
+    "Sliver",
+    "Sometimes",
+    "Resting",
+    "Late",
+    "batches",
+    "micro_batches",
+    "SEQUENCES",
+]
 
 VOCABULARY, WIDTH, HIDDEN = 37, 35, 53  # odd and not divisible by 3: shards of 2 and of 3 ranks end inside a row
 SEQUENCES = 18  # in a global batch: divides by 1, 2, 3 ranks times 1, 3 micro-batches

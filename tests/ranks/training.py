@@ -15,9 +15,11 @@ from experiments.baselines.orientation import like
 __all__ = [
     "GALORE",
     "OPTIONS",
+    "TIGHT",
     "config",
     "engine_for",
     "evaluate",
+    "matrices_of",
     "mean_over_ranks",
     "toy",
     "train",
@@ -31,6 +33,8 @@ OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_ep
 
 # With eps far above rounding: Adam's first direction is the sign of a gradient, of which rounding may decide.
 GALORE: dict[str, Any] = {**OPTIONS, "refresh_every": 3, "alpha": 0.5, "eps": 1e-3, "adamw_lr": 1e-3}
+
+TIGHT = 0.2  # to clip by: the norm of every step of the toy is far above it
 
 
 def config(
@@ -143,3 +147,10 @@ def whole_momenta(engine) -> dict[str, Tensor]:
         return {name: one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}
     shapes = {matrix.name: matrix.shape for matrix in matrices.members}
     return {name: like(one["P"] @ one["m"].mT, shapes[name]) for name, one in state.items()}
+
+
+def matrices_of(engine) -> dict[str, Any]:
+    """The weights, momenta and working copies of the matrices, and their steps. Collective."""
+    step = engine.basic_optimizer.matrices
+    weights = {name: value for name, value in whole_weights(engine.module).items() if name in Toy.MATRICES}
+    return {"weights": weights, "momenta": whole_momenta(engine), "working": step.working.clone(), "steps": step.steps}

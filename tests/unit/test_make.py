@@ -22,7 +22,9 @@ exit 99
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 
 
-def make(folder: Path, target: str, without: int | str = 0, ranks: int = 0) -> tuple[int, list[str], list[str]]:
+def make(
+    folder: Path, target: str, without: int | str = 0, ranks: int = 0, compiled: bool = True
+) -> tuple[int, list[str], list[str]]:
     """The exit status, what was printed, and what python was called with."""
     venv, asked = folder / "venv", folder / "asked"
     (venv / "bin").mkdir(parents=True)
@@ -30,6 +32,9 @@ def make(folder: Path, target: str, without: int | str = 0, ranks: int = 0) -> t
     (venv / "bin/python").chmod(0o755)
     (venv / ".installed").touch()  # newer than what it is made from, and so is what comes next
     (venv / "torchao").mkdir()
+    (venv / "torch_extensions").mkdir()
+    if compiled:
+        (venv / "torch_extensions/.compiled").touch()
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     environment |= {"ASKED": str(asked), "WITHOUT": str(without), "RANKS": str(ranks)}
     command = ["make", "-C", str(ROOT), f"VENV={venv}", target]
@@ -58,6 +63,13 @@ def test_both_halves_run_and_the_last_lines_say_how_they_ended(tmp_path, without
 def test_stopped_by_hand_it_does_not_go_on_with_the_other_half(tmp_path):
     status, printed, asked = make(tmp_path, "test", "interrupted")
     assert status != 0 and len(asked) == 1 and printed == []
+
+
+def test_deepspeeds_operators_are_compiled_before_the_tests_which_run_even_if_that_fails(tmp_path):
+    status, printed, asked = make(tmp_path, "test", compiled=False)
+    assert asked[0] == "tests/compile_operators.py" and len(asked) == 3  # the stand-in ends with 99
+    assert status == 0 and "DeepSpeed's operators were not compiled" in printed
+    assert not (tmp_path / "venv/torch_extensions/.compiled").exists()
 
 
 def test_the_fast_ones_are_those_of_the_parts(tmp_path):

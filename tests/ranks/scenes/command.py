@@ -1,0 +1,91 @@
+"""launch/train.py's main on the ranks of a launch, in the scene's folder, as ``deepspeed launch/train.py`` runs it."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from deepspeed import comm as dist
+from safetensors.torch import load_file
+from scenes.huggingface import forget_accelerate
+from transformers.integrations import unset_hf_deepspeed_config
+
+from tests.launch import commands
+from tests.launch.commands import LENGTH, ROOT, STEPS
+
+
+def make_inputs() -> None:
+    if dist.get_rank() == 0:
+        commands.make_inputs(Path())
+    dist.barrier()
+
+
+def command(*words: str) -> dict:
+    """Run it to its end: what this rank printed, and the code that it ended with; a mistake is raised."""
+    from launch.train import main
+
+    given = ["--deepspeed", str(ROOT / "configs/zero2_mofasgd.json"), "--model_config", "shape.json", "--use_cpu"]
+    given += ["--train_file", "train.txt", "--eval_file", "eval.jsonl", "--max_length", str(LENGTH)]
+    # Five examples to evaluate do not divide by two ranks of two: Accelerate repeats some, and none may count twice.
+    given += ["--per_device_eval_batch_size", "2", "--per_device_train_batch_size", "2", "--max_steps", str(STEPS)]
+    given += ["--logging_steps", "1", "--eval_on_start", *words]
+    printed, code = io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(printed), mock.patch("launch.train.leave_ranks", dist.barrier):
+            main(given)
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's way to end this process
+        unset_hf_deepspeed_config()
+        forget_accelerate()
+    dist.barrier()
+    return {"output": printed.getvalue(), "code": code}
+
+
+@contextlib.contextmanager
+def sigterm_before(owner: type, name: str, number: int, rank: int) -> Iterator[None]:
+    """The rank gets SIGTERM before the ``number``th call of a method."""
+    original, calls = getattr(owner, name), []
+
+    def method(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with mock.patch.object(owner, name, method):
+        yield
+
+
+def saved_model(folder: str) -> dict[str, torch.Tensor]:
+    """Its weights; nothing where it is not finished."""
+    path = Path(folder, "model.safetensors")
+    return load_file(path) if path.exists() else {}
+
+
+def finished() -> dict:
+    """One uninterrupted run, with a checkpoint half way."""
+    make_inputs()
+    run = command(
+        "--output_dir",
+        "model",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        str(STEPS // 2),
+        "--report_to",
+        "tensorboard",
+    )
+    if dist.get_rank() == 0:
+        history = json.loads(Path(f"model/checkpoint-{STEPS}/trainer_state.json").read_text())["log_history"]
+        run["history"] = [{key: float(value) for key, value in entry.items()} for entry in history]
+        run["answer loss"] = commands.answer_loss(Path("model"), Path("eval.jsonl"))
+        run["events"] = len(list(Path("model").glob("runs/*/events.out.tfevents.*")))
+    return {**run, "weights": saved_model("model")}
