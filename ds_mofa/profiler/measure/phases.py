@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_mofa.phases import PHASES, listening
-from ds_mofa.profiler.trace import Span
+from ds_mofa.profiler.measure.curve import Span
 
 __all__ = ["PhaseRecorder", "watch_model", "watch_optimizer", "ALL_PHASES"]
 

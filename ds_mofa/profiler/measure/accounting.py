@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds_mofa.profiler.categories import CATEGORIES
-from ds_mofa.profiler.sampler import Sample
-from ds_mofa.profiler.trace import _ROWS, Curve, Span
+from ds_mofa.profiler.measure.sampler import Sample
+from ds_mofa.profiler.measure.curve import ROWS, Curve, Span
 
 __all__ = ["account", "thin_curve", "thin_samples"]
 
@@ -91,7 +91,7 @@ def thin_curve(curve: Curve, spans: Sequence[Span], inner: Sequence[Span]) -> di
     highest = [max(range(low, high), key=curve.totals.__getitem__) for low, high in bins]
     start = curve.times[0]
     rows = [curve.rows[i] for i in highest]
-    columns = {name: [row[k] for row in rows] for k, name in enumerate(_ROWS)}
+    columns = {name: [row[k] for row in rows] for k, name in enumerate(ROWS)}
     shown = [span for span in inner if span.name != "capture"]
     return {
         "milliseconds": [round((curve.times[i] - start) / 1e6, 3) for i in highest],

@@ -2,7 +2,7 @@
 
 from transformers import TrainerCallback
 
-from ds_mofa.profiler.profiler import MemoryProfiler
+from ds_mofa.profiler.measure.profiler import MemoryProfiler
 
 __all__ = ["MemoryCallback"]
 
