@@ -3,7 +3,7 @@
 import importlib.util
 
 from ds_mofa.galore import GaLore
-from ds_mofa.optimizer import MoFaSGD
+from ds_mofa.optimizers.mofasgd import MoFaSGD
 from ds_mofa.options import OptionError, Options
 
 __version__ = "0.1.0"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.registry import register
 from ds_mofa.options import OptionError, Options, check_integer, check_number
 from ds_mofa.rules.galore import GaLoreRule
 
@@ -73,6 +74,7 @@ class GaLoreOptions(Options):
         return 1.0 if self.adamw_lr is None else self.adamw_lr / self.lr
 
 
+@register
 class GaLore(MatrixOptimizer):
     """GaLore for the matrices of a model, AdamW for everything else.
 

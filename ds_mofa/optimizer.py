@@ -1,4 +1,4 @@
-"""The optimizer that users construct and that learning-rate schedulers see: MoFaSGD, and what it shares with others."""
+"""The base of what users construct and learning-rate schedulers see: a rule for the matrices, AdamW for the rest."""
 
 import contextlib
 import math
@@ -20,12 +20,11 @@ from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import Split, split_parameters
 from ds_mofa.partition import Exchange
 from ds_mofa.phases import phase
-from ds_mofa.rules.mofasgd import MoFaSGDRule
 from ds_mofa.rules.rule import Rule
 from ds_mofa.state import adamw_misfit, whole_misfit
 from ds_mofa.step import MatrixStep
 
-__all__ = ["MatrixOptimizer", "MoFaSGD"]
+__all__ = ["MatrixOptimizer", "clip_factor"]
 
 _NO_TORCH_STATE = (
     "torch.distributed.checkpoint asks {title} for a state by parameter, which it does not have in one process: save "
@@ -39,7 +38,7 @@ _NO_COPY = (
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """A rule for the matrices of a model, AdamW for everything else; the base of :class:`MoFaSGD`.
+    """A rule for the matrices of a model, AdamW for everything else; the base of :class:`ds_mofa.MoFaSGD`.
 
     Args:
         params: the model, or parameters, named parameters or param groups of it together with ``model``.
@@ -339,24 +338,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.check_group_settings(settings)
         for group, saved in zip(self._matrix_groups, settings):
             group.update(saved)
-
-
-class MoFaSGD(MatrixOptimizer):
-    """Momentum-factorized SGD for the matrices of a model, AdamW for everything else.
-
-    In a plain PyTorch loop, with no DeepSpeed:
-
-    >>> optimizer = MoFaSGD(model, lr=6e-3, rank=8)
-    >>> loss.backward()          # no weight matrix gets a .grad
-    >>> optimizer.step()
-    >>> optimizer.zero_grad()
-
-    Under DeepSpeed, ``"optimizer": {"type": "MoFaSGD", "params": {...}}`` in the JSON builds it. Its options are
-    :class:`ds_mofa.options.Options`, its other arguments those of :class:`MatrixOptimizer`.
-    """
-
-    options_class = Options
-    rule_class = MoFaSGDRule
 
 
 def _given(value: Any, otherwise: Any) -> Any:

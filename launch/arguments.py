@@ -19,13 +19,15 @@ from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from ds_mofa import OptionError
-from ds_mofa.deepspeed.build import KINDS, read_options
+from ds_mofa.deepspeed.build import read_options
+from ds_mofa.optimizers import registry
 from launch.errors import UserError
 from launch.json_files import read_json
+from launch.plugins import import_plugins
 from launch.profile import ProfileArguments
 
-# Starting points, not tuned values. MoFaSGD's update has a fixed size per step, so its scale differs from AdamW's.
-DEFAULT_LEARNING_RATE = {"mofasgd": 6e-3, "galore": 4.8e-4, "adamw": 2e-5, "adam": 2e-5}
+# Starting points, not tuned values; those of ds_mofa's optimizers are in its registry.
+ADAM_LEARNING_RATE = {"adamw": 2e-5, "adam": 2e-5}
 
 # DeepSpeed JSON key -> the option that HF fills it from, or checks it against.
 JSON_KEY_TO_OPTION = {
@@ -124,6 +126,13 @@ class TrainingArguments(SFTConfig):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints to keep: the newest whole ones, and the best. 0 keeps all."}
     )
+    plugins: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Python files or modules to import first, which register optimizers of their own for the JSON's "
+            '"type" (ds_mofa/optimizers/registry.py).'
+        },
+    )
     override_checkpoint: bool = field(
         default=False,
         metadata={
@@ -161,6 +170,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     Args:
         argv: the words after the script's name, with the ``--local_rank`` that DeepSpeed's launcher adds.
     """
+    import_plugins(argv)
     config_path = deepspeed_config_path(argv)
     config = read_json(config_path, "the --deepspeed config")
     check_deepspeed_config(config, config_path)
@@ -212,8 +222,11 @@ def defaults_from_deepspeed(config: dict) -> dict[str, object]:
     """Option defaults that a DeepSpeed config implies: its own numbers, and a learning rate for its optimizer."""
     defaults: dict[str, object] = {}
     optimizer = str(nested_value(config, "optimizer.type")).lower()
-    if optimizer in DEFAULT_LEARNING_RATE:
-        defaults["learning_rate"] = DEFAULT_LEARNING_RATE[optimizer]
+    ours = registry.find(optimizer)
+    if ours is not None:
+        defaults["learning_rate"] = ours.learning_rate
+    elif optimizer in ADAM_LEARNING_RATE:
+        defaults["learning_rate"] = ADAM_LEARNING_RATE[optimizer]
     for key, option in JSON_KEY_TO_OPTION.items():
         value = nested_value(config, key)
         if value not in (None, "auto"):
@@ -268,7 +281,7 @@ def check_optimizer(section: dict, path: str) -> None:
     name = str(section.get("type", "")).lower()
     known = {*DEEPSPEED_OPTIMIZERS, *(key.lower() for key in vars(torch.optim))}
     if name not in known:
-        close = difflib.get_close_matches(name, [*KINDS, *DEEPSPEED_OPTIMIZERS], n=1)
+        close = difflib.get_close_matches(name, DEEPSPEED_OPTIMIZERS, n=1)
         raise UserError(
             f'{path}: "type": {json.dumps(section.get("type"))} in "optimizer" is no optimizer of DeepSpeed, PyTorch '
             "or ds_mofa" + (f"; did you mean {close[0]!r}?" if close else ".") + ' Write "type": "MoFaSGD".'
@@ -276,7 +289,7 @@ def check_optimizer(section: dict, path: str) -> None:
     betas = nested_value(section, "params.betas")
     if betas not in (None, "auto") and not (isinstance(betas, list) and len(betas) == 2):
         raise UserError(f'{path}: "optimizer": betas={json.dumps(betas)} must be two numbers, such as [0.9, 0.999].')
-    if name in KINDS:
+    if registry.find(name) is not None:
         params = section.get("params")
         if isinstance(params, dict):  # HF fills these in from the command line
             params = {key: value for key, value in params.items() if key not in FILLED_IN or value != "auto"}

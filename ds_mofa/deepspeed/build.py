@@ -17,18 +17,16 @@ from ds_mofa.deepspeed.matrices import forget, mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import replicated
 from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.diagnostics import Report
-from ds_mofa.galore import GaLore
 from ds_mofa.head import FusedHead
-from ds_mofa.optimizer import MatrixOptimizer, MoFaSGD
+from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.registry import entry_of
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import full_shape, split_parameters
 from ds_mofa.partition import Exchange
 from ds_mofa.staging import HostMemory
 from ds_mofa.step import MatrixStep
 
-__all__ = ["KINDS", "build_optimizer", "read_options"]
-
-KINDS: dict[str, type[MatrixOptimizer]] = {"mofasgd": MoFaSGD, "galore": GaLore}  # DeepSpeed compares in lower case
+__all__ = ["build_optimizer", "read_options"]
 
 # DeepSpeed's own switches of its AdamW: they are for get_optimizer_configuration.
 _PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach", "fused")
@@ -38,18 +36,18 @@ _LARGE = 1 << 26  # elements
 
 
 def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
-    """What ``DeepSpeedEngine._configure_basic_optimizer`` returns for a ``"type"`` among :data:`KINDS`.
+    """What ``DeepSpeedEngine._configure_basic_optimizer`` returns for a ``"type"`` of the registry's.
 
     Raises:
         OptionError: an option, or a combination with the rest of the config, that cannot work.
     """
-    kind = KINDS[engine.optimizer_name()]
-    _refuse_unsupported(engine, kind.options_class.title)
+    entry = entry_of(engine.optimizer_name())
+    _refuse_unsupported(engine, entry.name)
     options, passed_on = read_options(engine._config._param_dict["optimizer"])
     split = split_parameters(engine.module, model_parameters, options, names=engine.param_names)
     trained = takeover.trained(model_parameters)
     takeover.check_waiting(trained, options)
-    takeover.take_over(trained, f"an engine with {kind.options_class.title}")
+    takeover.take_over(trained, f"an engine with {entry.name}")
     head = FusedHead(engine.module) if options.fused_head else None
 
     replicated_fp32 = not engine.zero_optimization() and not (engine.fp16_enabled() or engine.bfloat16_enabled())
@@ -75,7 +73,7 @@ def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
         gathered=GatheredWeight if engine.zero_optimization_partition_weights() else None,
         host=HostMemory(engine.zero_offload_optimizer().pin_memory) if engine.zero_cpu_offload() else None,
         head=head,
-        rule=kind.rule_class(options),
+        rule=entry.rule(options),
     )
     matrices.on_report = functools.partial(_write_to_monitor, engine)
     mark_matrices(split.matrices)
@@ -84,7 +82,7 @@ def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
         print(f"ds_mofa: {split.summary()}", flush=True)  # loggers are often set to warnings only
         if replicated_fp32 and isinstance(adamw, AdamW8bit):  # else it is known when DeepSpeed has cut partitions
             print(f"ds_mofa: {adamw.summary()}", flush=True)
-    facade = replicated(kind) if replicated_fp32 else kind
+    facade = replicated(entry.optimizer) if replicated_fp32 else entry.optimizer
     optimizer = facade.from_parts(split, options, adamw, matrices)
     optimizer.adamw_gradients = AdamWGradients(takeover.trained(split.adamw_groups))
     return optimizer
@@ -94,26 +92,26 @@ def read_options(section: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
     """The options in the JSON's ``"optimizer"``, and DeepSpeed's own switches among its ``"params"``.
 
     Args:
-        section: whose ``"type"`` is MoFaSGD where there is none.
+        section: whose ``"type"`` is MoFaSGD where there is none, else one of the registry's.
 
     Raises:
         OptionError: a key or value that is not understood; DeepSpeed would leave an unknown key unread.
     """
-    kind = KINDS[str(section.get("type", MoFaSGD.options_class.title)).lower()].options_class
+    entry = entry_of(section.get("type", "MoFaSGD"))
     for key in section:
         if key not in _SECTION:
             close = difflib.get_close_matches(key, _SECTION, n=1)
             raise OptionError(
                 f'"optimizer" has an unknown key {key!r}'
                 + (f"; did you mean {close[0]!r}?" if close else "")
-                + f' It takes "type" and "params"; options of {kind.title} belong into "params"'
+                + f' It takes "type" and "params"; options of {entry.name} belong into "params"'
             )
     params = section.get("params")
     if isinstance(params, Mapping) and "max_grad_norm" in params:
         raise OptionError(
-            f'max_grad_norm is not an option of {kind.title}: write "gradient_clipping" beside "optimizer"'
+            f'max_grad_norm is not an option of {entry.name}: write "gradient_clipping" beside "optimizer"'
         )
-    options, passed_on = kind.from_config({} if params is None else params, _PASSED_ON)
+    options, passed_on = entry.options.from_config({} if params is None else params, _PASSED_ON)
     for key, value in passed_on.items():
         if not isinstance(value, bool):
             raise OptionError(f"{key}={value!r} must be true or false: it chooses between DeepSpeed's AdamWs")

@@ -1,4 +1,4 @@
-"""Make DeepSpeed know MoFaSGD and GaLore, from outside: nothing of DeepSpeed's is replaced, its methods are wrapped.
+"""Make DeepSpeed know the registry's optimizers, from outside: its methods are wrapped, and nothing of it is replaced.
 
 Every wrapper asks first whether the engine at hand trains with one of them, and otherwise calls what it wraps.
 """
@@ -21,12 +21,13 @@ from packaging.version import Version
 from ds_mofa import ownership
 from ds_mofa.adamw_8bit import AdamW8bit
 from ds_mofa.deepspeed import checkpoints, takeover
-from ds_mofa.deepspeed.build import KINDS, build_optimizer
+from ds_mofa.deepspeed.build import build_optimizer
 from ds_mofa.deepspeed.matrices import is_matrix
 from ds_mofa.deepspeed.replicated import wrap_replicated
 from ds_mofa.deepspeed.universal import restore
 from ds_mofa.deepspeed.zero import wrap_zero
 from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers import registry
 
 __all__ = ["register", "TESTED"]
 
@@ -42,8 +43,7 @@ def register() -> None:
         return
     _registered = True
     warn_if_untested(deepspeed.__version__)
-    ds_config.DEEPSPEED_OPTIMIZERS.extend(KINDS)
-    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.extend(KINDS.values())
+    registry.on_register(_make_known)
 
     ownership.on_claim(takeover.take_over)
     _wrap("_do_sanity_check", _do_sanity_check)
@@ -71,6 +71,11 @@ def register() -> None:
     # reads this name from the engine's module, so that is where it must change.
     optimized = ds_engine.is_optimized_parameter
     ds_engine.is_optimized_parameter = lambda param: optimized(param) and not is_matrix(param)
+
+
+def _make_known(entry: registry.Entry) -> None:
+    ds_config.DEEPSPEED_OPTIMIZERS.append(entry.name.lower())  # DeepSpeed compares in lower case
+    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(entry.optimizer)
 
 
 def warn_if_untested(version: str) -> None:
@@ -107,7 +112,8 @@ def _do_sanity_check(original, engine):
 def _configure_optimizer(original, engine, client_optimizer, model_parameters):
     trained = takeover.trained(model_parameters)
     try:
-        if client_optimizer is not None or engine.optimizer_name() not in KINDS:  # else build_optimizer sees to it
+        # Else build_optimizer sees to it.
+        if client_optimizer is not None or registry.find(engine.optimizer_name()) is None:
             takeover.check_waiting(trained)
             takeover.take_over(trained, f"an engine with {engine.optimizer_name()}", ours=False)
         original(takeover.checked_factory(client_optimizer), model_parameters)
@@ -118,7 +124,7 @@ def _configure_optimizer(original, engine, client_optimizer, model_parameters):
 
 
 def _configure_basic_optimizer(original, engine, model_parameters):
-    if engine.optimizer_name() not in KINDS:
+    if registry.find(engine.optimizer_name()) is None:
         return original(model_parameters)
     return build_optimizer(engine, model_parameters)
 

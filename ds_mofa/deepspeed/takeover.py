@@ -17,6 +17,7 @@ from torch import nn
 
 from ds_mofa import ownership
 from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers import registry
 from ds_mofa.options import OptionError, Options
 
 __all__ = [
@@ -126,10 +127,10 @@ def check_client(engine, client: Any) -> None:
     """
     if client is None:
         return
-    named = _kinds().get(engine._config.optimizer_name)  # engine.optimizer_name() is the client's
+    named = registry.find(engine._config.optimizer_name)  # engine.optimizer_name() is the client's
     if named is not None:
         raise OptionError(
-            f'the config says "type": "{named.options_class.title}", and deepspeed.initialize was given an optimizer '
+            f'the config says "type": "{named.name}", and deepspeed.initialize was given an optimizer '
             f"as well ({_name(client)}), which DeepSpeed would use in its place: leave one of them out"
         )
     _refuse(client)
@@ -209,9 +210,3 @@ def _section(options: Options) -> dict[str, Any]:
 
 def _name(client: Any) -> str:
     return getattr(client, "__name__", type(client).__name__)
-
-
-def _kinds() -> dict[str, type[MatrixOptimizer]]:
-    from ds_mofa.deepspeed.build import KINDS  # which needs this module
-
-    return KINDS

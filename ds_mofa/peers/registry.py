@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_mofa.optimizer import MoFaSGD
+from ds_mofa.optimizers.mofasgd import MoFaSGD
 from ds_mofa.options import OptionError, Options, check_integer, check_number
 from ds_mofa.parameters import split_parameters
 from ds_mofa.peers.adam import check_adam

@@ -2,11 +2,15 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+from ds_mofa.optimizers import registry
 from launch.arguments import (
     Parser,
     TrainingArguments,
@@ -223,3 +227,57 @@ def test_what_accelerate_s_config_names_is_found_from_any_folder(monkeypatch, tm
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "nowhere.json")
     with pytest.raises(UserError, match="nowhere.json: no such file"):
         read_json(deepspeed_config_path([]), "the --deepspeed config")
+
+
+PLUGIN = """
+import dataclasses
+from typing import ClassVar
+from ds_mofa import Options
+from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.registry import register
+from ds_mofa.rules.mofasgd import MoFaSGDRule
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PluggedOptions(Options):
+    title: ClassVar[str] = "Plugged"
+    lr: float = 0.125
+
+@register
+class Plugged(MatrixOptimizer):
+    options_class = PluggedOptions
+    rule_class = MoFaSGDRule
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    file = tmp_path / "plugged_in.py"
+    file.write_text(PLUGIN)
+    yield file
+    sys.modules.pop("plugged_in", None)
+    entry = registry._entries.pop("Plugged", None)
+    if entry is not None:
+        DEEPSPEED_OPTIMIZERS.remove("plugged")
+        ZERO_SUPPORTED_OPTIMIZERS.remove(entry.optimizer)
+
+
+def test_an_optimizer_of_a_plugin_is_one_of_the_config_s(tmp_path, plugin):
+    words = config_file(tmp_path, optimizer={"type": "Plugged", "params": {"lr": "auto", "rank": 4}})
+    with pytest.raises(UserError, match='"Plugged" in "optimizer" is no optimizer'):
+        parse(*words)
+    for _ in range(2):  # importing it again registers nothing anew
+        assert parse(*words, "--plugins", str(plugin))[2].learning_rate == 0.125
+    words = config_file(tmp_path, optimizer={"type": "plugged", "params": {"rnk": 4}})
+    with pytest.raises(UserError, match="unknown option 'rnk' of Plugged; did you mean 'rank'"):
+        parse(*words, "--plugins", str(plugin))
+
+
+def test_a_plugin_that_cannot_be_imported_is_named_with_the_reason(tmp_path, plugin):
+    words = [*MODEL, *DATA, *CONFIG]
+    with pytest.raises(UserError, match="--plugins no.such.module: it could not be imported .ModuleNotFoundError"):
+        parse(*words, "--plugins", "no.such.module")
+    with pytest.raises(UserError, match="--plugins .*nowhere.py: it could not be imported .FileNotFoundError"):
+        parse(*words, "--plugins", str(tmp_path / "nowhere.py"))
+    plugin.write_text("1 / 0")
+    with pytest.raises(UserError, match="plugged_in.py: it could not be imported .ZeroDivisionError"):
+        parse(*words, "--plugins", str(plugin))

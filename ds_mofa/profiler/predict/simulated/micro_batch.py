@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ds_mofa.optimizer import MoFaSGD
+from ds_mofa.optimizers.mofasgd import MoFaSGD
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import split_parameters
 from ds_mofa.profiler.liger import MODELS, fused
