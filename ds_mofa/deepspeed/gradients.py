@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ds_mofa.host_weights import CHUNK_BYTES
 
-__all__ = ["GradientMixin"]
+__all__ = ["PIECE", "GradientMixin"]
 
-_PIECE = CHUNK_BYTES // torch.float32.itemsize  # elements that a norm is taken of, or that pass to the host, at a time
+PIECE = CHUNK_BYTES // torch.float32.itemsize  # elements that a norm is taken of, or that pass to the host, at a time
 
 
 class GradientMixin:
@@ -66,7 +66,7 @@ class GradientMixin:
         self.scattered = frozenset(i for i in groups if self._covered_by_partitions(i))
         if self.cpu_offload:  # DeepSpeed has made one of the largest parameter
             buffer = self.temp_grad_buffer_for_gpu_offload
-            self.temp_grad_buffer_for_gpu_offload = buffer.new_empty(min(_PIECE, buffer.numel()))
+            self.temp_grad_buffer_for_gpu_offload = buffer.new_empty(min(PIECE, buffer.numel()))
 
     def _covered_by_partitions(self, i: int) -> bool:
         if len(self.bit16_groups[i]) != 1 or self.real_dp_process_group[i] is not self.dp_process_group:
@@ -143,7 +143,7 @@ class GradientMixin:
 
     def async_inplace_copy_grad_to_fp32_buffer_from_gpu(self, param):
         i, start, place, count = self.grad_position[self.get_param_id(param)]
-        if count <= _PIECE:
+        if count <= PIECE:
             return super().async_inplace_copy_grad_to_fp32_buffer_from_gpu(param)
         grad = self.get_param_gradient_attribute(param)
         here = get_accelerator().current_stream()
@@ -246,7 +246,7 @@ class GradientMixin:
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Flat tensors of one length, piece by piece."""
-    return zip(*(tensor.split(_PIECE) for tensor in tensors), strict=True)
+    return zip(*(tensor.split(PIECE) for tensor in tensors), strict=True)
 
 
 def _norm(tensor: Tensor) -> Tensor:
@@ -254,5 +254,5 @@ def _norm(tensor: Tensor) -> Tensor:
     wide = get_norm_dtype()
     # The GPU adds squares of 16-bit numbers up in fp32 as it reads them; any other widening is a copy.
     direct = torch.float32 if tensor.itemsize == 2 else wide
-    pieces = tensor.detach().reshape(-1).split(_PIECE)
+    pieces = tensor.detach().reshape(-1).split(PIECE)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=direct).to(wide) for p in pieces]))

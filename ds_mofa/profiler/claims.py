@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_mofa.profiler.categories import IN_ALLOCATOR, gb
-from ds_mofa.profiler.layers import verdict
+from ds_mofa.profiler.measure.layers import verdict
 from ds_mofa.profiler.layout import fullest
 
 __all__ = ["judge"]

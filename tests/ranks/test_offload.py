@@ -383,7 +383,7 @@ def going_to_host(settings: dict, micro: int, whole: bool = False) -> dict:
 
     with contextlib.ExitStack() as patches:
         patch = lambda *args: patches.enter_context(mock.patch.object(*args))  # noqa: E731
-        patch(gradients_module, "_PIECE", PIECE)
+        patch(gradients_module, "PIECE", PIECE)
         patch(gradients_module, "_pieces", counted)
         patch(stage_1_and_2.DeepSpeedZeroOptimizer, "reduce_independent_p_g_buckets_and_remove_grads", watched)
         patch(stage_1_and_2, "DeepSpeedCPUAdam", torch.optim.AdamW)  # what DeepSpeed wants for 16-bit masters

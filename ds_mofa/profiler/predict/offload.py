@@ -7,15 +7,15 @@ Sizes in bytes, of one rank.
 
 from collections.abc import Sequence
 
-from ds_mofa.host_weights import CHUNK_BYTES
-from ds_mofa.profiler.gathering import gathered
-from ds_mofa.profiler.simulate import MicroBatch, Moment, Parameter
-from ds_mofa.profiler.zero import Candidate, ZeroSettings, norm_bytes, partitioned
+from ds_mofa.deepspeed.gradients import PIECE
+from ds_mofa.profiler.predict.candidate import Candidate
+from ds_mofa.profiler.predict.reserved.gathering import gathered
+from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Moment, Parameter
+from ds_mofa.profiler.predict.zero import ZeroSettings, norm_bytes, partitioned
 
 __all__ = ["host_bytes", "offloaded_candidates"]
 
-_NORM_PIECE = 250_000_000  # elements: stage 3 takes a norm of so many at a time
-_PIECE = CHUNK_BYTES // 4  # elements: ds_mofa.deepspeed.gradients moves so many at a time
+_NORMPIECE = 250_000_000  # elements: stage 3 takes a norm of so many at a time
 
 
 def offloaded_candidates(
@@ -84,14 +84,14 @@ def _original(zero: ZeroSettings, elements: int) -> int:
 
 def _at_a_time(zero: ZeroSettings, elements: int) -> int:
     """Of a gradient or parameter, what is moved at once."""
-    return min(elements, _PIECE) if zero.host_in_pieces else elements
+    return min(elements, PIECE) if zero.host_in_pieces else elements
 
 
 def _passing(zero: ZeroSettings, elements: int) -> int:
     """Of one gradient on its way: what its norm is taken of, or its conversion to the masters' dtype."""
     converted = zero.state_bytes * _at_a_time(zero, elements) if zero.state_bytes != 2 else 0
     if zero.stage == 3:
-        return 2 * elements + max(norm_bytes(min(elements, _NORM_PIECE)), converted)
+        return 2 * elements + max(norm_bytes(min(elements, _NORMPIECE)), converted)
     return max(0 if zero.norm_in_pieces else norm_bytes(elements), converted)
 
 

@@ -1,52 +1,37 @@
 """Temporaries of the optimizer step, in bytes, of one rank."""
 
+import math
+
 from ds_mofa.host_weights import CHUNK_BYTES
-from ds_mofa.options import Options
-from ds_mofa.partition import Layout
-from ds_mofa.profiler.setting import Setting
-from ds_mofa.profiler.simulate import MicroBatch
-from ds_mofa.subbatches import Part, split, temporaries
+from ds_mofa.profiler.predict.plan import Plan
+from ds_mofa.subbatches import split, temporaries
 
-__all__ = ["layout_of", "sign_bytes", "state_layout_of", "step_workspace"]
+__all__ = ["step_workspace"]
 
 
-def layout_of(setting: Setting, batch: MicroBatch) -> Layout:
-    """Where MoFaSGD's sketches and working copies lie."""
-    return Layout(_places(batch), setting.rank + setting.explore, setting.gpus)
+def step_workspace(plan: Plan) -> int:
+    """Of the matrices' update; a fused AdamW has none.
 
-
-def state_layout_of(setting: Setting, batch: MicroBatch) -> Layout:
-    """Where its fp32 factors do."""
-    return Layout(_places(batch), setting.rank, setting.gpus)
-
-
-def sign_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """Of the random signs that a rank keeps: for 32 of them a word, and its number (ds_mofa.rules.exploration)."""
-    return sum(8 * -(-setting.explore * rows // 32) for shape, _ in _places(batch) for rows in shape)
-
-
-def _places(batch: MicroBatch) -> list[tuple[tuple[int, int], int]]:
-    return [((p.shape[0], p.shape[1]), 0) for p in batch.parameters if p.kind == "matrix"]
-
-
-def step_workspace(setting: Setting, batch: MicroBatch) -> int:
-    """Temporaries of the optimizer step; a fused AdamW has none."""
-    matrices = [p for p in batch.parameters if p.kind == "matrix"]
-    if setting.optimizer == "MoFaSGD":
-        layout = layout_of(setting, batch)
-        batches = [
-            parts for rank in range(setting.gpus) for parts in split(layout.owned_by(rank), Options().update_bytes)
-        ]
-        staged = 2 * max(_factor_bytes(parts, setting.rank) for parts in batches) if setting.offload else 0
-        staged = max(staged, 2 * CHUNK_BYTES) if setting.offload == "param" else staged
-        return 4 * layout.segment + staged + max(map(temporaries, batches))  # the reduced sketches, and the update's
-    if setting.optimizer == "Muon":  # Newton-Schulz in bf16: the update, its Gram matrix twice, one product
-        return max(2 * (2 * p.numel + 2 * min(p.shape) ** 2) for p in matrices)
-    if setting.optimizer == "GaLore":  # the update projected back, and an SVD's fp32 copy of one gradient
-        return max(6 * p.numel for p in matrices)
+    Of a sub-batch what :func:`ds_mofa.subbatches.temporaries` says, which is MoFaSGD's and more than GaLore's.
+    """
+    if plan.sketched:
+        limit, ranks = plan.setting.option("update_bytes"), range(plan.setting.gpus)
+        batches = [parts for rank in ranks for parts in split(plan.layout.owned_by(rank), limit)]
+        return 4 * plan.layout.segment + _staged(plan, limit) + max(map(temporaries, batches))
+    if plan.setting.optimizer == "Muon":  # Newton-Schulz in bf16: the update, its Gram matrix twice, one product
+        return max(2 * (2 * p.numel + 2 * min(p.shape) ** 2) for p in plan.matrices)
     return 0
 
 
-def _factor_bytes(parts: list[Part], rank: int) -> int:
-    """Of the factors of one sub-batch, which is what a buffer for offloaded ones holds."""
-    return sum(4 * len(part.members) * rank * (sum(part.block.shape) + 1) for part in parts)
+def _staged(plan: Plan, limit: float) -> int:
+    """The two buffers through which offloaded state comes, a sub-batch's at a time, and offloaded weights."""
+    if not plan.setting.offload:
+        return 0
+    largest = 0
+    for rank in range(plan.setting.gpus):
+        states = dict(zip(plan.layout.owned_by(rank), plan.state_layout.owned_by(rank), strict=True))
+        for parts in split(list(states), limit):
+            shapes = [(len(part.members), states[part.block].tensors) for part in parts]
+            largest = max(largest, sum(4 * count * sum(map(math.prod, tensors)) for count, tensors in shapes))
+    weights = CHUNK_BYTES if plan.setting.offload == "param" else 0
+    return 2 * max(largest, weights)

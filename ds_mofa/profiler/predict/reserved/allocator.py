@@ -7,11 +7,11 @@ joined. So a large free block serves small requests, but not the other way round
 """
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from ds_mofa.profiler.simulate import MicroBatch, Parameter
+from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch
 
-__all__ = ["CachingAllocator", "play", "reserved_by_plain_loop"]
+__all__ = ["CachingAllocator", "Handle", "play"]
 
 _MIB = 1 << 20
 
@@ -23,6 +23,9 @@ class _Block:
         self.start, self.size, self.free = start, size, True
         self.previous: _Block | None = None
         self.next: _Block | None = None
+
+
+Handle = tuple[bool, _Block]  # to memory of a small segment or a large one
 
 
 class CachingAllocator:
@@ -39,7 +42,7 @@ class CachingAllocator:
         self._address = 0
         self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
 
-    def alloc(self, size: int) -> tuple[bool, _Block]:
+    def alloc(self, size: int) -> Handle:
         """A handle to ``size`` bytes."""
         size = max(512, -(-size // 512) * 512)
         small = size <= _MIB
@@ -64,7 +67,7 @@ class CachingAllocator:
         self.peak = max(self.peak, self.allocated)
         return small, block
 
-    def free(self, handle: tuple[bool, _Block]) -> None:
+    def free(self, handle: Handle) -> None:
         small, block = handle
         pool = self._free[small]
         self.allocated -= block.size
@@ -102,43 +105,3 @@ def play(allocator: CachingAllocator, batch: MicroBatch, complete: Callable[[str
             complete(key)
     for handle in live.values():
         allocator.free(handle)
-
-
-def reserved_by_plain_loop(
-    batch: MicroBatch,
-    trained: Sequence[Parameter],
-    buffers: Sequence[int],
-    moments: Callable[[int], int],
-    micro_batches: int,
-) -> int:
-    """Bytes reserved after two steps of a plain loop in bf16.
-
-    Args:
-        batch: its micro-batch.
-        trained: what gets a gradient and two moments.
-        buffers: sizes of what else is there from the beginning, MoFaSGD's for one.
-        moments: bytes of one moment of so many elements.
-        micro_batches: of one step.
-    """
-    allocator = CachingAllocator()
-    for param in batch.parameters:
-        allocator.alloc(2 * param.numel)
-    for size in buffers:
-        allocator.alloc(size)
-    sizes = {param.name: 2 * param.numel for param in trained}
-    for step in range(2):
-        grads: dict[str, tuple] = {}
-
-        def complete(name: str, grads=grads) -> None:
-            if name in sizes and name not in grads:
-                grads[name] = allocator.alloc(sizes[name])
-
-        for _ in range(min(micro_batches, 3)):
-            play(allocator, batch, complete)
-        if step == 0:
-            for param in trained:
-                for _ in range(2):
-                    allocator.alloc(moments(param.numel))
-        for handle in grads.values():
-            allocator.free(handle)
-    return allocator.reserved

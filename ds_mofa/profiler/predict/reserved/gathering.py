@@ -19,9 +19,9 @@ import dataclasses
 from collections import deque
 from collections.abc import Sequence
 
-from ds_mofa.profiler.reserve import CachingAllocator
-from ds_mofa.profiler.simulate import Parameter
-from ds_mofa.profiler.zero import ZeroSettings
+from ds_mofa.profiler.predict.reserved.allocator import CachingAllocator, Handle
+from ds_mofa.profiler.predict.simulated.micro_batch import Parameter
+from ds_mofa.profiler.predict.zero import ZeroSettings
 
 __all__ = ["Gathered", "gathered"]
 
@@ -47,7 +47,7 @@ class _Flight:
     """Weights gathered together; ``flat`` is their common buffer, None for one alone, which needs none."""
 
     names: list[str]
-    flat: tuple | None
+    flat: Handle | None
     unused: set[str]
     cut: bool = False
 
@@ -57,7 +57,7 @@ class _Coordinator:
         self.zero, self.allocator, self.at_loss = zero, CachingAllocator(), 0
         self.numel = {p.name: p.numel for p in parameters if p.numel > zero.stage3_param_persistence_threshold}
         self.order = _order(list(self.numel), zero)
-        self.there: dict[str, tuple] = {}
+        self.there: dict[str, Handle] = {}
         self.flights: dict[str, _Flight] = {}
 
     def micro_batch(self) -> None:

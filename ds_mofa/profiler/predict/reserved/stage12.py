@@ -1,16 +1,14 @@
-"""What PyTorch's caching allocator will reserve under ZeRO (DeepSpeed 0.19): construction and two steps, replayed.
-
-Each stream has blocks of its own: the reduction's are counted here beside the default stream's, those that whole weights
-are gathered into in :mod:`ds_mofa.profiler.gathering`.
+"""What PyTorch's caching allocator will reserve under ZeRO stages 1 and 2 (DeepSpeed 0.19): construction and two steps,
+replayed. Each stream has blocks of its own: the reduction's are counted here beside the default stream's.
 """
 
 from collections.abc import Sequence
 
-from ds_mofa.profiler.reserve import CachingAllocator, play
-from ds_mofa.profiler.simulate import MicroBatch, Parameter
-from ds_mofa.profiler.zero import ZeroSettings, norm_bytes, partitioned, scattered
+from ds_mofa.profiler.predict.reserved.allocator import CachingAllocator, Handle, play
+from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Parameter
+from ds_mofa.profiler.predict.zero import ZeroSettings, norm_bytes, partitioned, scattered
 
-__all__ = ["reserved_by_stage12", "reserved_by_stage3"]
+__all__ = ["reserved_by_stage12"]
 
 
 def reserved_by_stage12(
@@ -23,7 +21,7 @@ def reserved_by_stage12(
     rank: int,
     own_masters: bool,
 ) -> int:
-    """Bytes reserved after two steps under ZeRO stage 1 or 2; see :mod:`ds_mofa.profiler.zero` for what is when.
+    """Bytes reserved after two steps under ZeRO stage 1 or 2; see :mod:`ds_mofa.profiler.predict.stage12` for what is when.
 
     Args:
         zero: the stage's settings.
@@ -60,15 +58,15 @@ def reserved_by_stage12(
     numels = {param.name: param.numel for group in groups for param in group}
     kept_whole = 2 * sum(numels[name] for name in mine)
     for _ in range(2):
-        kept: list[tuple] = []
-        parts: dict[str, tuple] = {}
-        whole: dict[str, tuple] = {}
+        kept: list[Handle] = []
+        parts: dict[str, Handle] = {}
+        whole: dict[str, Handle] = {}
         count = min(micro_batches, 3)
         for number in range(count):
             last = number == count - 1
             state = {"elements": 0, "buckets": None, "filled": None, "mine": False}
-            waiting: list[tuple] = []
-            sent: list[tuple] = []  # still read by the stream that reduces
+            waiting: list[Handle] = []
+            sent: list[Handle] = []  # still read by the stream that reduces
 
             def complete(
                 name: str, state=state, waiting=waiting, whole=whole, last=last, sent=sent, parts=parts
@@ -129,100 +127,3 @@ def reserved_by_stage12(
         for handle in whole.values():
             allocator.free(handle)
     return allocator.reserved + aside.reserved
-
-
-def reserved_by_stage3(
-    zero: ZeroSettings,
-    batch: MicroBatch,
-    groups: Sequence[Sequence[Parameter]],
-    buffers: Sequence[int],
-    micro_batches: int,
-) -> int:
-    """Bytes reserved after two steps under ZeRO stage 3, those of gathered weights apart.
-
-    Args:
-        zero: the stage's settings.
-        batch: its micro-batch.
-        groups: DeepSpeed's param groups.
-        buffers: sizes of what else is there from the beginning, MoFaSGD's for one.
-        micro_batches: of one step.
-    """
-    allocator, aside = CachingAllocator(), CachingAllocator()
-    N, bucket = zero.world_size, zero.reduce_bucket_size
-    shards = {}
-    for param in batch.parameters:  # built whole, one after the other, and cut
-        whole = allocator.alloc(2 * param.numel)
-        shards[param.name] = allocator.alloc(2 * (param.numel // N))
-        allocator.free(whole)
-    trained = [param for group in groups for param in group]
-    for param in trained:  # by way of the host into one buffer
-        allocator.free(shards.pop(param.name))
-    allocator.empty_cache()
-    allocator.alloc(2 * sum(param.numel // N for param in trained))
-    parts, state = _sub_groups(groups, zero), zero.state_bytes
-    converted = None
-    for part in parts:  # the masters are a copy of the conversion, which stays until the next one
-        following = allocator.alloc(state * part) if state != 2 else None
-        if converted is not None:
-            allocator.free(converted)
-        converted = following
-        allocator.alloc(state * part)
-    gradient = allocator.alloc(state * max(parts, default=0))
-    for handle in (converted, gradient):
-        if handle is not None:
-            allocator.free(handle)
-    for size in (2 * bucket, 2 * sum(param.numel // N for param in trained), *buffers):
-        allocator.alloc(size)
-    numels = {param.name: param.numel for param in trained}
-    for step in range(2):
-        for _ in range(min(micro_batches, 3)):
-            waiting: list[tuple] = []
-            inside: list[int] = []
-
-            def reduce() -> None:
-                if len(inside) > 1:  # a gradient alone is reduced where it is
-                    aside.free(aside.alloc(2 * sum(inside)))
-                inside.clear()
-                while waiting:
-                    allocator.free(waiting.pop())
-
-            def complete(name: str) -> None:
-                numel = numels.get(name)
-                if numel is None:
-                    return
-                if inside and sum(inside) + numel > bucket:
-                    reduce()
-                inside.append(numel)
-                if numel > bucket:  # smaller ones are copied into the bucket
-                    waiting.append(allocator.alloc(2 * numel))
-
-            play(allocator, batch, complete)
-            reduce()
-        for param in trained:
-            allocator.free(allocator.alloc(norm_bytes(param.numel // N)))
-        for part in parts:
-            flat = allocator.alloc(2 * part)
-            if state != 2:
-                converted = allocator.alloc(state * part)
-                allocator.free(flat)
-                flat = converted
-            if step == 0:
-                for _ in range(2):
-                    allocator.alloc(zero.moment_bytes(part))
-            allocator.free(flat)
-    return allocator.reserved + aside.reserved
-
-
-def _sub_groups(groups: Sequence[Sequence[Parameter]], zero: ZeroSettings) -> list[int]:
-    """Elements of this rank's shards by sub-group: parameters are taken in until one holds ``sub_group_size``."""
-    parts = []
-    for group in groups:
-        part = 0
-        for param in group:
-            part += param.numel // zero.world_size
-            if part >= zero.sub_group_size:
-                parts.append(part)
-                part = 0
-        if part:
-            parts.append(part)
-    return parts
