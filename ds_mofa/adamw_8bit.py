@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.options import OptionError, Options
+from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.weights import mix
 
 __all__ = ["AdamW8bit", "BLOCK", "SMALLEST", "check_states", "moment_bytes", "rounding_seed"]
@@ -65,7 +65,7 @@ class AdamW8bit(torch.optim.Optimizer):
         OptionError: torchao is missing or of another layout, or a parameter is not contiguous.
     """
 
-    def __init__(self, params: Iterable[Any], options: Options):
+    def __init__(self, params: Iterable[Any], options: OptimizerOptions):
         self._torchao = _torchao()
         self._maps: dict[tuple[bool, torch.device], Tensor] = {}
         self._stochastic, self._seed = options.rounding == "stochastic", options.seed

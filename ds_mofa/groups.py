@@ -1,6 +1,5 @@
 """What a param group may say, checked as options are: when it is handed over, and its rates before each step."""
 
-import dataclasses
 import difflib
 import math
 import numbers
@@ -9,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_mofa.options import OptionError, Options, check_number
+from ds_mofa.options import OptimizerOptions, OptionError, check_number
 
 __all__ = ["check_group", "check_rates"]
 
@@ -29,7 +28,7 @@ _REFUSED = {
 }
 
 
-def check_group(group: Mapping[str, Any], number: int, options: Options) -> None:
+def check_group(group: Mapping[str, Any], number: int, options: OptimizerOptions) -> None:
     """Refuse a group that a user has handed over where something in it cannot be right, or would do nothing.
 
     ``lr`` and ``weight_decay`` are numbers >= 0; ``betas`` (two, >= 0 and < 1) and ``eps`` (> 0) count for AdamW's part
@@ -59,7 +58,7 @@ def check_group(group: Mapping[str, Any], number: int, options: Options) -> None
     for key, (value, why) in _REFUSED.items():
         if group.get(key) is value:
             raise OptionError(f"{where}: {key}={value!r} is not what {options.title} does ({why}). Leave it out")
-    names = {field.name for field in dataclasses.fields(options)} | set(options.aliases)
+    names = {*options.names(), *options.aliases}
     for key, value in group.items():
         if key not in _TAKEN and key not in _FOUND_THERE:
             _refuse_unknown(key, value, where, names, options)
@@ -79,7 +78,7 @@ def check_rates(groups: Sequence[Mapping[str, Any]]) -> None:
             _check_numbers({key: value}, f"before this step, {_place(group, number)}")
 
 
-def _refuse_unknown(key: str, value: Any, where: str, names: set[str], options: Options) -> None:
+def _refuse_unknown(key: str, value: Any, where: str, names: set[str], options: OptimizerOptions) -> None:
     title = options.title
     if key == "lr_scale":
         raise OptionError(f'{where}: lr_scale is how {title} keeps AdamW\'s rate: write the group\'s own "lr", scaled')

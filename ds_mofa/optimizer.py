@@ -1,6 +1,7 @@
 """The base of what users construct and learning-rate schedulers see: a rule for the matrices, AdamW for the rest."""
 
 import contextlib
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from ds_mofa.adamw_8bit import AdamW8bit, check_states
 from ds_mofa.gradient import Gradients
 from ds_mofa.groups import check_rates
 from ds_mofa.head import FusedHead
-from ds_mofa.options import OptionError, Options
+from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import Split, split_parameters
 from ds_mofa.partition import Exchange
 from ds_mofa.phases import phase
@@ -57,8 +58,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
     both.
     """
 
-    options_class: ClassVar[type[Options]]
+    options_class: ClassVar[type[OptimizerOptions]]
     rule_class: ClassVar[Callable[[Any], Rule]]
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show each option in ``inspect.signature(cls)``, and so in help() and notebooks: from the options' class."""
+        super().__init_subclass__(**kwargs)
+        if "options_class" in vars(cls):
+            cls.__signature__ = _signature(cls)
 
     def __init__(self, params: nn.Module | Iterable[Any], *, model: nn.Module | None = None, **options: Any):
         if isinstance(params, nn.Module):
@@ -94,7 +102,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def from_parts(
-        cls, split: Split, options: Options, adamw: torch.optim.Optimizer | None, matrices: MatrixStep
+        cls, split: Split, options: OptimizerOptions, adamw: torch.optim.Optimizer | None, matrices: MatrixStep
     ) -> "MatrixOptimizer":
         """An optimizer around an AdamW and a :class:`MatrixStep` that a backend has built."""
         self = cls.__new__(cls)
@@ -104,7 +112,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _assemble(
         self,
         split: Split,
-        options: Options,
+        options: OptimizerOptions,
         adamw: torch.optim.Optimizer | None,
         matrices: MatrixStep,
         gradients: Gradients | None = None,
@@ -340,6 +348,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
             group.update(saved)
 
 
+def _signature(kind: type[MatrixOptimizer]) -> inspect.Signature:
+    """Of the constructor, with every option in the place of ``**options``."""
+    _, *own, _ = inspect.signature(MatrixOptimizer.__init__).parameters.values()
+    return inspect.Signature([*own, *kind.options_class.keywords()])
+
+
 def _given(value: Any, otherwise: Any) -> Any:
     """What a hook has returned, which may be nothing."""
     return otherwise if value is None else value
@@ -374,7 +388,9 @@ def _refuse_several_processes(title: str) -> None:
         )
 
 
-def _plain_adamw(groups: list[dict[str, Any]], options: Options, device: torch.device) -> torch.optim.Optimizer:
+def _plain_adamw(
+    groups: list[dict[str, Any]], options: OptimizerOptions, device: torch.device
+) -> torch.optim.Optimizer:
     if options.adamw_states == "8bit":
         adamw = AdamW8bit(groups, options)
         print(f"ds_mofa: {adamw.summary()}", flush=True)

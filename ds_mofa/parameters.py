@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ds_mofa.groups import check_group
-from ds_mofa.options import OptionError, Options
+from ds_mofa.options import OptimizerOptions, OptionError
 
 __all__ = ["Frozen", "Leftover", "Matrix", "Split", "split_parameters", "full_shape"]
 
@@ -106,7 +106,7 @@ def full_shape(param: nn.Parameter) -> tuple[int, ...]:
 
 
 def split_parameters(
-    model: nn.Module, groups: Iterable[Any], options: Options, names: Mapping[nn.Parameter, str] | None = None
+    model: nn.Module, groups: Iterable[Any], options: OptimizerOptions, names: Mapping[nn.Parameter, str] | None = None
 ) -> Split:
     """Divide ``groups`` (parameters, or param groups as dicts, as for any torch optimizer).
 
@@ -193,7 +193,7 @@ def split_parameters(
     return split
 
 
-def _adamw_settings(settings: dict[str, Any], options: Options) -> dict[str, Any]:
+def _adamw_settings(settings: dict[str, Any], options: OptimizerOptions) -> dict[str, Any]:
     """``lr`` follows the shared schedule, ``lr_scale`` takes it to AdamW's; see MatrixOptimizer."""
     decay = settings.get("weight_decay", options.weight_decay)
     if decay != 0 and options.adamw_weight_decay is not None or "weight_decay" not in settings:
@@ -209,7 +209,7 @@ def _members(incoming: dict[str, Any], params: list[nn.Parameter]) -> dict[str, 
     return {"params": params, "param_names": [names[param] for param in params]}
 
 
-def _as_groups(groups: Iterable[Any], options: Options) -> list[dict[str, Any]]:
+def _as_groups(groups: Iterable[Any], options: OptimizerOptions) -> list[dict[str, Any]]:
     loose, dicts = [], []
     for item in groups:
         if isinstance(item, dict):
@@ -230,7 +230,7 @@ def _why_adamw(
     name: str,
     modules: Sequence[nn.Module],
     heads: set[nn.Parameter],
-    options: Options,
+    options: OptimizerOptions,
     matched: set[tuple[str, str]],
 ) -> str | None:
     hits = {

@@ -340,7 +340,7 @@ class MatrixStep:
         self.rule.prepare(self.layout, self.working, self.steps)
 
     def _reports_now(self) -> bool:
-        every = self.options.diagnostics_every
+        every = self.rule.diagnostics_every
         return every > 0 and (self.steps + 1) % every == 0
 
     def _report(self, new: Tensor, clip: float | Tensor) -> Report | None:

@@ -20,7 +20,7 @@ from ds_mofa.diagnostics import Report
 from ds_mofa.head import FusedHead
 from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.optimizers.registry import entry_of
-from ds_mofa.options import OptionError, Options
+from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import full_shape, split_parameters
 from ds_mofa.partition import Exchange
 from ds_mofa.staging import HostMemory
@@ -88,7 +88,7 @@ def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
     return optimizer
 
 
-def read_options(section: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+def read_options(section: Mapping[str, Any]) -> tuple[OptimizerOptions, dict[str, Any]]:
     """The options in the JSON's ``"optimizer"``, and DeepSpeed's own switches among its ``"params"``.
 
     Args:
@@ -118,7 +118,7 @@ def read_options(section: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
     return options, passed_on
 
 
-def _adamw(engine, groups: list[dict[str, Any]], options: Options, passed_on: dict[str, Any]) -> torch.optim.Optimizer:
+def _adamw(engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]) -> torch.optim.Optimizer:
     """Which of DeepSpeed's and torch's AdamWs the config asks for."""
     adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
     settings = {key: value for key, value in settings.items() if value is not None}
@@ -126,7 +126,7 @@ def _adamw(engine, groups: list[dict[str, Any]], options: Options, passed_on: di
     return adamw_class(groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
 
 
-def _adamw_8bit(engine, groups: list[dict[str, Any]], options: Options, passed_on: dict[str, Any]) -> AdamW8bit:
+def _adamw_8bit(engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]) -> AdamW8bit:
     if passed_on:
         raise OptionError(
             f"{', '.join(passed_on)} chooses between DeepSpeed's AdamWs, and adamw_states='8bit' is none of them: remove "

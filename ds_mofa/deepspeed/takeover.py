@@ -18,7 +18,7 @@ from torch import nn
 from ds_mofa import ownership
 from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.optimizers import registry
-from ds_mofa.options import OptionError, Options
+from ds_mofa.options import OptimizerOptions, OptionError
 
 __all__ = [
     "check_alive",
@@ -150,7 +150,7 @@ def checked_factory(client: Any) -> Any:
     return make
 
 
-def check_waiting(params: Iterable[nn.Parameter], options: Options | None = None) -> None:
+def check_waiting(params: Iterable[nn.Parameter], options: OptimizerOptions | None = None) -> None:
     """Refuse, once, to have an engine build something else than the plain optimizer that was built for its parameters.
 
     Hugging Face's Trainer drops its ``optimizers`` where there is a DeepSpeed config, and Accelerate makes a
@@ -191,19 +191,19 @@ def _refuse(client: Any) -> None:
         )
 
 
-def _advice(options: Options, groups: bool = False) -> str:
+def _advice(options: OptimizerOptions, groups: bool = False) -> str:
     return (
         f'Have the engine build it: write "optimizer": {json.dumps(_section(options))} into the DeepSpeed config, and '
         "hand no optimizer over" + (", but its param groups as model_parameters" if groups else "") + "."
     )
 
 
-def _section(options: Options) -> dict[str, Any]:
+def _section(options: OptimizerOptions) -> dict[str, Any]:
     """What of a DeepSpeed config makes these options."""
     params = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name not in options.foreign and value != field.default:
+        if value != field.default:
             params[field.name] = list(value) if isinstance(value, tuple) else value
     return {"type": options.title, "params": params}
 

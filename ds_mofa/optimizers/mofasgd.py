@@ -1,8 +1,13 @@
 """MoFaSGD (arXiv 2507.08091) as users construct it."""
 
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
 from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.optimizers.registry import register
-from ds_mofa.options import Options
+from ds_mofa.options import AdamWReduce, AdamWStates, AdjustLr, CaptureMode, Options, Rounding, UpdateRule
 from ds_mofa.rules.mofasgd import MoFaSGDRule
 
 __all__ = ["MoFaSGD"]
@@ -25,3 +30,37 @@ class MoFaSGD(MatrixOptimizer):
 
     options_class = Options
     rule_class = MoFaSGDRule
+
+    if TYPE_CHECKING:  # for editors and type checkers; a test compares it with the options' class, which counts
+
+        def __init__(
+            self,
+            params: nn.Module | Iterable[Any],
+            *,
+            model: nn.Module | None = None,
+            lr: float = 6e-3,
+            rank: int = 8,
+            weight_decay: float = 0.0,
+            rounding: Rounding = "stochastic",
+            master_weights: bool = False,
+            capture: CaptureMode = "linear",
+            include: Sequence[str] = (),
+            exclude: Sequence[str] = (),
+            fused_head: bool = False,
+            update_bytes: float = 2e9,
+            seed: int = 0,
+            adamw_lr: float | None = None,
+            adamw_betas: Sequence[float] = (0.9, 0.999),
+            adamw_eps: float = 1e-8,
+            adamw_weight_decay: float | None = None,
+            adamw_reduce: AdamWReduce = "step",
+            adamw_states: AdamWStates = "full",
+            beta: float = 0.85,
+            adjust_lr_fn: AdjustLr = "match_rms_adamw",
+            update_rule: UpdateRule = "spectral",
+            inverse_sigma_clamp: float = 1e4,
+            balance: float = 0.0,
+            explore: int = 0,
+            explore_scale: float = 1.0,
+            diagnostics_every: int = 0,
+        ): ...

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ds_mofa.optimizer import MatrixOptimizer
-from ds_mofa.options import OptionError, Options
+from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.rules.rule import Rule
 
 __all__ = ["OPTIMIZERS", "Entry", "entry_of", "find", "on_register", "register"]
@@ -37,7 +37,7 @@ class Entry:
 
     name: str
     optimizer: type[MatrixOptimizer]
-    options: type[Options]
+    options: type[OptimizerOptions]
     rule: Callable[[Any], Rule]
     learning_rate: float
 

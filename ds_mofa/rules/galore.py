@@ -53,7 +53,7 @@ from ds_mofa.rules.rule import Rule, State
 from ds_mofa.subbatches import Part
 
 if TYPE_CHECKING:
-    from ds_mofa.galore import GaLoreOptions
+    from ds_mofa.options import GaLoreOptions
 
 __all__ = ["GaLoreRule", "basis_of"]
 

@@ -51,6 +51,7 @@ class MoFaSGDRule(Rule):
 
     def __init__(self, options: Options):
         super().__init__(options.rank, options.seed)
+        self.diagnostics_every = options.diagnostics_every
         self._options = options
         self._grams: list[Grams] | None = None
         self._came: list[Tensor] | None = None  # of each piece, which matrices had a gradient; None: all of them

@@ -47,10 +47,12 @@ class Rule(abc.ABC):
         name: of the optimizer, as users write it.
         fields: names of the state's tensors in a checkpoint, in the order of :meth:`tensors`.
         columns: of the sketches and the working copies; the state has ``rank``.
+        diagnostics_every: optimizer steps between two reports of :meth:`measures`; 0 for none.
     """
 
     name: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
+    diagnostics_every: int = 0
 
     def __init__(self, rank: int, seed: int):
         self.rank, self.seed = rank, seed

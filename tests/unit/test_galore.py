@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from ds_mofa import GaLore, MoFaSGD, OptionError, Options, step
-from ds_mofa.galore import GaLoreOptions
+from ds_mofa import GaLore, MoFaSGD, OptionError, step
 from ds_mofa.gradient import SketchedGradient
+from ds_mofa.options import GaLoreOptions, GaLoreRuleOptions, MoFaSGDRuleOptions, OptimizerOptions
 from ds_mofa.peers import galore as peer
 from ds_mofa.peers import state_bytes
 from ds_mofa.peers.orientation import wide
@@ -349,13 +349,10 @@ def test_what_cannot_be_right_is_refused(options, message):
         GaLore(build(), lr=1e-3, **options)
 
 
-def test_every_option_of_mofasgd_is_shared_or_refused():
-    """One that is new there must be decided on here: it is no option of GaLore's that nothing reads."""
-    shared = {"lr", "rank", "weight_decay", "rounding", "master_weights", "capture", "include", "exclude"}
-    shared |= {"fused_head", "update_bytes", "seed"}
-    names = {field.name for field in dataclasses.fields(Options)}
-    left = names - shared - GaLoreOptions.foreign
-    assert all(name.startswith("adamw_") for name in left) and GaLoreOptions.foreign <= names
+def test_its_options_are_its_rule_s_and_what_every_optimizer_takes():
+    own = {field.name for field in dataclasses.fields(GaLoreRuleOptions)}
+    assert {*GaLoreOptions.names()} == own | {*OptimizerOptions.names()}
+    assert not own & {field.name for field in dataclasses.fields(MoFaSGDRuleOptions)}
 
 
 def test_it_says_what_it_trains():

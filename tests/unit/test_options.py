@@ -1,15 +1,30 @@
 """Options: what is refused, and that the message says which option, which value, and what would be right."""
 
+import ast
 import dataclasses
+import inspect
 import json
 import math
+import sys
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import ds_mofa
 from ds_mofa import OptionError, Options
+from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.options import (
+    AdamWOptions,
+    CommonOptions,
+    GaLoreOptions,
+    GaLoreRuleOptions,
+    MoFaSGDRuleOptions,
+    OptimizerOptions,
+    check_number,
+)
 
 # option, value, what the message must offer
 BAD = [
@@ -226,3 +241,74 @@ def test_any_json_object_gives_options_or_an_error_that_names_the_key(params):
 def test_what_is_no_object_of_options_is_refused(params):
     with pytest.raises(OptionError, match="params=.* must be an object of options"):
         Options.from_config(params)
+
+
+# ---------------------------------------------------------------------- the classes that they are put together of
+
+KINDS = {"MoFaSGD": (MoFaSGDRuleOptions, Options), "GaLore": (GaLoreRuleOptions, GaLoreOptions)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_option_is_in_one_class(kind):
+    rule, whole = KINDS[kind]
+    parts = [[field.name for field in dataclasses.fields(part)] for part in (CommonOptions, AdamWOptions, rule)]
+    assert whole.names() == [name for part in parts for name in part]
+    assert len(whole.names()) == len(set(whole.names()))
+    assert all(name.startswith("adamw_") is (part is parts[1]) for part in parts for name in part)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_object_of_all_of_them_serves_who_needs_a_part(kind):
+    rule, whole = KINDS[kind]
+    assert all(isinstance(whole(), part) for part in (CommonOptions, AdamWOptions, OptimizerOptions, rule))
+    assert not any(isinstance(whole(), others) for others, _ in KINDS.values() if others is not rule)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_constructor_s_signature_shows_every_option(name):
+    kind, (_, whole) = getattr(ds_mofa, name), KINDS[name]
+    params, model, *options = inspect.signature(kind).parameters.values()
+    assert (params.name, model.name, model.default) == ("params", "model", None)
+    assert {one.name: (one.default, one.annotation) for one in options} == {
+        field.name: (field.default, field.type) for field in dataclasses.fields(whole)
+    }
+    assert all(one.kind is one.KEYWORD_ONLY for one in (model, *options))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_an_editor_reads_is_that_signature(name):
+    """Written out in the class, under TYPE_CHECKING, where an editor and a type checker find it without running it."""
+    kind = getattr(ds_mofa, name)
+    module = sys.modules[kind.__module__]
+    written = [node for node in ast.walk(ast.parse(inspect.getsource(kind))) if isinstance(node, ast.FunctionDef)]
+    (constructor,) = [node for node in written if node.name == "__init__"]
+    space: dict = {}
+    exec(ast.unparse(constructor), vars(module) | {"__name__": "written"}, space)
+    signature = inspect.signature(space["__init__"])
+    _, *parameters = signature.parameters.values()  # without self
+    assert signature.replace(parameters=parameters) == inspect.signature(kind)
+
+
+def test_a_class_of_a_user_s_own_has_such_a_signature_too():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class ToyOptions(OptimizerOptions):
+        title: ClassVar[str] = "Toy"
+        lr: float = 0.5
+        slope: float = 2.0
+
+        def __post_init__(self):
+            check_number("slope", self.slope, low=0)
+            super().__post_init__()
+
+    class Toy(MatrixOptimizer):
+        options_class = ToyOptions
+
+    shown = inspect.signature(Toy).parameters
+    assert shown["lr"].default == 0.5 and shown["slope"].annotation is float and "beta" not in shown
+    assert "options" not in shown and "options" in inspect.signature(MatrixOptimizer).parameters
+    with pytest.raises(OptionError, match="slope=-1 must be >= 0"):
+        Toy(torch.nn.Linear(8, 8), slope=-1)
+    with pytest.raises(OptionError, match="unknown option 'slop' of Toy; did you mean 'slope'"):
+        Toy(torch.nn.Linear(8, 8), slop=1)
+    with pytest.raises(OptionError, match="rounding='up' must be one of 'stochastic', 'nearest'"):
+        Toy(torch.nn.Linear(8, 8), rounding="up")
