@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_mofa.optimizers.registry import OPTIMIZERS, Entry, find
-from ds_mofa.options import OptionError
+from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.profiler.spelling import SettingError, read_fields, read_option, spell
 from ds_mofa.rules.rule import Rule
 
@@ -151,9 +151,9 @@ class RunSetting:
         return cls.of(**{name: value for name, value in given.items() if name in kept})
 
     def but(self, **changes: Any) -> "RunSetting":
-        """The same run with other values of fields or options."""
+        """The same run with other values of fields or options, or another ``shape``."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "options"}
-        return RunSetting.of(**{**own, **dict(self.options), **changes})
+        return RunSetting.of(**{**own, **dict(self.options), **read_fields(changes)})
 
     # ------------------------------------------------------------------ written as
 
@@ -210,9 +210,9 @@ class RunSetting:
         return params
 
     @functools.cached_property
-    def parsed(self) -> Any:
+    def parsed(self) -> OptimizerOptions | None:
         """The optimizer's options; None for a baseline."""
-        return None if self.entry is None else self.entry.options.from_config(self.params())[0]
+        return None if self.entry is None else self.entry.options(**self.params())
 
     def option(self, name: str, default: Any = None) -> Any:
         """One of the optimizer's options; ``default`` where it has none of that name."""
@@ -236,7 +236,7 @@ class RunSetting:
                 raise SettingError(f"{', '.join(named)}: of {_owners(given)}, not of {self.optimizer}. Leave it out")
             return ()
         try:
-            parsed, _ = self.entry.options.from_config({"rank": self.rank, **given})
+            parsed, _ = self.entry.options.from_config({"rank": self.rank, **given})  # it says what is close to a wrong name
         except OptionError as error:
             raise SettingError(str(error)) from error
         values = {name: _hashable(getattr(parsed, name)) for name in own if name in given}
@@ -278,13 +278,11 @@ def _alternatives(known: tuple[Any, ...]) -> str:
 
 def _defaults(entry: Entry) -> dict[str, Any]:
     """The optimizer's options but for ``rank``, by name."""
-    foreign = {"rank", *getattr(entry.options, "foreign", ())}
-    names = [field.name for field in dataclasses.fields(entry.options) if field.name not in foreign]
-    return {name: _hashable(getattr(_plain(entry), name)) for name in names}
+    return {name: _hashable(getattr(_plain(entry), name)) for name in entry.options.names() if name != "rank"}
 
 
 @functools.cache
-def _plain(entry: Entry) -> Any:
+def _plain(entry: Entry) -> OptimizerOptions:
     return entry.options()
 
 

@@ -6,7 +6,7 @@ Bytes of one rank by category.
 from ds_mofa.adamw_8bit import moment_bytes
 from ds_mofa.profiler.predict.plan import Plan, numbers
 
-__all__ = ["always", "state_bytes"]
+__all__ = ["always", "masters_are_weights", "matrix_masters", "state_bytes"]
 
 
 def always(plan: Plan) -> dict[str, int]:
@@ -19,8 +19,10 @@ def always(plan: Plan) -> dict[str, int]:
     if setting.offload == "param":  # but for what stage 3 keeps gathered
         least = plan.zero.stage3_param_persistence_threshold
         parts["weights"] = 2 * numbers([p for p in plan.batch.parameters if p.numel <= least])
-    if setting.zero is not None and not setting.offload and not _masters_are_weights(plan):
+    if setting.zero is not None and not setting.offload and not masters_are_weights(plan):
         parts["master weights"] = state_bytes(plan) * sharded
+    if matrix_masters(plan) and not setting.offload:
+        parts["master weights"] = parts.get("master weights", 0) + matrix_masters(plan)
     if not setting.offload:
         parts |= _moments(plan, sharded)
     if plan.sketched:
@@ -35,7 +37,13 @@ def state_bytes(plan: Plan) -> int:
     return 2 if plan.setting.zero is None or plan.setting.states == "bf16" else 4
 
 
-def _masters_are_weights(plan: Plan) -> bool:
+def matrix_masters(plan: Plan) -> int:
+    """Of the matrices' fp32 masters, with the option ``master_weights``: whole on every rank but in stage 3."""
+    shares = plan.setting.gpus if plan.setting.zero == 3 else 1
+    return 4 * numbers(plan.matrices) // shares if plan.setting.option("master_weights") else 0
+
+
+def masters_are_weights(plan: Plan) -> bool:
     """ds_mofa lets a bf16 partition be its own master in stages 1 and 2."""
     return plan.sketched and state_bytes(plan) == 2 and plan.setting.zero in (1, 2)
 

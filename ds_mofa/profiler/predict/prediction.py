@@ -13,13 +13,14 @@ from typing import Any
 
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.outside import CUBLAS, CUDA_CONTEXT, NCCL
-from ds_mofa.profiler.predict.always import always
+from ds_mofa.profiler.predict.always import always, matrix_masters
 from ds_mofa.profiler.predict.moments import highest
 from ds_mofa.profiler.predict.offload import host_bytes
 from ds_mofa.profiler.predict.plan import Plan, numbers
 from ds_mofa.profiler.predict.reserved.run import reserved
 from ds_mofa.profiler.predict.simulated.errors import PredictionError
 from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, simulate
+from ds_mofa.profiler.predict.simulated.optimizer import OF_ADAMW
 from ds_mofa.profiler.predict.zero import zero_settings
 from ds_mofa.profiler.setting import RunSetting
 
@@ -78,7 +79,8 @@ def _one_micro_batch(setting: RunSetting) -> RunSetting:
     name = setting.optimizer if setting.has_rank else "AdamW"
     alike = RunSetting.of(setting.model_config, name, rank=setting.rank if setting.has_rank else 8)
     kept = ("seq", "micro_batch", "checkpointing", "liger", "head", "embed")
-    return alike.but(**{field: getattr(setting, field) for field in kept}, **dict(setting.options))
+    options = {name: value for name, value in setting.options if name not in OF_ADAMW}
+    return alike.but(**{field: getattr(setting, field) for field in kept}, **options)
 
 
 @functools.lru_cache(maxsize=16)
@@ -94,4 +96,5 @@ def _host(plan: Plan, process: int) -> int:
         return 0
     segment = plan.state_layout.segment if plan.sketched else 0
     weights = numbers(plan.batch.parameters)
-    return host_bytes(plan.zero, plan.groups, weights, segment, process, setting.offload == "param")
+    own = host_bytes(plan.zero, plan.groups, weights, segment, process, setting.offload == "param")
+    return own + matrix_masters(plan)

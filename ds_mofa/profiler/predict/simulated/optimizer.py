@@ -8,13 +8,16 @@ import warnings
 from torch import Tensor, nn
 
 from ds_mofa.optimizer import MatrixOptimizer
-from ds_mofa.options import OptionError
+from ds_mofa.optimizers.registry import Entry
+from ds_mofa.options import AdamWOptions, OptionError
 from ds_mofa.parameters import split_parameters
 from ds_mofa.profiler.predict.simulated.errors import PredictionError
 from ds_mofa.profiler.predict.simulated.model import head_names
 from ds_mofa.profiler.setting import RunSetting
 
-__all__ = ["Attached", "attach"]
+__all__ = ["OF_ADAMW", "Attached", "attach"]
+
+OF_ADAMW = frozenset(field.name for field in dataclasses.fields(AdamWOptions))  # neither forward nor backward sees them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ def attach(model: nn.Module, setting: RunSetting) -> Attached:
         PredictionError: the optimizer refuses the model.
     """
     if setting.entry is not None:
-        return _sketched(model, setting)
+        return _sketched(model, setting, setting.entry)
     # Any of the optimizers that train matrices says which those are.
     alike = RunSetting.of(rank=1)
     split = split_parameters(model, model.parameters(), alike.parsed)
@@ -51,12 +54,13 @@ def attach(model: nn.Module, setting: RunSetting) -> Attached:
     return Attached({p: "matrix" if p in matrices else _other(p) for p in model.parameters()}, [])
 
 
-def _sketched(model: nn.Module, setting: RunSetting) -> Attached:
+def _sketched(model: nn.Module, setting: RunSetting, entry: Entry) -> Attached:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             # It notes addresses, which fake tensors lack, and does not use them here.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            optimizer = setting.entry.optimizer(model, **setting.params(head_names(model)))
+            params = setting.params(head_names(model))
+            optimizer = entry.optimizer(model, **{name: params[name] for name in params if name not in OF_ADAMW})
     except OptionError as error:
         raise PredictionError(str(error)) from error
     matrices = {matrix.param for matrix in optimizer.split.matrices}
