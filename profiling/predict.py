@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.predict import predict
 from ds_mofa.profiler.setting import RunSetting, SettingError, known_optimizers
-from ds_mofa.profiler.units import unit_of
+from ds_mofa.profiler.units import shown
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,19 +74,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def table(predictions: Mapping[str, Mapping[str, Any]]) -> str:
-    """The predictions as a Markdown table, in the unit of the largest number."""
+    """The predictions as a Markdown table, each number in the unit of its size."""
     columns = list(predictions.values())
-    unit = unit_of(column["total"] for column in columns)
-    digits = max(2, unit.digits)
-    lines = [f"| {unit.name} ({unit.bytes:.0e} bytes) | ".replace("e+0", "e") + " | ".join(predictions) + " |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
     rows = {name: [column["categories"].get(name, 0) for column in columns] for name in CATEGORIES}
     rows["**allocated**"] = [column["allocated"] for column in columns]
     rows["**on the device**"] = [column["total"] for column in columns]
     rows["**offloaded to the host**"] = [column["host"] for column in columns]
-    for name, sizes in rows.items():
-        if any(sizes):
-            lines.append(f"| {name} | " + " | ".join(unit.number(size, digits) for size in sizes) + " |")
+    lines = ["| GB are 1e9 bytes | " + " | ".join(predictions) + " |", "| --- |" + " ---: |" * len(columns)]
+    lines += [f"| {name} | " + " | ".join(map(shown, sizes)) + " |" for name, sizes in rows.items() if any(sizes)]
     lines.append("| peak at | " + " | ".join(column["when"] for column in columns) + " |")
     return "\n".join(lines)
 

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 import ds_mofa
-from ds_mofa.profiler import trace
-from ds_mofa.profiler.accounting import account, thin_curve
-from ds_mofa.profiler.inventory import Known, inventory, sizes
-from ds_mofa.profiler.reserve import CachingAllocator
+from ds_mofa.profiler.measure import curve as curves
+from ds_mofa.profiler.measure.accounting import account, thin_curve
+from ds_mofa.profiler.measure.history import from_snapshot
+from ds_mofa.profiler.measure.inventory import Known, inventory, sizes
+from ds_mofa.profiler.predict.reserved.allocator import CachingAllocator
+from ds_mofa.profiler.storages import FOREVER, Allocation, StorageTracker
 
 PEAKS = {"allocated": 100, "reserved": 130, "nvml_device": 190, "host": 1000}
 
@@ -118,69 +120,69 @@ def frame(filename, line, name):
 
 def test_the_allocators_history():
     history, marker = snapshot()
-    found = trace.from_snapshot(history, 0, marker, began=2_000_000)
+    found = from_snapshot(history, 0, marker, began=2_000_000)
     # The marker's time, 1000 us, is 2,000,000 ns by the host's clock.
     assert sorted((a.address, a.size, a.born, a.died) for a in found if a.size != marker) == [
-        (100, 512, 2_030_000, trace.FOREVER),
+        (100, 512, 2_030_000, FOREVER),
         (100, 1024, 2_010_000, 2_020_000),
-        (4096, 1024, 2_012_000, trace.FOREVER),
+        (4096, 1024, 2_012_000, FOREVER),
         (8000, 512, 0, 2_040_000),
-        (9000, 2048, 0, trace.FOREVER),
+        (9000, 2048, 0, FOREVER),
     ]
     assert [a.stack for a in found if a.stack] == [("a.py:3 f",)]
-    curve = trace.curve(found, 2_005_000)
+    curve = curves.curve(found, 2_005_000)
     assert curve.totals == [2560, 3584, 4608, 3584, 4096, 3584] and max(curve.totals) == sum(curve.peak.values())
 
 
 def test_a_history_without_its_beginning_is_refused():
     history, marker = snapshot()
     with pytest.raises(ValueError, match="has lost its beginning"):
-        trace.from_snapshot(history, 0, marker + 1, began=0)
+        from_snapshot(history, 0, marker + 1, began=0)
 
 
 def test_labels_follow_the_inventory_then_the_phase():
     pieces = [
-        trace.Allocation(1, 10, 0),  # known before
-        trace.Allocation(2, 20, 0),  # nobody's
-        trace.Allocation(3, 30, 15),  # born in forward
-        trace.Allocation(4, 40, 25, 28),  # in backward, gone when looked at
-        trace.Allocation(4, 40, 30),  # the same address, a gradient by then
-        trace.Allocation(5, 50, 45),  # in the step
-        trace.Allocation(6, 60, 5),  # before any phase
+        Allocation(1, 10, 0),  # known before
+        Allocation(2, 20, 0),  # nobody's
+        Allocation(3, 30, 15),  # born in forward
+        Allocation(4, 40, 25, 28),  # in backward, gone when looked at
+        Allocation(4, 40, 30),  # the same address, a gradient by then
+        Allocation(5, 50, 45),  # in the step
+        Allocation(6, 60, 5),  # before any phase
     ]
-    spans = [trace.Span("forward", 10, 20), trace.Span("backward", 21, 40), trace.Span("AdamW", 42, 50)]
+    spans = [curves.Span("forward", 10, 20), curves.Span("backward", 21, 40), curves.Span("AdamW", 42, 50)]
     marks = [(1, [Known(1, 10, "weights", "cpu")]), (35, [Known(4, 40, "gradients", "cpu"), Known(5, 1, "x", "cuda")])]
-    trace.label(pieces, marks, spans, "cpu")
+    curves.label(pieces, marks, spans, "cpu")
     assert [piece.category for piece in pieces] == [
         "weights", "unexplained", "activations", "workspace", "gradients", "workspace", "workspace",
     ]  # fmt: skip
-    left = trace.new_gradients(pieces, 21, 46)
+    left = curves.new_gradients(pieces, 21, 46)
     assert [piece.address for piece in left] == [5]
-    thin = thin_curve(trace.curve(pieces, 2), spans, [])
+    thin = thin_curve(curves.curve(pieces, 2), spans, [])
     assert max(map(sum, zip(*thin["categories"].values()))) == 10 + 20 + 30 + 40 + 50 + 60
 
 
 def test_a_gradient_written_over_an_activation_is_one_until_then():
-    activation, gradient = trace.Allocation(1, 10, 15), trace.Allocation(2, 20, 25)  # born in forward, in backward
-    spans = [trace.Span("forward", 10, 20), trace.Span("backward", 21, 40)]
+    activation, gradient = Allocation(1, 10, 15), Allocation(2, 20, 25)  # born in forward, in backward
+    spans = [curves.Span("forward", 10, 20), curves.Span("backward", 21, 40)]
     waiting = [Known(1, 10, "workspace", "cpu"), Known(2, 20, "workspace", "cpu")]
-    trace.label([activation, gradient], [(30, waiting)], spans, "cpu")
+    curves.label([activation, gradient], [(30, waiting)], spans, "cpu")
     assert (activation.category, gradient.category) == ("activations", "workspace")
-    assert trace.new_gradients([activation, gradient], 21, 30) == []  # both are known: no weight gradients
+    assert curves.new_gradients([activation, gradient], 21, 30) == []  # both are known: no weight gradients
 
 
 def test_weights_that_stage_3_is_gathering_are_no_gradients():
     gathering = ("deepspeed/runtime/zero/partition_parameters.py:1343 _all_gather_dtype",)
     gathered, made = (
-        trace.Allocation(3, 30, 25, stack=gathering),
-        trace.Allocation(4, 40, 25, stack=("linear.py:9 backward",)),
+        Allocation(3, 30, 25, stack=gathering),
+        Allocation(4, 40, 25, stack=("linear.py:9 backward",)),
     )
-    assert trace.new_gradients([gathered, made], 21, 30) == [made]  # weights that no parameter has yet, in stage 3
+    assert curves.new_gradients([gathered, made], 21, 30) == [made]  # weights that no parameter has yet, in stage 3
 
 
 def test_the_tracker_sees_births_and_deaths():
     weight = torch.ones(64, 64)
-    with trace.StorageTracker([weight]) as tracker:
+    with StorageTracker([weight]) as tracker:
         product = weight @ weight
         view = product.view(-1)
         weight.add_(1)

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ds_mofa.profiler.profiler as module
-from ds_mofa.profiler import MemoryProfiler, load_report, trace
+from ds_mofa.profiler import MemoryProfiler, load_report
+from ds_mofa.profiler.measure import meters, recorded
+from ds_mofa.profiler.storages import Allocation
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_nvml import FakeNvml
@@ -59,7 +60,7 @@ class History:
         pass
 
     def stop(self):
-        return [trace.Allocation(1, 4 * GB, 0), trace.Allocation(2, 3 * GB, History.forward, History.forward + 10)]
+        return [Allocation(1, 4 * GB, 0), Allocation(2, 3 * GB, History.forward, History.forward + 10)]
 
 
 @pytest.fixture
@@ -77,8 +78,8 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda.nvtx, "range_end", lambda name: ranges.append(f"end {name}"))
     monkeypatch.setattr(torch.cuda.profiler, "start", lambda: ranges.append("capture"))
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: ranges.append("end capture"))
-    monkeypatch.setattr(module, "_open", fake.open)
-    monkeypatch.setattr(module.trace, "CudaHistory", History)
+    monkeypatch.setattr(meters, "open_device", fake.open)
+    monkeypatch.setattr(recorded, "CudaHistory", History)
     fake.ranges = ranges
     return fake
 

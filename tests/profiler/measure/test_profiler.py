@@ -13,8 +13,8 @@ from torch import nn
 import ds_mofa
 from ds_mofa.profiler import MemoryProfiler, load_report
 from ds_mofa.profiler.categories import CATEGORIES
-from ds_mofa.profiler.inventory import buckets, sizes
-from ds_mofa.profiler.layers import verdict
+from ds_mofa.profiler.measure.inventory import buckets, sizes
+from ds_mofa.profiler.measure.layers import verdict
 from ds_mofa.profiler.report import check, write_pages
 
 WIDTH, TOKENS = 64, 256

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_mofa.profiler import sampler as sampler_module
-from ds_mofa.profiler.sampler import NvmlReader, Sampler
+from ds_mofa.profiler.measure import sampler as sampler_module
+from ds_mofa.profiler.measure.nvml import NvmlReader
+from ds_mofa.profiler.measure.sampler import Sampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_nvml import FakeNvml

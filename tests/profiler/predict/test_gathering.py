@@ -2,10 +2,10 @@
 
 import pytest
 
-from ds_mofa.profiler.gathering import gathered
-from ds_mofa.profiler.reserve import CachingAllocator
-from ds_mofa.profiler.simulate import Parameter
-from ds_mofa.profiler.zero import ZeroSettings
+from ds_mofa.profiler.predict.reserved.gathering import gathered
+from ds_mofa.profiler.predict.reserved.allocator import CachingAllocator
+from ds_mofa.profiler.predict.simulated.micro_batch import Parameter
+from ds_mofa.profiler.predict.zero import ZeroSettings
 
 MIB = 1 << 20
 ELEMENTS = 10 * MIB  # of each weight: 20 MiB

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_mofa.profiler import liger
-from ds_mofa.profiler.predict import PredictionError, Setting, predict
-from ds_mofa.profiler.simulate import simulate
-from ds_mofa.profiler.trace import StorageTracker
+from ds_mofa.profiler.predict import PredictionError, predict
+from ds_mofa.profiler.predict.simulated import liger
+from ds_mofa.profiler.predict.simulated.micro_batch import simulate
+from ds_mofa.profiler.setting import RunSetting
+from ds_mofa.profiler.storages import StorageTracker
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LLAMA = str(ROOT / "configs/models/llama-3.1-8b.json")
 SHAPE = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,17 +97,17 @@ def measured() -> dict:
 
 
 def test_the_peak_is_what_was_measured():
-    row, found = measured(), predict(Setting(LLAMA, "MoFaSGD", liger=True))
+    row, found = measured(), predict(RunSetting.of(LLAMA, "MoFaSGD", liger=True))
     assert found["allocated"] == pytest.approx(row["peak_allocated"], rel=0.001)
     assert found["total"] == pytest.approx(row["nvml"], rel=0.02)
-    assert found["allocated"] < 29e9 < predict(Setting(LLAMA, "MoFaSGD"))["allocated"]
+    assert found["allocated"] < 29e9 < predict(RunSetting.of(LLAMA, "MoFaSGD"))["allocated"]
     own = {name: found["categories"][name] for name in ("weights", "gradients", "AdamW states", "factors", "sketches")}
     assert own == pytest.approx({name: row["breakdown"][name] for name in own}, rel=1e-4)
 
 
 def test_each_phase_is_what_was_measured():
     phases = measured()["phases"]
-    batch = simulate(LLAMA, "MoFaSGD", rank=8, liger=True)
+    batch = simulate(RunSetting.of(LLAMA, "MoFaSGD", rank=8, liger=True))
     # Storages of forward in which backward has put a gradient count there as workspace: the sum is compared.
     forward, backward = (phases[name]["activations"] + phases[name]["workspace"] for name in ("forward", "backward"))
     assert batch.peaks[0].activations + batch.peaks[0].workspace == pytest.approx(forward, rel=1e-4)
@@ -117,8 +118,10 @@ def test_each_phase_is_what_was_measured():
     assert first.activations + first.workspace + head == pytest.approx(backward, rel=1e-3)
 
 
-def test_models_whose_operators_are_not_known():
+def test_models_whose_operators_are_not_known(tmp_path):
     shape = {"model_type": "gpt_neox", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
              "intermediate_size": 64, "vocab_size": 96}  # fmt: skip
+    path = tmp_path / "shape.json"
+    path.write_text(json.dumps(shape))
     with pytest.raises(PredictionError, match='type "gpt_neox" cannot be predicted.*known of llama'):
-        simulate(shape, liger=True)
+        simulate(RunSetting.of(str(path), "AdamW", liger=True))
