@@ -6,6 +6,8 @@
 #   make test-fast                of them, those of the parts: minutes less, for between two commits
 #   make test-slow, make test-gpu the others
 #   make test-long                of the slow ones, the 2000 steps on two ranks
+#   make lint                     what an editor would say: ruff, formatting, types, who may import whom
+#   make docs                     the site, in out/site: docs/ and the docstrings, links checked
 #   make verify-claim             AdamW and MoFaSGD in the paper's setting, measured and judged: needs a GPU of 80 GB
 #   make clean                    remove the environment and all outputs
 #
@@ -36,7 +38,7 @@ endif
 # The environment's own tools (deepspeed, ninja) come first; DeepSpeed looks ninja up by name.
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: help setup train test test-fast test-slow test-long test-gpu verify-claim clean
+.PHONY: help setup train test test-fast test-slow test-long test-gpu lint docs verify-claim clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -95,8 +97,29 @@ test-long: $(STAMP)
 test-gpu: $(STAMP)
 	python -m pytest -m gpu
 
+# All four run; the target fails if one of them does.
+lint: $(STAMP)
+	@failed=0; \
+	ruff check . || failed=1; \
+	ruff format --check . || failed=1; \
+	mypy || failed=1; \
+	lint-imports --no-cache || failed=1; \
+	exit $$failed
+
+# A venv of its own: neither the package nor torch is installed there, the docstrings are read and not imported.
+DOCS := $(VENV)-docs
+$(DOCS)/.installed: constraints.txt
+	$(PYTHON) -m venv "$(DOCS)"
+	"$(DOCS)/bin/python" -m pip install --quiet --constraint constraints.txt \
+	  mkdocs mkdocs-material mkdocstrings mkdocstrings-python ruff  # which formats signatures
+	@touch "$@"
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 "$(DOCS)/bin/mkdocs" build --strict --quiet --site-dir "$(abspath $(OUT))/site"
+	@echo "the site: $(OUT)/site/index.html"
+
 verify-claim: $(STAMP)
 	python profiling/verify_claim.py --output_dir "$(OUT)/claim"
 
 clean:
-	rm -rf "$(VENV)" "$(OUT)" build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf "$(VENV)" "$(DOCS)" "$(OUT)" build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

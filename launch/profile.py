@@ -17,7 +17,7 @@ class ProfileArguments:
     """What to find out about the run's memory."""
 
     profile_memory: bool = field(
-        default=False, metadata={"help": "Write where the memory goes to OUTPUT_DIR/memory (docs/profiling.md)."}
+        default=False, metadata={"help": "Write where the memory goes to OUTPUT_DIR/memory (docs/memory.md)."}
     )
     profile_hz: float = field(default=20.0, metadata={"help": "Readings of the driver's figures a second."})
     memory_snapshot: bool = field(

@@ -4,7 +4,7 @@
 
 Counts are arithmetic (docs/cost_model.md has the formulas); the rates that turn them into time are measured on one kind of
 machine, and so are two constants, of the SVD and of the host. docs/cost_model.md sets them beside the runs in
-docs/benchmarks. Prints, for each rank and number of GPUs (two on NVLink, more on 400 Gb/s Ethernet), what a step sends,
+profiling/results/benchmarks. Prints, for each rank and number of GPUs (two on NVLink, more on 400 Gb/s Ethernet), what a step sends,
 what AdamW would send, and tokens/s when neither the host nor a slower rank is waited for and nothing is overlapped.
 """
 
@@ -21,7 +21,7 @@ if __name__ == "__main__":  # a script's first import folder is its own; this ma
 
 from ds_mofa.partition import Layout
 from ds_mofa.profiler.setting import RunSetting, SettingError
-from ds_mofa.profiler.units import shown
+from ds_mofa.profiler.report.units import shown
 from ds_mofa.subbatches import split
 
 FP64, FP32, BF16 = 8, 4, 2  # bytes

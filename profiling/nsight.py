@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 from ds_mofa.profiler.layout import fullest
 from ds_mofa.profiler.report import load_report
-from ds_mofa.profiler.units import unit_of
+from ds_mofa.profiler.report.units import unit_of
 
 HOW_TO_GET = {
     "nsys": "Nsight Systems: https://developer.nvidia.com/nsight-systems/get-started, or from NVIDIA's CUDA repository "

@@ -4,7 +4,7 @@
     python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --optimizer AdamW MoFaSGD LoRA
 
 Prints the peak of the fullest rank by category, a column for each optimizer; ``--output`` also writes it as JSON. How
-each term is derived, and how far measured runs were from it, is in docs/profiling.md.
+each term is derived, and how far measured runs were from it, is in docs/memory.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.predict import predict
 from ds_mofa.profiler.setting import RunSetting, SettingError, known_optimizers
-from ds_mofa.profiler.units import shown
+from ds_mofa.profiler.report.units import shown
 
 
 def main(argv: Sequence[str] | None = None) -> None:

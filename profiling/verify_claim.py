@@ -35,11 +35,11 @@ import torch
 
 from ds_mofa.profiler import load_report
 from ds_mofa.profiler.claims import judge
-from ds_mofa.profiler.masking import masked
 from ds_mofa.profiler.predict import PredictionError, predict
 from ds_mofa.profiler.report import SCHEMA_VERSION, environment, write_pages
+from ds_mofa.profiler.report.masking import masked
+from ds_mofa.profiler.report.units import shown
 from ds_mofa.profiler.setting import RunSetting, SettingError
-from ds_mofa.profiler.units import shown
 from profiling import verify_worker
 from profiling.trainers import check_measurable
 

@@ -1,8 +1,8 @@
 """GaLore with bases from sketches once more, dense, in float64 and in one process: what every stage must agree with.
 
-The equations are the peer's (:mod:`ds_mofa.peers.galore`), on whole gradients of autograd's; only the bases come from
-seeded sketches of them, and are in force one step later. See :mod:`ds_mofa.rules.galore`. A matrix without a gradient
-does nothing in that step, and Adam counts the steps that had one.
+The equations are the baseline's (:mod:`experiments.baselines.galore`), on whole gradients of autograd's; only the
+bases come from seeded sketches of them, and are in force one step later. See :mod:`ds_mofa.rules.galore`. A matrix
+without a gradient does nothing in that step, and Adam counts the steps that had one.
 """
 
 import math
@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.peers.adam import adam_direction, adam_moments
-from ds_mofa.peers.orientation import like, wide
-from ds_mofa.peers.subspace import leading_subspace
 from ds_mofa.weights import Rounding, rounding_key
+from experiments.baselines.adam import adam_direction, adam_moments
+from experiments.baselines.orientation import like, wide
+from experiments.baselines.subspace import leading_subspace
 from tests.reference import Reference
 
 __all__ = ["DenseGaLore", "GaLoreReference"]

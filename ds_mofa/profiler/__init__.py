@@ -3,7 +3,7 @@
 setting.py       RunSetting: what a run is, for all that measure, predict or count; spelling.py, how it is written
 measure/         MemoryProfiler around a loop: meters, phases, one step allocation by allocation
 predict/         the same categories without a GPU
-report.py        the report as data; markdown.py, page.py, figures.py: as text, HTML, PNG
+report/          the report as data, text, HTML and PNG
 claims.py        what is claimed of MoFaSGD's memory, and whether measured runs bear it out
 storages.py      pieces of memory with birth and death; categories.py, what they are counted as
 outside.py       what lies outside of the allocator

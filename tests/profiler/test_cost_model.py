@@ -18,7 +18,7 @@ FILES = ("speed_llama-3.1-8b_*", "once_*", "scatter_*", "strips_*", "ranks_*", "
 ROWS = [
     row
     for name in FILES
-    for path in sorted((ROOT / "docs/benchmarks").glob(f"{name}.jsonl"))
+    for path in sorted((ROOT / "profiling/results/benchmarks").glob(f"{name}.jsonl"))
     for row in map(json.loads, path.read_text().splitlines())
 ]
 
@@ -33,7 +33,7 @@ def _step_ms(row):
 
 EXPLORING = [
     json.loads(line)
-    for path in sorted((ROOT / "docs/benchmarks").glob("explore_llama-3.1-8b_*.jsonl"))
+    for path in sorted((ROOT / "profiling/results/benchmarks").glob("explore_llama-3.1-8b_*.jsonl"))
     for line in path.read_text().splitlines()
 ]
 STEPS = [row for row in ROWS if "MoFaSGD" in row["run"]]

@@ -10,7 +10,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 from toys import Toy, batches, micro_batches
 
-from ds_mofa.peers.orientation import like
+from experiments.baselines.orientation import like
 
 __all__ = [
     "GALORE",

@@ -1,4 +1,4 @@
-"""GaLore by sketches: the dense equations to float64's rounding, the peer's given the same bases, and its state."""
+"""GaLore by sketches: the dense equations to float64's rounding, the baseline's given the same bases, and its state."""
 
 import copy
 import dataclasses
@@ -12,11 +12,11 @@ from torch import nn
 from ds_mofa import GaLore, MoFaSGD, OptionError, step
 from ds_mofa.gradient import SketchedGradient
 from ds_mofa.options import GaLoreOptions, GaLoreRuleOptions, MoFaSGDRuleOptions, OptimizerOptions
-from ds_mofa.peers import galore as peer
-from ds_mofa.peers import state_bytes
-from ds_mofa.peers.orientation import wide
 from ds_mofa.rules import galore as rule
 from ds_mofa.rules.galore import basis_of
+from experiments.baselines import galore as baseline
+from experiments.baselines import state_bytes
+from experiments.baselines.orientation import wide
 from tests.galore_reference import GaLoreReference
 from tests.live_bytes import LiveBytes
 from tests.unit.dense_reference import departure_from_orthonormal, relative_error
@@ -98,16 +98,16 @@ def test_a_run_is_the_dense_one(capture, refresh_every, micro_batches, clip):
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)])
 @pytest.mark.parametrize("refresh_every", [1, 3])
 def test_given_the_bases_it_is_the_peer(shape, refresh_every, monkeypatch):
-    """The peer's own optimizer on the whole gradients, whose SVD hands out the bases that ours has in force."""
+    """The baseline's own optimizer on the whole gradients, whose SVD hands out the bases that ours has in force."""
     m, n = shape
     torch.manual_seed(0)
     layer = nn.Linear(n, m, bias=False).double()
     ours = GaLore(nn.Sequential(layer), weight_decay=0.2, refresh_every=refresh_every, **SETTINGS)
     given = []
-    monkeypatch.setattr(peer, "leading_subspace", lambda G, rank: given[-1])
+    monkeypatch.setattr(baseline, "leading_subspace", lambda G, rank: given[-1])
     settings = {key: SETTINGS[key] for key in ("rank", "alpha", "betas", "eps")}
     weight = nn.Parameter(layer.weight.detach().clone())
-    theirs = peer.GaLore([{"params": [weight], "lr": 1e-2, "weight_decay": 0.2}], refresh_every=1, **settings)
+    theirs = baseline.GaLore([{"params": [weight], "lr": 1e-2, "weight_decay": 0.2}], refresh_every=1, **settings)
     for number in range(8):
         x, dy = torch.randn(12, n).double(), torch.randn(12, m).double()
         if number > 0:
@@ -361,7 +361,7 @@ def test_it_says_what_it_trains():
 
 
 def test_wide_is_the_peers():
-    """The rule's short side is the one that the peer projects."""
+    """The rule's short side is the one that the baseline projects."""
     for shape in ((3, 5), (5, 3), (4, 4)):
         short, _ = rule._sides(shape, *(torch.empty(size) for size in shape))
         assert len(short) == len(wide(torch.empty(shape)))

@@ -92,7 +92,7 @@ def test_logits_exist_for_a_few_tokens_at_a_time():
 
 
 def measured() -> dict:
-    lines = (ROOT / "docs/benchmarks/memory_llama-3.1-8b_1xH200_2026-11-22.jsonl").read_text().splitlines()
+    lines = (ROOT / "profiling/results/benchmarks/memory_llama-3.1-8b_1xH200_2026-11-22.jsonl").read_text().splitlines()
     return next(row for row in map(json.loads, lines) if row["run"] == "torch:MoFaSGD:r=8:liger=1")
 
 

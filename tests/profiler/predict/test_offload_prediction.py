@@ -17,19 +17,19 @@ STAGE2 = RunSetting.of(LLAMA, "MoFaSGD", zero=2, offload="optimizer", **COMMON)
 
 @pytest.fixture
 def norm_of_a_copy(monkeypatch, whole_to_host):
-    """As it was when docs/benchmarks/cards_* were measured."""
+    """As it was when profiling/results/benchmarks/cards_* were measured."""
     patched(monkeypatch, norm_in_pieces=False, host_at_once=False)
 
 
 @pytest.fixture
 def whole_to_host(monkeypatch):
-    """As it was when docs/benchmarks/norm_* were measured."""
+    """As it was when profiling/results/benchmarks/norm_* were measured."""
     patched(monkeypatch, host_in_pieces=False, host_at_once=False)
 
 
 @pytest.fixture
 def kept_until_backward_ends(monkeypatch):
-    """As it was when docs/benchmarks/pieces_* were measured."""
+    """As it was when profiling/results/benchmarks/pieces_* were measured."""
     patched(monkeypatch, host_at_once=False)
 
 
@@ -83,7 +83,7 @@ def test_the_gpu_with_the_norm_in_pieces(seq, micro_batches, gb):
     [(1024, 8, "adamw", 20.94), (2048, 4, "adamw", 21.22), (1024, 8, "matrix", 20.69), (2048, 4, "matrix", 20.69)],
 )
 def test_the_gpu_with_a_fused_head_and_with_a_head_that_is_a_matrix(seq, micro_batches, head, gb):
-    """docs/benchmarks/head_*."""
+    """profiling/results/benchmarks/head_*."""
     setting = STAGE2.but(seq=seq, micro_batches=micro_batches, fused_head=True, head=head)
     assert predict(setting)["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
 
@@ -100,7 +100,7 @@ def test_the_gpu_with_a_fused_head_and_with_a_head_that_is_a_matrix(seq, micro_b
     ],
 )
 def test_pieces_on_the_way_take_it_further_down(seq, micro_batches, choice, gb):
-    """docs/benchmarks/pieces_*: what the host has of the head's gradient is there when the embedding's is copied."""
+    """profiling/results/benchmarks/pieces_*: what the host has of the head's gradient is there when the embedding's is copied."""
     found = predict(STAGE2.but(seq=seq, micro_batches=micro_batches, fused_head=True, **choice))
     assert found["categories"]["communication buffers"] == 4 * COMMON["bucket"] + 2 * (1 << 24)
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.01)
@@ -130,7 +130,7 @@ def test_the_table_of_capacities_is_what_the_command_prints(capsys):
     capacity.main(["--model_configs", LLAMA, "--optimizers", "MoFaSGD"])
     printed = capsys.readouterr().out
     assert printed.count("\n") == 2 + 5
-    table = (ROOT / "docs/capacity.md").read_text()
+    table = (ROOT / "docs/memory.md").read_text()
     assert [line for line in printed.splitlines() if line not in table] == []
 
 

@@ -1,4 +1,4 @@
-"""Predictions against what was measured on H200s (docs/benchmarks), and what cannot be predicted."""
+"""Predictions against what was measured on H200s (profiling/results/benchmarks), and what cannot be predicted."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ TINY = str(ROOT / "configs/models/llama-tiny.json")
 
 
 def measured() -> list[dict]:
-    folder = ROOT / "docs/benchmarks"
+    folder = ROOT / "profiling/results/benchmarks"
     paths = [*folder.glob("llama-3.1-8b_*_2026-11-22.jsonl"), *folder.glob("speed_llama-3.1-8b_*_2026-11-22.jsonl")]
     return [json.loads(line) for path in sorted(paths) for line in path.read_text().splitlines()]
 
@@ -39,13 +39,13 @@ def setting_of(row) -> RunSetting:
 
 @pytest.fixture
 def norm_of_a_copy(monkeypatch):
-    """The norm of AdamW's gradients as it was taken when docs/benchmarks were measured: of a float64 copy of each."""
+    """The norm of AdamW's gradients as it was taken when profiling/results/benchmarks were measured: of a float64 copy of each."""
     now = prediction.zero_settings
     monkeypatch.setattr(prediction, "zero_settings", lambda setting: dataclasses.replace(now(setting), norm_in_pieces=False))
 
 
 def test_70b_on_two_gpus_is_what_was_measured():
-    """docs/benchmarks/llama-3.1-70b_*: head and last two layers are gathered at the loss; the embedding is not."""
+    """profiling/results/benchmarks/llama-3.1-70b_*: head and last two layers are gathered at the loss; the embedding is not."""
     found = predict(
         RunSetting.of(
             str(ROOT / "configs/models/llama-3.1-70b.json"), "MoFaSGD", zero=3, gpus=2, seq=2048, rank=8, leaf=True,
@@ -77,7 +77,7 @@ def test_what_zero_1_and_2_reserve_is_what_was_measured(row):
 
 
 # Two H200s, 2026-11-22, ZeRO-2, r = 32, with a reduce-scatter, a norm without copies and no room that
-# nothing is copied into: docs/benchmarks/room_*.
+# nothing is copied into: profiling/results/benchmarks/room_*.
 # (tokens, micro-batches, liger): GB allocated, reserved, by NVML
 SCATTERED = {
     (1024, 8, False): (33.40, 35.43, 38.08),
@@ -171,7 +171,7 @@ def test_exploring_widens_all_but_the_state(offload):
     [(8, 8, 1024, 8, 30.97), (32, 32, 4096, 2, 56.57)],
 )
 def test_exploring_takes_what_was_measured(r, k, seq, micro_batches, gb):
-    """docs/benchmarks/explore_*, one H200."""
+    """profiling/results/benchmarks/explore_*, one H200."""
     found = predict(RunSetting.of(LLAMA, "MoFaSGD", rank=r, explore=k, seq=seq, micro_batches=micro_batches))
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
 
@@ -185,7 +185,7 @@ def test_exploring_takes_what_was_measured(r, k, seq, micro_batches, gb):
     ],
 )
 def test_8_bit_moments_take_what_was_measured(choice, seq, micro_batches, gb):
-    """docs/benchmarks/eight-bit_*, one H200, nothing on the host."""
+    """profiling/results/benchmarks/eight-bit_*, one H200, nothing on the host."""
     common = {"checkpointing": True, "fused_head": True, "adamw_states": "8bit", "seq": seq}
     found = predict(RunSetting.of(LLAMA, "MoFaSGD", rank=8, micro_batches=micro_batches, **common, **choice))
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.01)
