@@ -17,7 +17,7 @@ from ds_mofa.deepspeed.matrices import forget, mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import replicated
 from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.diagnostics import Report
-from ds_mofa.head import FusedHead
+from ds_mofa.capture.head import FusedHead
 from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.optimizers.registry import entry_of
 from ds_mofa.options import OptimizerOptions, OptionError

@@ -94,5 +94,5 @@ def test_what_cannot_be(run, message):
 
 def test_every_optimizer_of_the_registry_has_a_rule():
     for name in OPTIMIZERS:
-        assert RunSetting.of("", name, rank=3).rule().rank == 3
+        assert RunSetting.of("", name, rank=3).rule().r == 3
     assert RunSetting.of("", "Muon").rule() is None

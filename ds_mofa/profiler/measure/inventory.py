@@ -109,7 +109,7 @@ def tensors(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str, Any]
     matrices = getattr(mofa, "matrices", None)
     if matrices is not None:
         yield "sketches", [matrices.sketches, matrices._pending]
-        yield "factors", [matrices.factors, matrices.working, *matrices.rule.held()]
+        yield "factors", [matrices.factors, matrices.working, *matrices.held()]
         yield "master weights", matrices.masters.tensors
     for base in _base_optimizers(optimizer):
         adam = "adam" in type(base).__name__.lower()

@@ -7,7 +7,7 @@ Sizes in bytes, of one rank.
 
 from collections.abc import Sequence
 
-from ds_mofa.deepspeed.gradients import PIECE
+from ds_mofa.deepspeed.gradients.pieces import PIECE
 from ds_mofa.profiler.predict.candidate import Candidate
 from ds_mofa.profiler.predict.reserved.gathering import gathered
 from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Moment, Parameter

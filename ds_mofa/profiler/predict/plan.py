@@ -53,7 +53,7 @@ class Plan:
     @functools.cached_property
     def state_layout(self) -> Layout:
         """Where the fp32 state of the rule does."""
-        return Layout(self._places, self._rule.rank, self.setting.gpus, self._rule.tensors)
+        return Layout(self._places, self._rule.r, self.setting.gpus, self._rule.field_shapes)
 
     @functools.cached_property
     def _rule(self):

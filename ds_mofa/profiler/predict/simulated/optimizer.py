@@ -66,7 +66,7 @@ def _sketched(model: nn.Module, setting: RunSetting, entry: Entry) -> Attached:
     matrices = {matrix.param for matrix in optimizer.split.matrices}
     kinds = {p: "sketched" if p in matrices else _other(p) for p in model.parameters()}
     step = optimizer.matrices
-    held = sum(tensor.nbytes for tensor in step.rule.held())
+    held = sum(tensor.nbytes for tensor in step.held())
     return Attached(kinds, [step.sketches, step.working, step.factors], held, optimizer)
 
 

@@ -34,8 +34,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ds_mofa.capture.autograd import OURS, plain_linear, wanted
+from ds_mofa.capture.products import add_product
+from ds_mofa.capture.sketch import Sketch
 from ds_mofa.options import OptionError
-from ds_mofa.sketch import OURS, Sketch, add_product, plain_linear, wanted
 
 __all__ = ["BLOCK_BYTES", "LOGITS_BYTES", "FusedHead", "FusedLoss", "peak_bytes"]
 
