@@ -2,10 +2,11 @@
 
     python profiling/cost_model.py --model_config configs/models/llama-3.1-8b.json --rank 8 32 128 --gpus 1 2 64 1024
 
-Counts are arithmetic (docs/cost_model.md has the formulas); the rates that turn them into time are measured on one kind of
-machine, and so are two constants, of the SVD and of the host. docs/cost_model.md sets them beside the runs in
-profiling/results/benchmarks. Prints, for each rank and number of GPUs (two on NVLink, more on 400 Gb/s Ethernet), what a step sends,
-what AdamW would send, and tokens/s when neither the host nor a slower rank is waited for and nothing is overlapped.
+Counts are arithmetic (docs/cost_model.md has the formulas); the rates that turn them into time are measured on one kind
+of machine, and so are two constants, of the SVD and of the host. docs/cost_model.md sets them beside the runs in
+profiling/results/benchmarks. Prints, for each rank and number of GPUs (two on NVLink, more on 400 Gb/s Ethernet), what
+a step sends, what AdamW would send, and tokens/s when neither the host nor a slower rank is waited for and nothing is
+overlapped.
 """
 
 import argparse
@@ -20,8 +21,8 @@ if __name__ == "__main__":  # a script's first import folder is its own; this ma
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_mofa.partition import Layout
-from ds_mofa.profiler.setting import RunSetting, SettingError
 from ds_mofa.profiler.report.units import shown
+from ds_mofa.profiler.setting import RunSetting, SettingError
 from ds_mofa.subbatches import split
 
 FP64, FP32, BF16 = 8, 4, 2  # bytes

@@ -19,8 +19,8 @@ if __name__ == "__main__":
 
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.predict import predict
-from ds_mofa.profiler.setting import RunSetting, SettingError, known_optimizers
 from ds_mofa.profiler.report.units import shown
+from ds_mofa.profiler.setting import RunSetting, SettingError, known_optimizers
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", required=True, help="shape of the model, such as configs/models/*.json")
-    parser.add_argument("--optimizer", nargs="+", default=["MoFaSGD"], metavar="NAME", help=", ".join(known_optimizers()))
+    parser.add_argument(
+        "--optimizer", nargs="+", default=["MoFaSGD"], metavar="NAME", help=", ".join(known_optimizers())
+    )
     parser.add_argument("--zero", default="none", choices=["none", "0", "1", "2", "3"], help="none: plain PyTorch")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--seq", type=int, default=1024, help="tokens of a sequence")

@@ -12,8 +12,8 @@ liger-kernel's fused norms, SwiGLU, rotary embedding and loss, as HF's ``use_lig
 param: DeepSpeed's offload_optimizer to the host, or that and offload_param), ``head`` (matrix: the output head is one
 of the matrices), ``embed`` (frozen: the embedding stays as it is), ``card`` (GiB: run out of memory where a GPU of that
 size would), and every option of the optimizer by its name, such as ``explore``, of which two have shorter ones:
-``head_loss`` (fused: ``fused_head`` instead of liger-kernel's loss) and ``adamw`` (8bit: ``adamw_states``). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention is sdpa; the
-batch is the same in every step.
+``head_loss`` (fused: ``fused_head`` instead of liger-kernel's loss) and ``adamw`` (8bit: ``adamw_states``). A shape is
+TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention is sdpa; the batch is the same in every step.
 
 A run's process builds its model once and takes the shapes in their order, after --warmup steps of each.
 

@@ -61,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             Path(args.result).write_text(json.dumps(results))
 
 
-def measure(
-    trainer: Trainer, setting: RunSetting, args: argparse.Namespace, device: torch.device
-) -> dict[str, Any]:
+def measure(trainer: Trainer, setting: RunSetting, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Times and memory of training steps on a batch of the setting's shape, the same in each."""
     tokens, micro_batches = setting.seq, setting.micro_batches
     trainer.accumulate_over(micro_batches)

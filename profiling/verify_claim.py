@@ -217,7 +217,13 @@ def one_line(run: str, report: Mapping[str, Any]) -> str:
     if "error" in report:
         return f"{run}: {report['error']}"
     peaks = max(report["ranks"], key=lambda rank: rank["breakdown"]["total"])["peaks"]
-    names = {"allocated": "allocated", "traced": "traced", "reserved": "reserved", "nvml_device": "NVML", "host": "host"}
+    names = {
+        "allocated": "allocated",
+        "traced": "traced",
+        "reserved": "reserved",
+        "nvml_device": "NVML",
+        "host": "host",
+    }
     if peaks["allocated"] is not None:
         del names["traced"]
     seen = [f"{label} {shown(peaks[name])}" for name, label in names.items() if peaks[name] is not None]

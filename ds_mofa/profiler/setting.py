@@ -236,7 +236,9 @@ class RunSetting:
                 raise SettingError(f"{', '.join(named)}: of {_owners(given)}, not of {self.optimizer}. Leave it out")
             return ()
         try:
-            parsed, _ = self.entry.options.from_config({"rank": self.rank, **given})  # it says what is close to a wrong name
+            parsed, _ = self.entry.options.from_config(
+                {"rank": self.rank, **given}
+            )  # it says what is close to a wrong name
         except OptionError as error:
             raise SettingError(str(error)) from error
         values = {name: _hashable(getattr(parsed, name)) for name in own if name in given}

@@ -9,7 +9,6 @@ import dataclasses
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor

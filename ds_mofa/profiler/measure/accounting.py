@@ -1,11 +1,12 @@
 """From meters to a sum: the bytes by category at the peak, adding up to what the outermost meter saw."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds_mofa.profiler.categories import CATEGORIES
-from ds_mofa.profiler.measure.sampler import Sample
 from ds_mofa.profiler.measure.curve import ROWS, Curve, Span
+from ds_mofa.profiler.measure.sampler import Sample
 
 __all__ = ["account", "thin_curve", "thin_samples"]
 
@@ -112,4 +113,4 @@ def _bins(count: int) -> list[tuple[int, int]]:
     edges = sorted(
         {round(i * count / _POINTS) for i in range(_POINTS + 1)} if count > _POINTS else set(range(count + 1))
     )
-    return list(zip(edges, edges[1:]))
+    return list(itertools.pairwise(edges))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_mofa.parameters import full_shape
-from ds_mofa.profiler.measure.inventory import leaves
 from ds_mofa.profiler.measure.curve import Span, alive, new_gradients
+from ds_mofa.profiler.measure.inventory import leaves
 from ds_mofa.profiler.storages import Allocation
 
 __all__ = ["LayerMark", "find_layers", "watch_layers", "matrix_gradients", "after_each_layer", "verdict"]

@@ -31,12 +31,13 @@ class NvmlReader:
 
     def __init__(self, devices: Sequence[int], nvml: ModuleType | Any | None = None, pid: int | None = None):
         self.problems: list[str] = []
-        self.name = self.driver = None
+        self.name: str | None = None
+        self.driver: str | None = None
         self._pid = os.getpid() if pid is None else pid
         self._handles: dict[int, Any] = {}
         self._failures: dict[int, int] = {}
         self._processes = True
-        self._nvml = nvml
+        self._nvml: Any = nvml
         if devices:
             self._open(devices)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ds_mofa.profiler.predict.reserved.gathering import gathered
 from ds_mofa.profiler.predict.reserved.allocator import CachingAllocator
+from ds_mofa.profiler.predict.reserved.gathering import gathered
 from ds_mofa.profiler.predict.simulated.micro_batch import Parameter
 from ds_mofa.profiler.predict.zero import ZeroSettings
 

@@ -100,7 +100,7 @@ def test_the_gpu_with_a_fused_head_and_with_a_head_that_is_a_matrix(seq, micro_b
     ],
 )
 def test_pieces_on_the_way_take_it_further_down(seq, micro_batches, choice, gb):
-    """profiling/results/benchmarks/pieces_*: what the host has of the head's gradient is there when the embedding's is copied."""
+    """benchmarks/pieces_*: what the host has of the head's gradient is there when the embedding's is copied."""
     found = predict(STAGE2.but(seq=seq, micro_batches=micro_batches, fused_head=True, **choice))
     assert found["categories"]["communication buffers"] == 4 * COMMON["bucket"] + 2 * (1 << 24)
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.01)
@@ -120,7 +120,9 @@ def test_deepspeeds_adamw_sends_them_whole():
 
 
 def test_adamw_leaves_only_weights_and_what_passes():
-    on, off = (predict(RunSetting.of(LLAMA, "AdamW", zero=2, gpus=2, offload=how, **COMMON)) for how in (None, "optimizer"))
+    on, off = (
+        predict(RunSetting.of(LLAMA, "AdamW", zero=2, gpus=2, offload=how, **COMMON)) for how in (None, "optimizer")
+    )
     assert "AdamW states" not in off["categories"] and "master weights" not in off["categories"]
     moved = on["categories"]["AdamW states"] + on["categories"]["master weights"]
     assert off["host"] > moved and off["allocated"] < on["allocated"] - moved
@@ -137,6 +139,7 @@ def test_the_table_of_capacities_is_what_the_command_prints(capsys):
 def test_what_offload_of_the_optimizer_takes_is_shared_out_by_the_ranks():
     """18 bytes a parameter that AdamW trains."""
     few, many = (
-        predict(RunSetting.of(LLAMA, "AdamW", zero=3, gpus=gpus, offload="optimizer", **COMMON))["host"] for gpus in (8, 64)
+        predict(RunSetting.of(LLAMA, "AdamW", zero=3, gpus=gpus, offload="optimizer", **COMMON))["host"]
+        for gpus in (8, 64)
     )
     assert few == pytest.approx(18 * 8_030_261_248 / 8, rel=1e-6) and few == pytest.approx(8 * many, rel=1e-6)

@@ -60,14 +60,14 @@ def reserved_by_stage3(
             waiting: list[Handle] = []
             inside: list[int] = []
 
-            def reduce() -> None:
+            def reduce(waiting=waiting, inside=inside) -> None:
                 if len(inside) > 1:  # a gradient alone is reduced where it is
                     aside.free(aside.alloc(2 * sum(inside)))
                 inside.clear()
                 while waiting:
                     allocator.free(waiting.pop())
 
-            def complete(name: str) -> None:
+            def complete(name: str, waiting=waiting, inside=inside, reduce=reduce) -> None:
                 numel = numels.get(name)
                 if numel is None:
                     return
