@@ -24,13 +24,13 @@ from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import full_shape, split_parameters
 from ds_mofa.step import MatrixStep
 
-__all__ = ["build_optimizer", "read_options"]
+__all__ = ["LARGE", "build_optimizer", "read_options"]
 
 # DeepSpeed's own switches of its AdamW: they are for get_optimizer_configuration.
 _PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach", "fused")
 _SECTION = ("type", "params", "legacy_fusion")  # what DeepSpeed reads of "optimizer"
 
-_LARGE = 1 << 26  # elements
+LARGE = 1 << 26  # elements
 
 
 def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
@@ -137,14 +137,14 @@ def _adamw_8bit(
 
 
 def _large_ones_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same groups, with every parameter of ``_LARGE`` elements or more in one of its own.
+    """The same groups, with every parameter of ``LARGE`` elements or more in one of its own.
 
     ZeRO flattens one group's gradients at a time. With embedding and output head in one, that is a second copy of
     both at once: 4 GB more reserved at a vocabulary of 128 k and a width of 4096.
     """
     apart = []
     for group in groups:
-        large = [param for param in group["params"] if math.prod(full_shape(param)) >= _LARGE]
+        large = [param for param in group["params"] if math.prod(full_shape(param)) >= LARGE]
         small = [param for param in group["params"] if not any(param is other for other in large)]
         apart += [{**group, "params": params} for params in ([small] if small else []) + [[param] for param in large]]
     return apart
