@@ -28,9 +28,6 @@ from tests.launch.commands import (
     succeeded,
     train,
 )
-from ds_mofa.phases import PHASES
-from ds_mofa.profiler import load_report
-from ds_mofa.profiler.measure.layers import verdict
 from tests.ports import free_port
 
 
