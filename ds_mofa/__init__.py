@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from ds_mofa.galore import GaLore
+from ds_mofa.optimizers.galore import GaLore
 from ds_mofa.optimizers.mofasgd import MoFaSGD
 from ds_mofa.options import OptionError, Options
 
@@ -10,6 +10,6 @@ __version__ = "0.1.0"
 __all__ = ["GaLore", "MoFaSGD", "OptionError", "Options"]
 
 if importlib.util.find_spec("deepspeed") is not None:
-    from ds_mofa.deepspeed import register
+    from ds_mofa.backends.deepspeed import register
 
     register()

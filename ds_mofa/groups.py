@@ -81,7 +81,7 @@ def check_rates(groups: Sequence[Mapping[str, Any]]) -> None:
 def _refuse_unknown(key: str, value: Any, where: str, names: set[str], options: OptimizerOptions) -> None:
     title = options.title
     if key == "lr_scale":
-        raise OptionError(f'{where}: lr_scale is how {title} keeps AdamW\'s rate: write the group\'s own "lr", scaled')
+        raise OptionError(f"{where}: lr_scale is how {title} keeps AdamW's rate: write the group's own \"lr\", scaled")
     if key in names:
         raise OptionError(f"{where}: {key!r} is an option of the whole optimizer: give it to {title}, not to a group")
     close = difflib.get_close_matches(str(key), [*_TAKEN, *sorted(names)], n=1, cutoff=0.75)

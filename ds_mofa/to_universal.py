@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ds_mofa.deepspeed.checkpoints import CheckpointError
-from ds_mofa.deepspeed.universal import convert
+from ds_mofa.backends.deepspeed.checkpoints import CheckpointError
+from ds_mofa.backends.deepspeed.universal import convert
 
 
 def main() -> None:

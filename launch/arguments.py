@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from ds_mofa import OptionError
-from ds_mofa.deepspeed.build import read_options
+from ds_mofa.backends.deepspeed.build import read_options
 from ds_mofa.optimizers import registry
 from launch.errors import UserError
 from launch.json_files import read_json

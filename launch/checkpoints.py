@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ds_mofa.deepspeed.checkpoints import write_atomically
+from ds_mofa.backends.deepspeed.checkpoints import write_atomically
 from launch.errors import UserError
 from launch.runs import Lineage, begin_run, belongs, new_lineage, read_run
 

@@ -10,7 +10,7 @@ import json
 import uuid
 from pathlib import Path
 
-from ds_mofa.deepspeed.checkpoints import write_atomically
+from ds_mofa.backends.deepspeed.checkpoints import write_atomically
 
 RUN = "run.json"
 

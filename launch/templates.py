@@ -4,7 +4,6 @@ import copy
 import difflib
 import functools
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,7 +122,8 @@ class ChatTemplate:
                 return self.rendered([], tools, add_generation_prompt=True)[0]
             except Exception:
                 answers = [{**messages[0], "content": words} for words in ("First.", "Other.")]
-                return os.path.commonprefix([self.render([answer], where, tools)[0] for answer in answers])
+                first, other = (self.render([answer], where, tools)[0] for answer in answers)
+                return first[: next((i for i, (a, b) in enumerate(zip(first, other)) if a != b), len(first))]
         return self.render(messages[:number], where, tools, add_generation_prompt=True)[0]
 
     def fit(self, messages: list[dict], where: str, tools: list | None) -> list[dict]:

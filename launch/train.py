@@ -20,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from transformers import ProgressCallback, set_seed
 
 from ds_mofa import OptionError  # importing it registers "MoFaSGD" with DeepSpeed, before any engine is made
-from ds_mofa.deepspeed.checkpoints import CheckpointError
+from ds_mofa.backends.deepspeed.checkpoints import CheckpointError
 from ds_mofa.profiler import MemoryCallback
 from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar

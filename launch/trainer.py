@@ -13,7 +13,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from ds_mofa.deepspeed.registration import optimizer_of
+from ds_mofa.backends.deepspeed.registration import optimizer_of
 from launch.checkpoints import is_ours, remove_old, seal, unseal
 from launch.encoding import IGNORED
 from launch.lengths import check_batches

@@ -20,10 +20,10 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's first import folder is its own; this makes it the repository's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_mofa.partition import Layout
+from ds_mofa.partition.layout import Layout
+from ds_mofa.partition.subbatches import split
 from ds_mofa.profiler.report.units import shown
 from ds_mofa.profiler.setting import RunSetting, SettingError
-from ds_mofa.subbatches import split
 
 FP64, FP32, BF16 = 8, 4, 2  # bytes
 KERNELS = 140  # of one layer's forward and backward

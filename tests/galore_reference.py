@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.weights import Rounding, rounding_key
+from ds_mofa.kernels.random_bits import Rounding, rounding_key
 from experiments.baselines.adam import adam_direction, adam_moments
 from experiments.baselines.orientation import like, wide
 from experiments.baselines.subspace import leading_subspace

@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.exploring import sign_words, signs
-from ds_mofa.weights import Rounding, rounding_key
+from ds_mofa.kernels.random_bits import Rounding, rounding_key
+from ds_mofa.linalg.exploring import sign_words, signs
 
 __all__ = ["DenseMomentum", "Reference", "random_columns"]
 

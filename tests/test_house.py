@@ -87,8 +87,10 @@ def test_no_import_hides_inside_a_function():
 
 
 def test_a_hidden_import_is_found():
-    source = "import os\ndef f():\n    def g():\n        from ds_mofa.step import x\n    import torch.nn, trl.data\n"
-    assert hidden_imports(source) == [(4, "ds_mofa.step"), (5, "torch.nn"), (5, "trl.data")]
+    source = (
+        "import os\ndef f():\n    def g():\n        from ds_mofa.step.step import x\n    import torch.nn, trl.data\n"
+    )
+    assert hidden_imports(source) == [(4, "ds_mofa.step.step"), (5, "torch.nn"), (5, "trl.data")]
     assert is_allowed("trl.data", "a.py") and not is_allowed("torch.nn", "a.py") and not is_allowed("trlx", "a.py")
 
 

@@ -99,7 +99,9 @@ class LinearCapture:
     def attach(self, module: nn.Module, matrix: Matrix, sink: Sink, gathered: Gathered | None) -> Callable[[], None]:
         """See :class:`ds_mofa.capture.sink.Capture`."""
         _refuse_replaced(module)
-        forward = types.MethodType(_forward_of(module, matrix.param, sink, gathered), module)  # its pickle is nn.Linear's
+        forward = types.MethodType(
+            _forward_of(module, matrix.param, sink, gathered), module
+        )  # its pickle is nn.Linear's
         module.forward = forward
 
         def undo() -> None:

@@ -26,7 +26,20 @@ class Sketch:
         unmarked: they do, and ``.grad`` could not be made to say so.
     """
 
-    __slots__ = ("Y", "Z", "U", "V", "param", "grad", "filled", "unmarked", "key", "_queue", "_addresses", "__weakref__")
+    __slots__ = (
+        "Y",
+        "Z",
+        "U",
+        "V",
+        "param",
+        "grad",
+        "filled",
+        "unmarked",
+        "key",
+        "_queue",
+        "_addresses",
+        "__weakref__",
+    )
 
     def __init__(self, Y: Tensor, Z: Tensor, U: Tensor, V: Tensor, queue: Queue | None = None):
         self.Y, self.Z, self.U, self.V = Y, Z, U, V

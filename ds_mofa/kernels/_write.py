@@ -1,7 +1,7 @@
 """W <- decay W - step_size U diag(c) V^T in one pass over W: tile by tile, rounded stochastically on the way out.
 
 Bound by memory, if the next tile is fetched while this one is computed: 3.3 of an H200's 4.25 TB/s. The twin is
-``ds_mofa.weights._write_one``; the random bits are those of ``ds_mofa.weights.random_bits``.
+``ds_mofa.weights.write._write_one``; the random bits are those of ``ds_mofa.kernels.random_bits.random_bits``.
 
 A matrix whose coefficients are all zero stays. The kernels find it out, for the host does not wait for them: then none
 of its elements counts as held, so that nothing of W is read or written.
@@ -9,7 +9,6 @@ of its elements counts as held, so that nothing of W is read or written.
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -17,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_mofa.kernels import stages_that_fit
-
-if TYPE_CHECKING:
-    from ds_mofa.weights import Rounding, Shard
+from ds_mofa.kernels.random_bits import Rounding, rounding_key
+from ds_mofa.kernels.shard import Shard
 
 _TILES = 8  # that one program writes
 _PAIRS = {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (64, 32, 4, 3), 128: (64, 64, 4, 3)}  # rows, words, warps, stages
@@ -27,14 +25,14 @@ _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32
 
 
 def launch(
-    shards: Sequence["Shard"],
+    shards: Sequence[Shard],
     U: Tensor,
     V: Tensor,
     coefficients: Tensor,
     indices: Sequence[int],
     step_size: float,
     decay: float,
-    rounding: "Rounding",
+    rounding: Rounding,
     masters: Sequence[Tensor] | None,
 ) -> None:
     """The work of ``write_updates`` on a GPU, one launch for all matrices."""
@@ -111,10 +109,8 @@ def launch(
     )
 
 
-def _keys(rounding: "Rounding", indices: tuple[int, ...], device: torch.device) -> Tensor:
+def _keys(rounding: Rounding, indices: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 (B,): ``rounding_key`` of each matrix."""
-    from ds_mofa.weights import rounding_key
-
     keys = [rounding_key(rounding, index) for index in indices]
     return torch.tensor(keys, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 

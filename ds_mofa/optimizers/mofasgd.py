@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import register
 from ds_mofa.options import AdamWReduce, AdamWStates, AdjustLr, CaptureMode, Options, Rounding, UpdateRule
 from ds_mofa.rules.mofasgd import MoFaSGDRule

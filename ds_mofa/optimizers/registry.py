@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.rules.rule import Rule
 

@@ -31,7 +31,7 @@ class AdamWOptions(Checked):
             (``offload_optimizer``), in another dtype than the weights', or without DeepSpeed counting micro-batches.
         adamw_states: how the two moments are kept. ``"full"``: in the dtype that the parameter is stepped in, 8 bytes a
             parameter with fp32 masters, 4 in bf16. ``"8bit"``: in blocks of 256 8-bit codes and a scale, 2.03 bytes
-            (:mod:`ds_mofa.adamw_8bit`; needs torchao). bf16 parameters without an fp32 master, which ``"full"`` rounds
+            (:mod:`ds_mofa.adamw.eight_bit`; needs torchao). bf16 parameters without an fp32 master, which ``"full"`` rounds
             to nearest, are then written by ``rounding``. Tensors below 4096 elements, of a partition under ZeRO, keep
             32 bits; a line in the log says how many. Does not go with ``offload_optimizer`` and universal checkpoints,
             and replaces DeepSpeed's choice of AdamWs (``torch_adam``, ``fused``, ``foreach``).

@@ -32,14 +32,14 @@ class MoFaSGDRuleOptions(Checked):
             1 / 10. Costs an all-reduce of two numbers a step; 0 (the paper's rule) does without.
         explore: k, 0 or more. The momentum's r directions are joined by 2 k that it has not, new in each step: with
             random E (n x k) and F (m x k) the update is U V^T + s (A E^T + F B^T), A and B the polar factors of
-            (1 - U U^T) G (1 - V V^T) E and of the same of G^T and F (:mod:`ds_mofa.exploring`). Sketches, working
+            (1 - U U^T) G (1 - V V^T) E and of the same of G^T and F (:mod:`ds_mofa.linalg.exploring`). Sketches, working
             copies and the two collectives have r + k columns, the write to the weights r + 2 k; no state, and a
             checkpoint of a run with another k is taken as it is. Of an m x n matrix at most min(m, n) - r of the k
             have an effect. With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing.
         explore_scale: s = ``explore_scale`` sqrt(min(m, n) / k), > 0: at 1, A E^T and F B^T are each as long as the
             update of a momentum of full rank would be. ``balance`` multiplies all of the update alike. With fp16
             matrices s, times 10 with ``balance``, is at most 65504.
-        diagnostics_every: optimizer steps between two reports on every matrix (:mod:`ds_mofa.diagnostics`), to
+        diagnostics_every: optimizer steps between two reports on every matrix (:mod:`ds_mofa.rules.diagnostics`), to
             DeepSpeed's monitor and ``optimizer.matrices.report``; 0 for none.
     """
 

@@ -1,4 +1,4 @@
-"""What exploring (:mod:`ds_mofa.exploring`) adds to a rule's update: directions beside the momentum's, and what is written.
+"""What exploring adds to a rule's update: directions beside the momentum's (:mod:`ds_mofa.linalg.exploring`), and signs.
 
 The last k columns of what is sent are its own. In backward the working copies are left = [U F] and right = [V E], with
 F and E of random signs; published are left = [U' A] and right = [V' B]; written is [U' A F] diag(c, s, s) [V' E B]^T.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ds_mofa.exploring import Look, directions
+from ds_mofa.linalg.exploring import Look, directions
 from ds_mofa.rules.batch import MatrixBatch, PlaceSigns
 
 __all__ = ["explore", "stay", "with_signs"]

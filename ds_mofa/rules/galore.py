@@ -20,10 +20,10 @@ counts the matrix' gradients from the second on. A matrix without a gradient doe
 first one the test matrices Psi and Omega stay in its working copies.
 
 A one-pass estimate of P^T G in the first step would need half of the columns for its own conditioning
-(:func:`ds_mofa.factors.start_factors`), and feed Adam's second moment, which remembers 1 / (1 - b2) steps, with it.
+(:func:`ds_mofa.linalg.factors.start_factors`), and feed Adam's second moment, which remembers 1 / (1 - b2) steps, with it.
 
-Measured along the training of a byte-level LLaMA by AdamW (experiments/configs/studies/lm.yaml: 1.7 M parameters, 28 matrices of
-64 to 512, 250 steps, T = 50, one seed): |P^T G| / |G|, the mean over the matrices, at the refreshes for the gradient
+Measured along the training of a byte-level LLaMA by AdamW (experiments/configs/studies/lm.yaml: 1.7 M parameters, 28
+matrices of 64 to 512, 250 steps, T = 50, one seed): |P^T G| / |G|, the mean over the matrices, at the refreshes for the gradient
 that P' comes from, and in force for the gradients that it then meets. In the place of Omega were tried the last step's
 N, which stands there anyhow, half of each, and the last step's R^T, which would have to be sent:
 
@@ -40,18 +40,16 @@ subspace to the one before.
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_mofa.factors import leading_svd
-from ds_mofa.orthonormal import Side, complements
+from ds_mofa.linalg.factors import leading_svd
+from ds_mofa.linalg.orthonormal import Side, complements
+from ds_mofa.options import GaLoreOptions
 from ds_mofa.rules.batch import Field, MatrixBatch, PlaceSigns
 from ds_mofa.rules.rule import Rule, State
-
-if TYPE_CHECKING:
-    from ds_mofa.options import GaLoreOptions
 
 __all__ = ["GaLoreRule", "basis_of"]
 
@@ -68,7 +66,7 @@ class GaLoreRule(Rule):
     name = "GaLore"
     redraws = True
 
-    def __init__(self, options: "GaLoreOptions"):
+    def __init__(self, options: GaLoreOptions):
         super().__init__(options.rank, options.seed)
         self._options = options
 

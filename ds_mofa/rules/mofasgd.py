@@ -1,5 +1,5 @@
-"""MoFaSGD's rule: :mod:`ds_mofa.factors` on the owner's factors, and U diag(coefficients) V^T for everyone; with
-``explore`` also what :mod:`ds_mofa.exploring` finds beside them.
+"""MoFaSGD's rule: :mod:`ds_mofa.linalg.factors` on the owner's factors, and U diag(coefficients) V^T for everyone; with
+``explore`` also what :mod:`ds_mofa.linalg.exploring` finds beside them.
 """
 
 import math
@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_mofa.diagnostics import measure
-from ds_mofa.factors import (
+from ds_mofa.linalg.factors import (
     Batch,
     Factors,
     Grams,
@@ -23,6 +22,7 @@ from ds_mofa.factors import (
 )
 from ds_mofa.options import OptionError, Options
 from ds_mofa.rules.batch import Field, MatrixBatch, PlaceSigns
+from ds_mofa.rules.diagnostics import measure
 from ds_mofa.rules.exploration import explore, stay, with_signs
 from ds_mofa.rules.rule import Rule, State
 
@@ -111,7 +111,7 @@ class MoFaSGDRule(Rule):
         return self._options.shape_factor(m, n)
 
     def resized(self, saved: Sequence[State], ranks: set[int]) -> tuple[list[State], str]:
-        """See :func:`ds_mofa.factors.resized`."""
+        """See :func:`ds_mofa.linalg.factors.resized`."""
         new, kept = [], torch.zeros(2, dtype=torch.float64, device="cpu")  # squares of sigma: after and before
         for U, V, sigma in saved:
             one = resized(Factors(U, sigma, V), self.r)

@@ -1,6 +1,6 @@
 """What a method must say to be trained with: its maths on batches of matrices, and which numbers it keeps.
 
-A rule knows no process, buffer, owner or process group; :mod:`ds_mofa.driver` knows these, and no method. In every
+A rule knows no process, buffer, owner or process group; :mod:`ds_mofa.step.driver` knows these, and no method. In every
 optimizer step
 
     backward    takes the sketches Y = G right and Z = G^T left, right and left being the working copies
@@ -144,7 +144,7 @@ class Rule(abc.ABC):
         return spectrum
 
     def measures(self, state: State, reused: Any, spectrum: Tensor, clip: float | Tensor) -> Tensor:
-        """:data:`ds_mofa.diagnostics.MEASURES` (B, measures), float64, of a batch's update. It is asked where
+        """:data:`ds_mofa.rules.diagnostics.MEASURES` (B, measures), float64, of a batch's update. It is asked where
         :attr:`diagnostics_every` is not 0.
 
         Args:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.base import MatrixOptimizer
 
 __all__ = ["state_bytes"]
 

@@ -33,8 +33,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ds_mofa.kernels.random_bits import Rounding, rounding_key
 from ds_mofa.options import AdjustLr, MoFaSGDRuleOptions, check_integer, check_number
-from ds_mofa.weights import Rounding, rounding_key
 from experiments.baselines.matrix_method import MatrixMethod
 from experiments.baselines.newton_schulz import orthogonalized
 from experiments.baselines.projected_gradient import Gradient

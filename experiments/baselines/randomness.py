@@ -2,7 +2,7 @@
 
 import torch
 
-from ds_mofa.weights import Rounding, rounding_key
+from ds_mofa.kernels.random_bits import Rounding, rounding_key
 
 __all__ = ["keyed_generator"]
 

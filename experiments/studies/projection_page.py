@@ -26,7 +26,7 @@ of its own, M <- beta M + (1 - beta) P(G), starts as the rank-r SVD of the first
 subspaces U, V of that momentum as they are before the step. All of them keep about r (m + n) numbers.
 
 - **tangent** (MoFaSGD): P(G) = U U^T G + G V V^T - U U^T G V V^T, then cut to rank r by
-  `ds_mofa.factors.update_factors`;
+  `ds_mofa.linalg.factors.update_factors`;
 - **left** U U^T G, **right** G V V^T, **two-sided** U U^T G V V^T: the sum stays in the subspaces that it is projected
   onto, so U (left), V (right) or both (two-sided) never move from where the first gradient has put them;
 - **refreshed**: left or right, whichever side is shorter, with a new subspace from the SVD of the gradient every

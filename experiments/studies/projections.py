@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_mofa.factors import Factors, update_factors
+from ds_mofa.linalg.factors import Factors, update_factors
 
 __all__ = [
     "KINDS",
@@ -39,7 +39,7 @@ class Projection(Protocol):
 
 
 class Tangent:
-    """MoFaSGD's: U U^T G + G V V^T - U U^T G V V^T, and :func:`ds_mofa.factors.update_factors`."""
+    """MoFaSGD's: U U^T G + G V V^T - U U^T G V V^T, and :func:`ds_mofa.linalg.factors.update_factors`."""
 
     def __init__(self, start: Factors):
         self.factors = start

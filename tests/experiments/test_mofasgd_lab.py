@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ds_mofa import MoFaSGD
-from ds_mofa.factors import Factors
+from ds_mofa.linalg.factors import Factors
 from experiments import baselines
 from experiments.baselines.laboratory import MoFaSGDLab
 from experiments.baselines.laboratory.probes import range_estimate

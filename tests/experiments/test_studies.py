@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ds_mofa.factors import Factors
+from ds_mofa.linalg.factors import Factors
 from experiments import study
 from experiments.comparison.training import train
 from experiments.studies import projection, spectrum

@@ -5,11 +5,11 @@ import threading
 import torch
 from torch import nn
 
-from ds_mofa.backend import OneProcess
 from ds_mofa.options import Options
 from ds_mofa.parameters import split_parameters
 from ds_mofa.rules.mofasgd import MoFaSGDRule
-from ds_mofa.step import MatrixStep
+from ds_mofa.step.backend import OneProcess
+from ds_mofa.step.step import MatrixStep
 from tests.extending.toy_backend import ThreadBackend, World
 
 OPTIONS = Options(lr=0.1, rank=3, weight_decay=0.1)

@@ -41,7 +41,9 @@ def _dense(model, psi, steps, *, lr, decay=0.0, sign=-1.0):
 
 
 def _psi(optimizer):
-    return {matrix.name: sketch.U.clone() for matrix, sketch in zip(optimizer.split.matrices, optimizer.matrices.captured)}
+    return {
+        matrix.name: sketch.U.clone() for matrix, sketch in zip(optimizer.split.matrices, optimizer.matrices.captured)
+    }
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ds_mofa.kernels.shard import Shard
 from ds_mofa.parameters import Matrix
-from ds_mofa.partition import Exchange, SketchSegment
-from ds_mofa.weights import Shard
+from ds_mofa.partition.exchange import Exchange
+from ds_mofa.partition.layout import SketchSegment
 
 __all__ = ["ThreadBackend", "ThreadExchange", "World"]
 
@@ -27,7 +28,7 @@ class World:
 
 
 class ThreadExchange(Exchange):
-    """The collectives of :class:`ds_mofa.partition.Exchange`, through shared memory."""
+    """The collectives of :class:`ds_mofa.partition.exchange.Exchange`, through shared memory."""
 
     def __init__(self, world: World, rank: int):
         super().__init__(mean_scale=1 / world.size)
@@ -60,7 +61,7 @@ class ThreadExchange(Exchange):
 
 
 class ThreadBackend:
-    """One rank's view: a :class:`ds_mofa.backend.Backend`."""
+    """One rank's view: a :class:`ds_mofa.step.backend.Backend`."""
 
     host = gathered = None
     device = torch.device("cpu")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import register
 from ds_mofa.options import OptimizerOptions
 from ds_mofa.rules.batch import Field, MatrixBatch

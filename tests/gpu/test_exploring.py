@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from ds_mofa import MoFaSGD
-from ds_mofa.exploring import Look, directions
-from ds_mofa.partition import Layout
+from ds_mofa.linalg.exploring import Look, directions
+from ds_mofa.partition.layout import Layout
 from ds_mofa.rules.exploration import with_signs
-from ds_mofa.signs import SignColumns
+from ds_mofa.step.signs import SignColumns
 
 pytestmark = [
     pytest.mark.gpu,

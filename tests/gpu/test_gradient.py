@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ds_mofa import MoFaSGD
-from ds_mofa.gradient import SketchedGradient
+from ds_mofa.optimizers.gradient import SketchedGradient
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -57,7 +57,9 @@ def test_torch_s_clipping_is_the_optimizer_s_own(max_norm):
         net, optimizer = build()
         warm(net, optimizer)
         loss(net, 7).backward()
-        norms.append(float(optimizer.clip_grad_norm_(max_norm) if own else nn.utils.clip_grad_norm_(net.parameters(), max_norm)))
+        norms.append(
+            float(optimizer.clip_grad_norm_(max_norm) if own else nn.utils.clip_grad_norm_(net.parameters(), max_norm))
+        )
         optimizer.step()
         moved.append([state.clone() for state in optimizer.matrices.owner.state.split(4096)])
     assert norms[1] == pytest.approx(norms[0], rel=5e-3)  # torch adds AdamW's norms up in bf16

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from ds_mofa import MoFaSGD, Options, weights
-from ds_mofa.adamw_8bit import AdamW8bit
-from ds_mofa.factors import Factors, update_factors
-from ds_mofa.gradient import SketchedGradient
-from ds_mofa.kernels import svd
+from ds_mofa.adamw.eight_bit import AdamW8bit
 from ds_mofa.capture.queue import Queue
-from ds_mofa.weights import Rounding, Shard, write_updates
+from ds_mofa.kernels import svd
+from ds_mofa.kernels.random_bits import Rounding
+from ds_mofa.kernels.shard import Shard
+from ds_mofa.linalg.factors import Factors, update_factors
+from ds_mofa.optimizers.gradient import SketchedGradient
+from ds_mofa.weights.write import write_updates
 
 pytestmark = [
     pytest.mark.gpu,

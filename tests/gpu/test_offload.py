@@ -11,15 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from ds_mofa import MoFaSGD, host_weights
-from ds_mofa.backend import OneProcess
-from ds_mofa.host_weights import write_wherever
+from ds_mofa import MoFaSGD
+from ds_mofa.kernels.random_bits import Rounding
+from ds_mofa.kernels.shard import Shard
 from ds_mofa.options import Options
 from ds_mofa.parameters import split_parameters
 from ds_mofa.rules.mofasgd import MoFaSGDRule
-from ds_mofa.staging import HostMemory, Staging
-from ds_mofa.step import MatrixStep
-from ds_mofa.weights import Rounding, Shard, write_updates
+from ds_mofa.step.backend import OneProcess
+from ds_mofa.step.step import MatrixStep
+from ds_mofa.weights import host as host_weights
+from ds_mofa.weights.host import write_wherever
+from ds_mofa.weights.staging import HostMemory, Staging
+from ds_mofa.weights.write import write_updates
 
 pytestmark = [
     pytest.mark.gpu,

@@ -55,7 +55,7 @@ def die_in_the_next_file() -> None:
 def arrange() -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from ds_mofa.step import MatrixStep
+    from ds_mofa.step.step import MatrixStep
 
     if place == "step":
         before(MatrixStep, "update", die)

@@ -39,7 +39,7 @@ def parse(*words: str):
 
 
 BAD_LINES = {
-    "two models": (MODEL + ["--model_name_or_path", "x"] + DATA + CONFIG, "both given.*Keep the first"),
+    "two models": ([*MODEL, "--model_name_or_path", "x", *DATA, *CONFIG], "both given.*Keep the first"),
     "no model": (DATA + CONFIG, "No model. Give --model_name_or_path"),
     "no data": (MODEL + CONFIG, "No training data"),
     "two sources": (MODEL + DATA + CONFIG + ["--dataset_name", "x"], "Keep one source of data"),
@@ -233,7 +233,7 @@ PLUGIN = """
 import dataclasses
 from typing import ClassVar
 from ds_mofa import Options
-from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import register
 from ds_mofa.rules.mofasgd import MoFaSGDRule
 

@@ -235,9 +235,13 @@ def raised_by(tmp_path, line: str, template: str = CALL_TEMPLATE) -> str:
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(answered(FIRST)) + "\n" + line + "\n")
     encode = encoder(template)
-    with pytest.raises(UserError) as raised:
+
+    def read_all() -> None:
         for where, shape, record in read_records(str(file)):
             encode(shape, record, where)
+
+    with pytest.raises(UserError) as raised:
+        read_all()
     message = str(raised.value)
     assert message.startswith(f"{file}:2: ") and "\n" not in message
     return message

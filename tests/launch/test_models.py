@@ -1,7 +1,6 @@
 """The shipped shapes are the published models, and a wrong shape is refused with a reason."""
 
 import json
-
 from types import SimpleNamespace
 
 import pytest

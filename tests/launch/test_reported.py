@@ -63,7 +63,7 @@ def test_a_run_resumed_in_its_second_epoch_goes_on_with_the_data_and_the_dropout
     """accelerate#4071, ms-swift#10050, speculators#1027: the first epoch's order again, another dropout."""
     make_inputs(tmp_path)
     shape = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    dropout = {name: 0.2 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2)
     tokens = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
     (tmp_path / "shape.json").write_text(json.dumps(shape | dropout | tokens))
     (tmp_path / "train.txt").write_text("".join(f"line {i}: the quick brown fox is {i * i}. " for i in range(30)))

@@ -47,7 +47,7 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
             str(STEPS // 2),
             "--report_to",
             "tensorboard",
-        )  # fmt: skip
+        )
     )
     return folder, output
 

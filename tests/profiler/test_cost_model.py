@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_mofa.partition import Layout
+from ds_mofa.partition.layout import Layout
 from ds_mofa.profiler.setting import RunSetting
 
 ROOT = Path(__file__).parents[2]

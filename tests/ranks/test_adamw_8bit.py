@@ -13,9 +13,9 @@ from torch import nn
 from toys import HIDDEN, WIDTH, Toy
 from training import config, engine_for, toy, train_step, whole_weights
 
-from ds_mofa.adamw_8bit import BLOCK, SMALLEST
-from ds_mofa.deepspeed import universal
-from ds_mofa.deepspeed.checkpoints import CheckpointError
+from ds_mofa.adamw.eight_bit import BLOCK, SMALLEST
+from ds_mofa.backends.deepspeed import universal
+from ds_mofa.backends.deepspeed.checkpoints import CheckpointError
 
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}  # at stage 1 another optimizer of DeepSpeed's
 OWN_MASTERS = {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}

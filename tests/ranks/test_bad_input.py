@@ -474,7 +474,7 @@ def outcome(do: Callable[[], Any]) -> dict:
     """The error of what is done in a case's folder, and how many steps there were before."""
     import huggingface_hub.constants
 
-    from ds_mofa.step import MatrixStep
+    from ds_mofa.step.step import MatrixStep
 
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # names are not looked up
     steps, reduce = [], MatrixStep.reduce

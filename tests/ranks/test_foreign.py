@@ -14,8 +14,8 @@ from scenes.checkpoints import edit, state_of
 from toys import batches
 from training import config, engine_for, toy, train_step, whole_weights
 
-from ds_mofa.deepspeed import checkpoints
-from ds_mofa.deepspeed.checkpoints import MANIFEST
+from ds_mofa.backends.deepspeed import checkpoints
+from ds_mofa.backends.deepspeed.checkpoints import MANIFEST
 
 DATA = batches(3)
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
@@ -91,7 +91,7 @@ def spoilt(stage: int, dtype: str) -> dict:
         state = copy.deepcopy(matrices.state_dict())
         if dist.get_rank() == 0:
             del state["matrices"]["blend"]["V"]
-        with pytest.raises(ValueError) as refused:
+        with pytest.raises(ValueError, match="V") as refused:
             matrices.load_state_dict(state)
         return {"found": found, "direct": str(refused.value)}
 

@@ -122,7 +122,7 @@ BAD = [{"stage": 2, "dtype": "fp16"}, {"stage": 3, "dtype": "bf16"}, {"stage": 0
     where=["loss", "sketches"],
     rank=[1],
     options=[{"refresh_every": 2}],
-    **{"optimizer": ["GaLore"]},
+    optimizer=["GaLore"],
 )
 def test_what_is_not_finite_is_left_out_by_all(ran):
     assert_left_out(ran)

@@ -12,8 +12,8 @@ from scenes.collectives import watched
 from toys import Padded, batches, micro_batches
 from training import config, engine_for, toy, train, train_step
 
-from ds_mofa.deepspeed import build
-from ds_mofa.deepspeed.gradients import GradientMixin
+from ds_mofa.backends.deepspeed import build
+from ds_mofa.backends.deepspeed.gradients import GradientMixin
 
 LARGE = 48 * 35  # embedding and head
 

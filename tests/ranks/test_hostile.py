@@ -11,9 +11,9 @@ from toys import batches
 from training import config, engine_for, train_step
 
 from ds_mofa import to_universal
-from ds_mofa.deepspeed import checkpoints
-from ds_mofa.deepspeed.checkpoints import MANIFEST, CheckpointError
-from ds_mofa.deepspeed.universal import convert
+from ds_mofa.backends.deepspeed import checkpoints
+from ds_mofa.backends.deepspeed.checkpoints import MANIFEST, CheckpointError
+from ds_mofa.backends.deepspeed.universal import convert
 
 
 class Runs:

@@ -10,7 +10,7 @@ from torch import Tensor
 from toys import Toy, batches, micro_batches
 from training import OPTIONS, config, engine_for, train_step
 
-from ds_mofa.partition import Layout
+from ds_mofa.partition.layout import Layout
 
 SHAPES = [(35, 35), (53, 35), (35, 53), (35, 35)]  # of Toy.MATRICES
 GALORE_TOO = {"optimizer": ["GaLore"], "refresh_every": [1]}

@@ -40,10 +40,10 @@ from training import (
     whole_weights,
 )
 
-from ds_mofa import host_weights
-from ds_mofa import owner as owner_module
-from ds_mofa.deepspeed.gradients import GradientMixin
-from ds_mofa.deepspeed.gradients import pieces as on_the_way
+from ds_mofa.backends.deepspeed.gradients import GradientMixin
+from ds_mofa.backends.deepspeed.gradients import pieces as on_the_way
+from ds_mofa.step import owner as owner_module
+from ds_mofa.weights import host as host_weights
 
 # ---------------------------------------------------------------------- the same bits wherever they are
 

@@ -8,7 +8,7 @@ from test_resume import equal
 from training import config, train
 
 from ds_mofa import Options
-from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import find, register
 from ds_mofa.rules.mofasgd import MoFaSGDRule
 

@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
 from ds_mofa import MoFaSGD, OptionError
-from ds_mofa.ownership import LostError
+from ds_mofa.step.claims import LostError
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True, "weight_decay": 0.1, "eps": 1e-6}}
 PAIRS = ["MoFaSGD-MoFaSGD", "MoFaSGD-AdamW", "AdamW-MoFaSGD", "GaLore-MoFaSGD"]

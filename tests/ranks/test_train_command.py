@@ -16,7 +16,7 @@ from scenes.command import command, finished, make_inputs, saved_model, sigterm_
 from ds_mofa.phases import PHASES
 from ds_mofa.profiler import load_report
 from ds_mofa.profiler.measure.layers import verdict
-from ds_mofa.step import MatrixStep
+from ds_mofa.step.step import MatrixStep
 from tests.launch.commands import STEPS, losses_in
 
 HALF = str(STEPS // 2)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ds_mofa.factors import Factors
+from ds_mofa.linalg.factors import Factors
 
 
 def random_orthonormal(m: int, r: int, generator: torch.Generator) -> Tensor:

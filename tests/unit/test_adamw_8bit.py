@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_mofa import MoFaSGD, OptionError, Options, adamw_8bit
-from ds_mofa.adamw_8bit import BLOCK, SMALLEST, AdamW8bit, moment_bytes, rounding_seed
+from ds_mofa.adamw.eight_bit import BLOCK, SMALLEST, AdamW8bit, moment_bytes, rounding_seed
 
 
 class Model(nn.Module):

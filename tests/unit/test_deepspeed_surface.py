@@ -16,10 +16,10 @@ from types import ModuleType
 
 import pytest
 
-from ds_mofa.deepspeed import registration, surface
-from ds_mofa.deepspeed.replicated import Bf16ReplicatedMixin
-from ds_mofa.deepspeed.surface import ROWS, Row
-from ds_mofa.deepspeed.zero import Bf16Mixin, Stage3Mixin, Stage12Mixin
+from ds_mofa.backends.deepspeed import registration, surface
+from ds_mofa.backends.deepspeed.replicated import Bf16ReplicatedMixin
+from ds_mofa.backends.deepspeed.surface import ROWS, Row
+from ds_mofa.backends.deepspeed.zero import Bf16Mixin, Stage3Mixin, Stage12Mixin
 
 ROOT = Path(__file__).resolve().parents[2]
 MIXINS = [
@@ -179,12 +179,12 @@ def defined(trees: Iterable[ast.Module]) -> set[str]:
 
 
 def test_private_names_of_deepspeed_are_all_in_the_table():
-    backend = parsed("ds_mofa/deepspeed")
+    backend = parsed("ds_mofa/backends/deepspeed")
     names = {row.name for row in ROWS}
     missing = {
         name: file for name, file in private_names(backend, defined(backend.values())).items() if name not in names
     }
-    assert not missing, f"private names that are not in ds_mofa/deepspeed/surface.py: {missing}"
+    assert not missing, f"private names that are not in ds_mofa/backends/deepspeed/surface.py: {missing}"
 
 
 def imported(trees: dict[str, ast.Module]) -> dict[str, str]:
@@ -196,9 +196,8 @@ def imported(trees: dict[str, ast.Module]) -> dict[str, str]:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspeed":
                 modules |= {alias.asname or alias.name for alias in node.names}
                 found |= {alias.name: file for alias in node.names if alias.name.startswith("_")}
-            elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-                if root_of(node) in modules:
-                    found[node.attr] = file
+            elif isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr) and root_of(node) in modules:
+                found[node.attr] = file
     return found
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ds_mofa import GaLore, MoFaSGD
-from ds_mofa.adamw_8bit import _torchao
-from ds_mofa.orthonormal import _generic_columns
+from ds_mofa.adamw.eight_bit import _torchao
+from ds_mofa.linalg.orthonormal import _generic_columns
 
 KINDS = {
     "plain": (MoFaSGD, {}),

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import ds_mofa
-from ds_mofa.diagnostics import MEASURES, measure
-from ds_mofa.factors import Factors, gram_matrices, update_factors
+from ds_mofa.linalg.factors import Factors, gram_matrices, update_factors
+from ds_mofa.rules.diagnostics import MEASURES, measure
 from tests.unit.dense_reference import dense, random_factors, sketches, tangent_projection
 
 BETA, GAMMA = 0.85, 0.15

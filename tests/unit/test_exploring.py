@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from ds_mofa import MoFaSGD, OptionError
-from ds_mofa.exploring import Look, directions, sign_words, signs
+from ds_mofa.linalg.exploring import Look, directions, sign_words, signs
 from ds_mofa.options import Options
-from ds_mofa.partition import Layout
+from ds_mofa.partition.layout import Layout
+from ds_mofa.partition.subbatches import split, temporaries
 from ds_mofa.rules import exploration
 from ds_mofa.rules.batch import MatrixBatch
 from ds_mofa.rules.exploration import explore, with_signs
-from ds_mofa.signs import SignColumns
-from ds_mofa.subbatches import split, temporaries
+from ds_mofa.step.signs import SignColumns
 from tests.live_bytes import LiveBytes
 from tests.reference import Reference, random_columns
 from tests.unit.dense_reference import random_orthonormal, relative_error
@@ -349,9 +349,9 @@ def test_an_svd_that_fails_while_exploring_changes_nothing(monkeypatch):
 
 def test_diagnostics_are_of_the_momentum():
     reports = []
-    for explore in (0, K):
+    for count in (0, K):
         model = _model()
-        optimizer = _optimizer(model, explore=explore, diagnostics_every=1)
+        optimizer = _optimizer(model, explore=count, diagnostics_every=1)
         _train(model, optimizer, range(2))  # the first step is the same, so the second one's measures are
         reports.append(optimizer.matrices.report.values)
     assert torch.allclose(*reports, rtol=1e-9, atol=1e-9)

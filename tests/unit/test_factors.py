@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_mofa.factors import (
+from ds_mofa.linalg.factors import (
     Factors,
     gram_matrices,
     live_directions,
@@ -17,7 +17,7 @@ from ds_mofa.factors import (
     update_factors,
     update_many,
 )
-from ds_mofa.orthonormal import Side, complements
+from ds_mofa.linalg.orthonormal import Side, complements
 from tests.unit.dense_reference import (
     dense,
     departure_from_orthonormal,

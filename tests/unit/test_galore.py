@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_mofa import GaLore, MoFaSGD, OptionError, step
-from ds_mofa.gradient import SketchedGradient
+from ds_mofa.optimizers.gradient import SketchedGradient
 from ds_mofa.options import GaLoreOptions, GaLoreRuleOptions, MoFaSGDRuleOptions, OptimizerOptions
 from ds_mofa.rules import galore as rule
 from ds_mofa.rules.galore import basis_of
@@ -206,7 +206,7 @@ def test_no_gradient_lives_and_the_state_is_as_large_as_it_says():
         optimizer.step()
     state = optimizer.state_dict()["mofasgd"]["matrices"]
     for name in MATRICES:
-        s, l = sorted(model.get_parameter(name).shape)  # noqa: E741
+        s, l = sorted(model.get_parameter(name).shape)
         assert sum(value.nbytes for value in state[name].values()) == 4 * 3 * (s + 2 * l) + 4
     held = optimizer.matrices.factors.nbytes
     assert sum(value.nbytes for one in state.values() for value in one.values()) <= held

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ds_mofa import GaLore, MoFaSGD
-from ds_mofa.gradient import SketchedGradient
+from ds_mofa.optimizers.gradient import SketchedGradient
 from tests.unit.dense_reference import relative_error
 
 CAPTURES = pytest.mark.parametrize("capture", ["linear", "hook"])
@@ -553,7 +553,7 @@ def test_a_model_in_partitions_is_refused():
 
 def test_whatever_is_wrong_with_a_state_is_told_to_all(monkeypatch):
     _, optimizer = build()
-    monkeypatch.setattr("ds_mofa.step.unpack", lambda *_: 1 / 0)
+    monkeypatch.setattr("ds_mofa.step.step.unpack", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match="ZeroDivisionError"):
         optimizer.load_state_dict(optimizer.state_dict())
 

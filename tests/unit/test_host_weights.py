@@ -5,10 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_mofa import host_weights
-from ds_mofa.host_weights import chunks, write_wherever
-from ds_mofa.staging import Staging
-from ds_mofa.weights import Rounding, Shard, write_updates
+from ds_mofa.kernels.random_bits import Rounding
+from ds_mofa.kernels.shard import Shard
+from ds_mofa.weights import host as host_weights
+from ds_mofa.weights.host import chunks, write_wherever
+from ds_mofa.weights.staging import Staging
+from ds_mofa.weights.write import write_updates
 
 CPU = torch.device("cpu")
 STILL = 2  # the matrix without coefficients, which is to stay

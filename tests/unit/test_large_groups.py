@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ds_mofa.deepspeed import build
+from ds_mofa.backends.deepspeed import build
 
 
 def test_large_parameters_are_apart_and_keep_their_settings(monkeypatch):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import ds_mofa
 from ds_mofa import OptionError, Options
-from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.options import (
     AdamWOptions,
     CommonOptions,

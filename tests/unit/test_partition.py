@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_mofa.partition import _ALIGNMENT, Exchange, Layout
+from ds_mofa.partition.exchange import Exchange
+from ds_mofa.partition.layout import _ALIGNMENT, Layout
 
 EXAMPLES = settings(max_examples=150)
 SHAPE = st.tuples(st.integers(1, 40), st.integers(1, 40))

@@ -6,8 +6,8 @@ import pytest
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ds_mofa.deepspeed import register
-from ds_mofa.deepspeed.registration import warn_if_untested
+from ds_mofa.backends.deepspeed import register
+from ds_mofa.backends.deepspeed.registration import warn_if_untested
 
 
 @pytest.mark.parametrize("version", ["0.19.8", "0.19.8+cpu", "0.19.8.post1"])

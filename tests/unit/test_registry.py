@@ -11,9 +11,9 @@ from torch import nn
 
 import ds_mofa
 from ds_mofa import OptionError, Options
-from ds_mofa.deepspeed.build import read_options
-from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.backends.deepspeed.build import read_options
 from ds_mofa.optimizers import registry
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import OPTIMIZERS, entry_of, find, register
 from ds_mofa.rules.mofasgd import MoFaSGDRule
 

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from ds_mofa.options import OptionError, Options
-from ds_mofa.parameters import split_parameters
 from ds_mofa.capture.attach import attach
 from ds_mofa.capture.queue import Queue
 from ds_mofa.capture.sketch import Sketch
+from ds_mofa.options import OptionError, Options
+from ds_mofa.parameters import split_parameters
 from tests.unit.dense_reference import relative_error
 
 RANK = 3

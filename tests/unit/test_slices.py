@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from ds_mofa.backend import OneProcess
 from ds_mofa.options import Options
 from ds_mofa.parameters import Matrix
 from ds_mofa.rules.mofasgd import MoFaSGDRule
-from ds_mofa.step import MatrixStep
+from ds_mofa.step.backend import OneProcess
+from ds_mofa.step.step import MatrixStep
 
 SHAPE = (3, 11, 8)
 GROUPS = [{"lr": 0.1, "weight_decay": 0.1}]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_mofa.staging import HostMemory, Staging
+from ds_mofa.weights.staging import HostMemory, Staging
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_mofa import GaLore, MoFaSGD
-from ds_mofa.factors import gradient_came, waiting_factors
+from ds_mofa.linalg.factors import gradient_came, waiting_factors
 from tests.galore_reference import GaLoreReference
 from tests.ranks.toys import Resting, batches
 from tests.reference import Reference

@@ -25,7 +25,7 @@ def _cores(kind, rows, columns):
         return K * 1e-30
     if kind == "huge":
         return K * 1e30
-    if kind == "core":  # as in ds_mofa.factors: sorted, nearly diagonal, and zero in the last quarter
+    if kind == "core":  # as in ds_mofa.linalg.factors: sorted, nearly diagonal, and zero in the last quarter
         K = 0.05 * K
         K.diagonal(dim1=-2, dim2=-1).add_(torch.logspace(0, -3, min(rows, columns)))
         K[:, rows // 2 :, columns // 2 :] = 0

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_mofa import weights
-from ds_mofa.weights import Rounding, Shard, random_bits, round_stochastically, rounding_key, write_updates
+from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically, rounding_key
+from ds_mofa.kernels.shard import Shard
+from ds_mofa.weights import write as weights
+from ds_mofa.weights.write import write_updates
 
 WHEN = (0, 1, 0)  # seed, step, index of the matrix
 SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

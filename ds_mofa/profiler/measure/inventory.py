@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.gradient import SketchedGradient
+from ds_mofa.optimizers.gradient import SketchedGradient
 
 __all__ = ["Known", "inventory", "buckets", "sizes", "leaves", "tensors", "unwrap_optimizer"]
 

@@ -3,7 +3,7 @@
 Bytes of one rank by category.
 """
 
-from ds_mofa.adamw_8bit import moment_bytes
+from ds_mofa.adamw.eight_bit import moment_bytes
 from ds_mofa.profiler.predict.plan import Plan, numbers
 
 __all__ = ["always", "masters_are_weights", "matrix_masters", "state_bytes"]

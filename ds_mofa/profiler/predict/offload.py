@@ -1,13 +1,13 @@
 """Offload in the prediction: what DeepSpeed (0.19) still has on the GPU when state is on the host, and what there.
 
 Gradients do not stay: each is added up on the host, and in the step's last micro-batch normed and converted on the GPU
-on its way there, by DeepSpeed in whole, by :mod:`ds_mofa.deepspeed.gradients` in pieces (stages 1 and 2).
+on its way there, by DeepSpeed in whole, by :mod:`ds_mofa.backends.deepspeed.gradients` in pieces (stages 1 and 2).
 Sizes in bytes, of one rank.
 """
 
 from collections.abc import Sequence
 
-from ds_mofa.deepspeed.gradients.pieces import PIECE
+from ds_mofa.backends.deepspeed.gradients.pieces import PIECE
 from ds_mofa.profiler.predict.candidate import Candidate
 from ds_mofa.profiler.predict.reserved.gathering import gathered
 from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Moment, Parameter
@@ -25,8 +25,8 @@ def offloaded_candidates(
 
     A gradient is reduced when the next one does not fit into its bucket; one larger than the bucket waits until then
     where it is, in stages 1 and 2 as a copy, which is made while autograd still holds the original. DeepSpeed lets it
-    live, in all but the step's last micro-batch, until the backward ends; :mod:`ds_mofa.deepspeed.gradients` does not, and
-    on one rank in stage 2 neither copies it nor lets it wait. There is also a buffer of the largest parameter, or of a
+    live, in all but the step's last micro-batch, until the backward ends; :mod:`ds_mofa.backends.deepspeed.gradients`
+    does not, and on one rank in stage 2 neither copies it nor lets it wait. There is also a buffer of the largest parameter, or of a
     piece, that brings what the host has added up. In stage 3 that copy is of a shard.
     """
     trained = {p.name: p for group in groups for p in group}

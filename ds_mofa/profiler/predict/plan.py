@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 
-from ds_mofa.deepspeed.build import LARGE
-from ds_mofa.partition import Layout
+from ds_mofa.backends.deepspeed.build import LARGE
+from ds_mofa.partition.layout import Layout
 from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Parameter
 from ds_mofa.profiler.predict.zero import ZeroSettings
 from ds_mofa.profiler.setting import RunSetting

@@ -2,9 +2,9 @@
 
 import math
 
-from ds_mofa.host_weights import CHUNK_BYTES
+from ds_mofa.partition.subbatches import split, temporaries
 from ds_mofa.profiler.predict.plan import Plan
-from ds_mofa.subbatches import split, temporaries
+from ds_mofa.weights.host import CHUNK_BYTES
 
 __all__ = ["step_workspace"]
 
@@ -12,7 +12,7 @@ __all__ = ["step_workspace"]
 def step_workspace(plan: Plan) -> int:
     """Of the matrices' update; a fused AdamW has none.
 
-    Of a sub-batch what :func:`ds_mofa.subbatches.temporaries` says, which is MoFaSGD's and more than GaLore's.
+    Of a sub-batch what :func:`ds_mofa.partition.subbatches.temporaries` says, which is MoFaSGD's and more than GaLore's.
     """
     if plan.sketched:
         limit, ranks = plan.setting.option("update_bytes"), range(plan.setting.gpus)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from ds_mofa.adamw_8bit import moment_bytes
+from ds_mofa.adamw.eight_bit import moment_bytes
 from ds_mofa.profiler.predict.simulated.micro_batch import Parameter
 from ds_mofa.profiler.setting import RunSetting
 
@@ -14,7 +14,7 @@ __all__ = ["ZeroSettings", "norm_bytes", "partitioned", "scattered", "zero_setti
 class ZeroSettings:
     """Of ``zero_optimization`` in DeepSpeed's JSON, under their names there; sizes in elements.
 
-    Five are not DeepSpeed's, but of :mod:`ds_mofa.deepspeed.gradients`.
+    Five are not DeepSpeed's, but of :mod:`ds_mofa.backends.deepspeed.gradients`.
 
     Attributes:
         reduces_once: gradients add up whole, where autograd puts them, until the last micro-batch of a step of several.

@@ -5,7 +5,7 @@ more of the gradient G (m x n) than sketches that are linear in it, so each coul
 being stored; the oracles alone are not of that kind, and are there to say what an idea could gain at most.
 
 U, sigma, V are the momentum's factors of rank r, Y = G V, Z = G^T U, A = U^T Y, and with [U Q_U], [V Q_V] the bases of
-:mod:`ds_mofa.factors`, in their coordinates
+:mod:`ds_mofa.linalg.factors`, in their coordinates
 
     M = [[diag(sigma), 0], [0, 0]]      T = [[A, Z^T Q_V], [Q_U^T Y, N]]      the momentum, the gradient (N = 0)
     K = beta M + gamma T                M' = SVD_r(K) = P diag(sigma') Q^T    gamma = 1 - beta

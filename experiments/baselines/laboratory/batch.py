@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.factors import Factors
+from ds_mofa.linalg.factors import Factors
 from experiments.baselines.randomness import keyed_generator
 
 __all__ = ["Batch", "keep_factors", "masked_factors", "Terms"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ds_mofa.orthonormal import Side, complements
+from ds_mofa.linalg.orthonormal import Side, complements
 
 __all__ = ["beside", "orthonormal_beside"]
 

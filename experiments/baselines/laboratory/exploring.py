@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.factors import Factors, live_directions
-from ds_mofa.orthonormal import Side, complements
+from ds_mofa.linalg.factors import Factors, live_directions
+from ds_mofa.linalg.orthonormal import Side, complements
 from experiments.baselines.laboratory.batch import Batch, Terms
 from experiments.baselines.laboratory.complement import beside, orthonormal_beside
 from experiments.baselines.laboratory.svds import SVDs

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.factors import Factors, live_directions
-from ds_mofa.orthonormal import Basis, Side, complements
+from ds_mofa.linalg.factors import Factors, live_directions
+from ds_mofa.linalg.orthonormal import Basis, Side, complements
 from experiments.baselines.laboratory.batch import Batch, Terms, keep_factors, masked_factors
 from experiments.baselines.laboratory.exploring import explored
 from experiments.baselines.laboratory.probes import estimated, probed

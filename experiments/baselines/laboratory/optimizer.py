@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.factors import Factors, live_directions, resized, start_factors
+from ds_mofa.kernels.random_bits import Rounding, rounding_key
+from ds_mofa.linalg.factors import Factors, live_directions, resized, start_factors
 from ds_mofa.options import AdjustLr, MoFaSGDRuleOptions
-from ds_mofa.step import full_fp32
-from ds_mofa.weights import Rounding, rounding_key
+from ds_mofa.step.step import full_fp32
 from experiments.baselines.laboratory.batch import Batch, Terms, keep_factors, masked_factors
 from experiments.baselines.laboratory.momentum import by_sketches
 from experiments.baselines.laboratory.oracles import by_oracle
@@ -125,7 +125,7 @@ class MoFaSGDLab(MatrixMethod):
 
     @staticmethod
     def _first(batch: Batch, s: dict[str, Any]) -> Terms:
-        """The start of :class:`ds_mofa.step.MatrixStep`, from the same test matrices."""
+        """The start of :class:`ds_mofa.step.step.MatrixStep`, from the same test matrices."""
         r, G = s["rank"], batch.G
         psi, omega = [], []
         for index in batch.indices:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.factors import Factors, live_directions
+from ds_mofa.linalg.factors import Factors, live_directions
 from experiments.baselines.laboratory.batch import Batch, Terms, keep_factors
 from experiments.baselines.laboratory.scaling import softened
 from experiments.baselines.laboratory.settings import decay_of, directions_of

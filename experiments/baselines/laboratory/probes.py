@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_mofa.factors import Factors
+from ds_mofa.linalg.factors import Factors
 from experiments.baselines.laboratory.batch import Batch
 from experiments.baselines.laboratory.complement import beside, orthonormal_beside
 

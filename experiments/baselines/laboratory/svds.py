@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_mofa.batching import together
-from ds_mofa.factors import leading_svd
+from ds_mofa.linalg.batching import together
+from ds_mofa.linalg.factors import leading_svd
 from experiments.baselines.laboratory.batch import Terms
 
 __all__ = ["SVDs", "with_svds"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from training import whole_weights
 
-from ds_mofa.deepspeed import checkpoints
+from ds_mofa.backends.deepspeed import checkpoints
 
 
 def edit(path: Path, **changes) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from toys import Toy, batches
 from training import config, engine_for, toy, train_step, whole_momenta, whole_weights
 
-from ds_mofa.deepspeed.universal import convert
+from ds_mofa.backends.deepspeed.universal import convert
 
 DATA = batches(6)
 SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8, "warmup_max_lr": 1e-2}}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ds_mofa.adamw_8bit import moment_bytes
+from ds_mofa.adamw.eight_bit import moment_bytes
 from ds_mofa.profiler.predict.always import masters_are_weights, matrix_masters
 from ds_mofa.profiler.predict.plan import Plan
 from ds_mofa.profiler.predict.reserved.gathering import gathered

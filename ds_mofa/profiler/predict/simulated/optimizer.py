@@ -7,7 +7,7 @@ import warnings
 
 from torch import Tensor, nn
 
-from ds_mofa.optimizer import MatrixOptimizer
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import Entry
 from ds_mofa.options import AdamWOptions, OptionError
 from ds_mofa.parameters import split_parameters

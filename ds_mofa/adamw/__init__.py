@@ -1,0 +1,1 @@
+"""What trains everything that is no matrix."""

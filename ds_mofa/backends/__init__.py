@@ -1,0 +1,1 @@
+"""Thin adapters between the step and an engine that holds the weights."""

@@ -1,0 +1,1 @@
+"""Pure functions on batches of matrices: the mathematics of the methods."""

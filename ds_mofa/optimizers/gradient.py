@@ -1,0 +1,339 @@
+"""A ``.grad`` without memory: what torch finds on a matrix whose gradient exists as sketches alone.
+
+Autograd's users talk to an optimizer through ``.grad``: they ask for its norm and scale it (``clip_grad_norm_`` of torch,
+Accelerate, the HF Trainer, Lightning), unscale it (``GradScaler``), drop it (``zero_grad``, ``p.grad = None``), set it by
+hand. So each matrix gets a tensor of its own shape and dtype without storage, from its first sketch of a step until the
+gradient is let go. It answers with the *projected* gradient's norm, scales what the step will use, sketches what is added
+to it, and raises by name where numbers are asked for that do not exist.
+"""
+
+import functools
+import itertools
+import math
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_mofa.capture.sketch import Sketch
+from ds_mofa.step.step import MatrixStep
+
+__all__ = ["Gradients", "SketchedGradient"]
+
+aten = torch.ops.aten
+
+
+class SketchedGradient(torch.Tensor):
+    """The gradient of one matrix, (m, n), of the weight's dtype and device: no elements, only what can be known.
+
+    Raises:
+        NotImplementedError: an operation that would need the elements.
+    """
+
+    @staticmethod
+    def __new__(cls, param: nn.Parameter, name: str, gradients: "Gradients", index: int):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
+        )
+
+    def __init__(self, param: nn.Parameter, name: str, gradients: "Gradients", index: int):
+        self.matrix, self._index = name, index
+        self._gradients = weakref.ref(gradients)  # the parameter keeps this alive, which must not keep the optimizer
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"SketchedGradient({self.matrix!r}, shape={tuple(self.shape)})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        answer = _ANSWERS.get(func.overloadpacket)
+        if answer is None:
+            raise _unknown(func, args)
+        return answer(func, *args, **(kwargs or {}))
+
+    def begin(self, sketch: Sketch, Y: Tensor, Z: Tensor) -> None:
+        """See :meth:`Gradients.begin`."""
+        gradients = self._gradients()
+        if gradients is not None:
+            gradients.begin(self._index, Y, Z)
+
+    def gradients(self, func) -> "Gradients":
+        gradients = self._gradients()
+        if gradients is None:
+            raise _unknown(func, (self,))
+        return gradients
+
+
+def _unknown(func, args) -> NotImplementedError:
+    grad = next(a for a in _flat(args) if isinstance(a, SketchedGradient))
+    gradients = grad._gradients()
+    title = "its optimizer" if gradients is None else gradients.title
+    return NotImplementedError(
+        f"{func.overloadpacket.__name__} asks for the elements of the gradient of {grad.matrix!r}, of which {title} keeps "
+        "two thin sketches and no more. It can be normed and scaled (torch.nn.utils.clip_grad_norm_, GradScaler), dropped "
+        "(zero_grad) and set. To have whole gradients of this parameter, name it in "
+        '"exclude"; for another optimizer of the same model call detach() on this one, and to move or cast the model '
+        "zero_grad()"
+    )
+
+
+def _flat(args: Iterable[Any]) -> Iterable[Any]:
+    return itertools.chain.from_iterable(a if isinstance(a, list | tuple) else (a,) for a in args)
+
+
+# ---------------------------------------------------------------------- what it answers
+
+
+def _itself(func, grad, *_args, **_kwargs):
+    return grad
+
+
+def _norm(func, grad, ord=2, dim=None, keepdim=False, *, dtype=None):
+    if float(ord) != 2 or dim is not None:
+        raise NotImplementedError(
+            f"a norm of order {ord}{'' if dim is None else ' along a dimension'} asks for the elements of the gradient of "
+            f"{grad.matrix!r}; the 2-norm of its projection is what can be had: clip_grad_norm_ with norm_type=2"
+        )
+    return grad.gradients(func).norm_of(grad._index).to(dtype or torch.promote_types(grad.dtype, torch.float32))
+
+
+def _scale(func, grad, factor):
+    grad.gradients(func).scale(grad._index, factor)
+    return grad
+
+
+def _divide(func, grad, divisor):
+    return _scale(func, grad, 1 / divisor)
+
+
+def _add(func, grad, other, *, alpha=1):
+    if isinstance(other, SketchedGradient):
+        raise _unknown(func, (other,))
+    grad.gradients(func).add(grad._index, other if alpha == 1 else other * alpha)
+    return grad
+
+
+def _zero(func, grad):
+    grad.gradients(func).drop(grad._index)
+    return grad
+
+
+def _unscale(func, grads, found_inf, inv_scale):
+    """GradScaler: scale by ``inv_scale``, and set ``found_inf`` to 1 where anything is not finite."""
+    real = [grad for grad in grads if not isinstance(grad, SketchedGradient)]
+    if real:
+        func(real, found_inf, inv_scale)
+    for grad in grads:
+        if isinstance(grad, SketchedGradient):
+            bad = ~torch.isfinite(grad.gradients(func).norm_of(grad._index))
+            found_inf.copy_(torch.maximum(found_inf, bad.to(found_inf)))
+            _scale(func, grad, inv_scale)
+
+
+_ANSWERS = {
+    aten.linalg_vector_norm: _norm,
+    aten.mul_: _scale,
+    aten.div_: _divide,
+    aten.add_: _add,
+    aten.zero_: _zero,
+    aten.detach: _itself,
+    aten.detach_: _itself,
+    aten.alias: _itself,
+    aten._amp_foreach_non_finite_check_and_unscale_: _unscale,
+}
+
+
+# ---------------------------------------------------------------------- of all matrices
+
+
+class Gradients:
+    """The ``.grad`` of all matrices in one process, and what becomes of it until the step.
+
+    What counts at the step is what a torch optimizer would find: the sum of the backwards since the gradient was let go,
+    scaled by whoever scaled it on the way, or what was set in its place.
+
+    Args:
+        matrices: whose sketches these are.
+    """
+
+    def __init__(self, matrices: MatrixStep):
+        self._step = matrices
+        self.title = matrices.options.title
+        self._factors: dict[int, tuple[Any, ...]] = {}  # of matrices that were scaled, not yet in the sketches
+        self._norms: Tensor | None = None  # of the pending gradients, (matrices,), before the factors
+        self._fresh = False  # whether a backward has added something since the last reduce
+        self._reduced: set[int] = set()  # the matrices that the pending sketches hold something of
+        self._stale = False  # whether the pending sketches have changed since they were measured
+        for index, (matrix, sketch) in enumerate(zip(matrices.members, matrices.captured, strict=True)):
+            sketch.grad = SketchedGradient(matrix.param, matrix.name, self, index)
+        matrices.on_detach(functools.partial(_take_off, matrices.captured))
+
+    # ------------------------------------------------------------------ backward
+
+    def begin(self, index: int, Y: Tensor, Z: Tensor) -> None:
+        """A backward is about to add to Y and Z, and ``.grad`` does not say that there is a gradient to add to.
+
+        Where it was let go, what it stood for is dropped, as autograd would have it; where it holds a gradient of another
+        making, this is taken in.
+
+        Args:
+            Y, Z: the sketch's own; in a compiled backward, what will be copied into them.
+        """
+        sketch = self._step.captured[index]
+        grad, mark = sketch.param.grad, sketch.grad
+        if mark.dtype != sketch.param.dtype or mark.device != sketch.param.device:
+            mark = self._renewed(sketch, mark)
+        if grad is None and sketch.filled and sketch.unmarked:
+            raise RuntimeError(
+                f"{mark.matrix!r} has a gradient of an earlier backward, and compiled autograd does not let .grad say whether "
+                "it was let go since: take one backward a step under compiled autograd, or accumulate without it"
+            )
+        if grad is not mark:
+            if sketch.filled:
+                sketch.clear(Y, Z)
+            self._drop_reduced(index)
+            sketch.param.grad = mark
+        sketch.filled = self._fresh = True
+        if grad is not None and grad is not mark:
+            sketch.add_gradient(grad, Y, Z)
+
+    def _renewed(self, sketch: Sketch, mark: SketchedGradient) -> SketchedGradient:
+        """A mark for a parameter that was cast since the last one was made."""
+        param = sketch.param
+        if param.device != mark.device:
+            raise RuntimeError(
+                f"{mark.matrix!r} was on {mark.device} when the optimizer was built, where its sketches are, and is on "
+                f"{param.device}: move the model before the optimizer is built"
+            )
+        sketch.grad = SketchedGradient(param, mark.matrix, self, mark._index)
+        return sketch.grad
+
+    # ------------------------------------------------------------------ what .grad is asked
+
+    def norm_of(self, index: int) -> Tensor:
+        """Norm of one matrix's projected gradient as it stands, 0-dim; in the first step an estimate of the whole one's."""
+        self.reduce()
+        if self._norms is None:
+            self._norms = self._step.norms()
+        norm = self._norms[index]
+        for factor in self._factors.get(index, ()):
+            norm = norm * (factor.to(norm) if isinstance(factor, Tensor) else factor)
+        return norm
+
+    def scale(self, index: int, factor: Tensor | float) -> None:
+        """Multiply one matrix's gradient as it stands; what backwards add later is not scaled."""
+        self.reduce()
+        self._factors[index] = (*self._factors.get(index, ()), factor)
+
+    def scale_all(self, factor: Tensor | float) -> None:
+        """Multiply every matrix's gradient as it stands."""
+        for index, sketch in enumerate(self._step.captured):
+            if sketch.param.grad is not None:
+                self.scale(index, factor)
+
+    def add(self, index: int, grad: Tensor) -> None:
+        """Sketch a gradient that exists, (m, n), beside what is there."""
+        self._step.captured[index].add_gradient(grad)
+
+    def drop(self, index: int) -> None:
+        """Forget one matrix's gradient."""
+        sketch = self._step.captured[index]
+        if sketch.filled:
+            sketch.clear(sketch.Y, sketch.Z)
+        sketch.filled = False
+        self._drop_reduced(index)
+
+    def _drop_reduced(self, index: int) -> None:
+        self._factors.pop(index, None)
+        if index in self._reduced:
+            self._reduced.remove(index)
+            self._step.drop_pending_of(index)
+            self._stale = True
+
+    # ------------------------------------------------------------------ the step
+
+    def are_a_dry_run(self, rates: Iterable[float]) -> bool:
+        """Whether this is the step of torch.distributed.checkpoint that is to bring the state about: every rate 0, and
+        every ``.grad`` set to zeros. Then they are let go.
+        """
+        if any(rates) or any(_is_own(sketch) or sketch.param.grad is None for sketch in self._step.captured):
+            return False
+        if any(bool(sketch.param.grad.any()) for sketch in self._step.captured):
+            return False
+        self.let_go()
+        return True
+
+    def settle(self) -> None:
+        """Take each ``.grad`` as it is: one that was let go is dropped, one set by hand is sketched; and reduce."""
+        for index, sketch in enumerate(self._step.captured):
+            grad = sketch.param.grad
+            if grad is None and sketch.filled and sketch.unmarked:
+                sketch.param.grad = sketch.grad
+            elif grad is None:
+                self.drop(index)
+            elif grad is not sketch.grad:
+                sketch.open(sketch.Y, sketch.Z)
+        self.reduce()
+
+    def reduce(self) -> None:
+        """Have all that backwards have added in the pending sketches."""
+        step = self._step
+        if not step.pending or self._fresh:
+            self._fold()
+            step.reduce(beside=step.pending)
+            for index, sketch in enumerate(step.captured):
+                if sketch.filled:
+                    self._reduced.add(index)
+                    sketch.filled = sketch.unmarked = False
+            self._fresh = self._stale = False
+            self._norms = None
+        elif self._stale:
+            step.measure()
+            self._stale, self._norms = False, None
+
+    def clip(self) -> Tensor | float:
+        """The factor on every gradient; where factors differ they are folded into the sketches, and it is 1."""
+        chains = [
+            self._factors.get(i, ()) for i, sketch in enumerate(self._step.captured) if sketch.param.grad is not None
+        ]
+        if any(not _same(chains[0], chain) for chain in chains):
+            self._fold()
+            self.reduce()
+        return math.prod(chains[0]) if self._factors else 1.0
+
+    def _fold(self) -> None:
+        """Multiply the pending sketches by their factors."""
+        if self._factors:
+            self._step.scale_pending(self._factors)
+            self._factors, self._stale = {}, True
+
+    def forget(self) -> None:
+        """After a step: what is known of its gradient is of no use to the next."""
+        self._factors, self._norms, self._stale = {}, None, False
+        self._reduced.clear()
+
+    def let_go(self) -> None:
+        """Set every ``.grad`` to None and drop what they stand for."""
+        self._step.clear()
+        self._step.drop_pending()
+        for sketch in self._step.captured:
+            sketch.param.grad, sketch.filled, sketch.unmarked = None, False, False
+        self._fresh = False
+        self.forget()
+
+
+def _is_own(sketch: Sketch) -> bool:
+    return sketch.param.grad is sketch.grad
+
+
+def _take_off(sketches: list[Sketch]) -> None:
+    for sketch in sketches:
+        if _is_own(sketch):
+            sketch.param.grad = None
+
+
+def _same(one: tuple, other: tuple) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other))

@@ -1,0 +1,1 @@
+"""Writing an update into the weights, wherever and however they lie."""
