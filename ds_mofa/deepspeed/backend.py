@@ -1,4 +1,4 @@
-"""DeepSpeed's engine as the step sees it: its process group, where it keeps weights, and how a released one is gathered."""
+"""DeepSpeed's engine as the step sees it: its process group, where it keeps weights, how it gathers a released one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
+from ds_mofa.capture.sink import Gathered
 from ds_mofa.deepspeed.matrices import shard_of
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition import Exchange
@@ -24,7 +25,7 @@ class EngineBackend:
         self.exchange = _exchange(engine)
         self.device: torch.device = engine.device
         self.host = HostMemory(engine.zero_offload_optimizer().pin_memory) if engine.zero_cpu_offload() else None
-        self.gathered = GatheredWeight if engine.zero_optimization_partition_weights() else None
+        self.gathered: Gathered | None = GatheredWeight if engine.zero_optimization_partition_weights() else None
 
     def shard_of(self, matrix: Matrix) -> Shard:
         return shard_of(matrix)
@@ -46,7 +47,7 @@ class GatheredWeight:
             self._weight.all_gather()
         return self._weight
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._here:
             self._weight.partition()
 
