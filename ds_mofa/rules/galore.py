@@ -23,9 +23,9 @@ A one-pass estimate of P^T G in the first step would need half of the columns fo
 (:func:`ds_mofa.linalg.factors.start_factors`), and feed Adam's second moment, which remembers 1 / (1 - b2) steps, with it.
 
 Measured along the training of a byte-level LLaMA by AdamW (experiments/configs/studies/lm.yaml: 1.7 M parameters, 28
-matrices of 64 to 512, 250 steps, T = 50, one seed): |P^T G| / |G|, the mean over the matrices, at the refreshes for the gradient
-that P' comes from, and in force for the gradients that it then meets. In the place of Omega were tried the last step's
-N, which stands there anyhow, half of each, and the last step's R^T, which would have to be sent:
+matrices of 64 to 512, 250 steps, T = 50, one seed): |P^T G| / |G|, the mean over the matrices, at the refreshes for the
+gradient that P' comes from, and in force for the gradients that it then meets. Instead of Omega were tried the last
+step's N, which stands there anyhow, half of each, and the last step's R^T, which would have to be sent:
 
                        at the refreshes, r = 8 / 32     in force, r = 8 / 32
     SVD of G           0.990 / 1.000                    0.788 / 0.917

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine as the step sees it: its process group, where it keeps weights, and how a released one is gathered."""
+"""DeepSpeed's engine as the step sees it: its process group, where it keeps weights, how it gathers a released one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +8,13 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
+<<<<<<< HEAD:ds_mofa/backends/deepspeed/backend.py
 from ds_mofa.backends.deepspeed.matrices import shard_of
 from ds_mofa.kernels.shard import Shard
+=======
+from ds_mofa.capture.sink import Gathered
+from ds_mofa.deepspeed.matrices import shard_of
+>>>>>>> options:ds_mofa/deepspeed/backend.py
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition.exchange import Exchange
 from ds_mofa.weights.staging import HostMemory
@@ -24,7 +29,7 @@ class EngineBackend:
         self.exchange = _exchange(engine)
         self.device: torch.device = engine.device
         self.host = HostMemory(engine.zero_offload_optimizer().pin_memory) if engine.zero_cpu_offload() else None
-        self.gathered = GatheredWeight if engine.zero_optimization_partition_weights() else None
+        self.gathered: Gathered | None = GatheredWeight if engine.zero_optimization_partition_weights() else None
 
     def shard_of(self, matrix: Matrix) -> Shard:
         return shard_of(matrix)
@@ -46,7 +51,7 @@ class GatheredWeight:
             self._weight.all_gather()
         return self._weight
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._here:
             self._weight.partition()
 

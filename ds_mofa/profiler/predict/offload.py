@@ -26,8 +26,8 @@ def offloaded_candidates(
     A gradient is reduced when the next one does not fit into its bucket; one larger than the bucket waits until then
     where it is, in stages 1 and 2 as a copy, which is made while autograd still holds the original. DeepSpeed lets it
     live, in all but the step's last micro-batch, until the backward ends; :mod:`ds_mofa.backends.deepspeed.gradients`
-    does not, and on one rank in stage 2 neither copies it nor lets it wait. There is also a buffer of the largest parameter, or of a
-    piece, that brings what the host has added up. In stage 3 that copy is of a shard.
+    does not, and on one rank in stage 2 neither copies it nor lets it wait. There is also a buffer of the largest
+    parameter, or of a piece, that brings what the host has added up. In stage 3 that copy is of a shard.
     """
     trained = {p.name: p for group in groups for p in group}
     mine = dict(partitioned(groups, zero.world_size)[0][rank])
