@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.sketch import Sketch
+from ds_mofa.capture.sketch import Sketch
 from ds_mofa.step import MatrixStep
 
 __all__ = ["Gradients", "SketchedGradient"]

@@ -16,7 +16,7 @@ from ds_mofa.absentees import Absentees
 from ds_mofa.adamw_8bit import AdamW8bit, check_states
 from ds_mofa.gradient import Gradients
 from ds_mofa.groups import check_rates
-from ds_mofa.head import FusedHead
+from ds_mofa.capture.head import FusedHead
 from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import Split, split_parameters
 from ds_mofa.partition import Exchange
@@ -59,8 +59,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """
 
     options_class: ClassVar[type[OptimizerOptions]]
-    rule_class: ClassVar[Callable[[Any], Rule]]
+    rule_class: ClassVar[Callable[..., Rule]]
     __signature__: ClassVar[inspect.Signature]
+
+    adamw_gradients: Any  # of a backend where a script can drop AdamW's gradients, and the sketches must follow
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show each option in ``inspect.signature(cls)``, and so in help() and notebooks: from the options' class."""
@@ -70,7 +72,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: nn.Module | Iterable[Any], *, model: nn.Module | None = None, **options: Any):
         if isinstance(params, nn.Module):
-            params, model = params.parameters(), params
+            model = params
+            params = model.parameters()
         title = self.options_class.title
         if model is None:
             raise OptionError(
@@ -292,8 +295,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state = self.with_matrix_state(self.matrices.state_dict())
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            state = _given(hook(self, state), state)
+        for replace in self._optimizer_state_dict_post_hooks.values():
+            state = _given(replace(self, state), state)
         return state
 
     def with_matrix_state(self, matrices: dict[str, Any]) -> dict[str, Any]:
@@ -326,8 +329,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             with _groups_kept(self.adamw):
                 self.adamw.load_state_dict(state_dict["adamw"])
         self.matrices.masters.load_state_dict(state_dict["masters"])
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def group_settings(self) -> list[dict[str, Any]]:
         """What the matrix groups say besides their parameters."""
@@ -395,9 +398,10 @@ def _plain_adamw(
         adamw = AdamW8bit(groups, options)
         print(f"ds_mofa: {adamw.summary()}", flush=True)
         return adamw
+    beta1, beta2 = options.adamw_betas
     return torch.optim.AdamW(
         groups,
-        betas=tuple(options.adamw_betas),
+        betas=(beta1, beta2),
         eps=options.adamw_eps,
         fused=True if device.type == "cuda" else None,  # a third of the time of the default there
     )

@@ -28,14 +28,14 @@ class Piece(NamedTuple):
         state: the rule's tensors of them, on the device; empty where they were not asked for.
         Y: (B, m, R), the reduced sketch G V, of as many columns as the rule says.
         Z: (B, n, R), G^T U.
-        core: (B, R), room beside them.
+        spectrum: (B, R), room beside them.
     """
 
     part: Part
     state: tuple[Tensor, ...]
     Y: Tensor
     Z: Tensor
-    core: Tensor
+    spectrum: Tensor
 
 
 class Owner:
@@ -72,7 +72,7 @@ class Owner:
         staging: Staging,
     ):
         self.layout = Layout(places, rule.columns, exchange.world_size)
-        self.state_layout = Layout(places, rule.rank, exchange.world_size, rule.tensors)
+        self.state_layout = Layout(places, rule.r, exchange.world_size, rule.field_shapes)
         self.blocks = self.layout.owned_by(exchange.rank)
         self.sub_batches = split(self.blocks, update_bytes)
         states = dict(zip(self.blocks, self.state_layout.owned_by(exchange.rank), strict=True))
@@ -87,7 +87,7 @@ class Owner:
         return torch.zeros(numel, dtype=dtype, device=device) if self._host is None else self._host.zeros(numel, dtype)
 
     def passes(self, reduced: Tensor, *, back: bool = False) -> Iterator[list[Piece]]:
-        """The pieces of each sub-batch in turn; of those before the last, offloaded state is gone.
+        """The pieces of each sub-batch in turn. Of offloaded state only the current sub-batch's is on the device.
 
         Args:
             reduced: this rank's segment of the reduced sketches.
@@ -103,7 +103,7 @@ class Owner:
                 yield Piece(part, (), *self.sketches(part, reduced))
 
     def sketches(self, part, flat: Tensor) -> tuple[Tensor, ...]:
-        """Left, right and core of a part or block of this rank's, in its segment of a buffer."""
+        """Left, right and spectrum of a part or block of this rank's, in its segment of a buffer."""
         return part.views(flat, self._start)
 
     def kept(self, flat: Tensor | None = None) -> Iterator[tuple[Part, tuple[Tensor, ...]]]:

@@ -82,7 +82,8 @@ class Split:
 
     def summary(self) -> str:
         """One paragraph for the log: what the matrices' optimizer trains, by shape, and AdamW, by reason."""
-        shapes, reasons = defaultdict(int), defaultdict(list)
+        shapes: dict[tuple[int, int], int] = defaultdict(int)
+        reasons: dict[str, list[Leftover]] = defaultdict(list)
         for matrix in self.matrices:
             shapes[matrix.shape] += 1
         for leftover in self.leftovers:
@@ -100,7 +101,7 @@ class Split:
         return "\n".join(lines)
 
 
-def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+def full_shape(param: Tensor) -> tuple[int, ...]:
     """The shape of the whole parameter; ``zero.Init`` leaves (0,) in ``param.shape``."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
@@ -129,7 +130,8 @@ def split_parameters(
 
     split = Split([], [], [], [], options.title)
     split.frozen.extend(Frozen(name, param) for param, name in names.items() if not param.requires_grad)
-    seen, matched = set(), set()
+    seen: set[nn.Parameter] = set()
+    matched: set[tuple[str, str]] = set()
     too_small = []
     for incoming in _as_groups(groups, options):
         settings = {key: value for key, value in incoming.items() if key != "params"}
@@ -160,11 +162,12 @@ def split_parameters(
                     too_small.append(min(full_shape(param)))
         if matrices:
             for param in matrices:
+                m, n = full_shape(param)
                 split.matrices.append(
                     Matrix(
                         name=names[param],
                         param=param,
-                        shape=full_shape(param),
+                        shape=(m, n),
                         modules=tuple(holders[param]),
                         group=len(split.matrix_groups),
                         index=len(split.matrices),
@@ -210,7 +213,8 @@ def _members(incoming: dict[str, Any], params: list[nn.Parameter]) -> dict[str, 
 
 
 def _as_groups(groups: Iterable[Any], options: OptimizerOptions) -> list[dict[str, Any]]:
-    loose, dicts = [], []
+    loose: list[nn.Parameter] = []
+    dicts: list[dict[str, Any]] = []
     for item in groups:
         if isinstance(item, dict):
             check_group(item, len(dicts), options)
@@ -263,7 +267,9 @@ def _why_adamw(
 
 
 def _output_heads(model: nn.Module) -> set[nn.Parameter]:
-    asked = [module for module in model.modules() if callable(getattr(module, "get_output_embeddings", None))]
+    asked: list[Any] = [
+        module for module in model.modules() if callable(getattr(module, "get_output_embeddings", None))
+    ]
     heads = [head for head in (module.get_output_embeddings() for module in asked) if head is not None]
     if not heads:
         # A module with the method has answered for what is in it, but not for a head that stands beside it.

@@ -28,7 +28,7 @@ def packed(
     named = {}
     for matrix in matrices:
         views = layout.views(flat, matrix.index)
-        named[matrix.name] = {key: view.clone() for key, view in zip(rule.fields, views, strict=True)}
+        named[matrix.name] = {key: view.clone() for key, view in zip(rule.field_names(), views, strict=True)}
     named_rule = {} if rule.name == _UNNAMED else {"rule": rule.name}
     counters = {"format": STATE_FORMAT, "steps": steps, "skipped": skipped}
     numbers = {key: torch.tensor(value, device="cpu") for key, value in counters.items()}
@@ -48,10 +48,10 @@ def unpack(
     if problem:
         return problem
     saved = _completed(state, matrices, rule)
-    ones = [tuple(saved[matrix.name][key] for key in rule.fields) for matrix in matrices]
+    ones = [tuple(saved[matrix.name][key] for key in rule.field_names()) for matrix in matrices]
     ranks = {one[-1].shape[-1] for one in ones}
     if state["steps"] > 0:  # before, there is no state yet
-        if ranks != {rule.rank}:
+        if ranks != {rule.r}:
             try:
                 ones, line = rule.resized(ones, ranks)
             except ValueError as error:
@@ -149,12 +149,12 @@ def _other_matrices(saved: Mapping[str, Any], matrices: Sequence[Matrix]) -> str
 
 def _not_the_tensors(saved: Any, matrix: Matrix, rule: Rule) -> str | None:
     """Why these are not a matrix' tensors, of any rank."""
-    lacking = [key for key in rule.fields if not isinstance(saved, Mapping) or not isinstance(saved.get(key), Tensor)]
+    lacking = [key for key in rule.field_names() if not isinstance(saved, Mapping) or not isinstance(saved.get(key), Tensor)]
     if lacking:
         return f"the checkpoint has no tensor {lacking[0]} of {matrix.name!r}. {_WAY_OUT}"
-    one = [saved[key] for key in rule.fields]
+    one = [saved[key] for key in rule.field_names()]
     r = one[-1].shape[-1] if one[-1].dim() else 0
-    for key, value, shape in zip(rule.fields, one, rule.tensors(*matrix.shape, r), strict=True):
+    for key, value, shape in zip(rule.field_names(), one, rule.field_shapes(*matrix.shape, r), strict=True):
         if tuple(value.shape) != tuple(shape):
             return (
                 f"the checkpoint's {key} of {matrix.name!r} is {tuple(value.shape)}, this model's would be "

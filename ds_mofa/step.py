@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from ds_mofa import ownership
-from ds_mofa import sketch as sketching
+from ds_mofa.capture.attach import attach
 from ds_mofa.diagnostics import Report
-from ds_mofa.head import FusedHead
+from ds_mofa.driver import RuleDriver
+from ds_mofa.capture.head import FusedHead
+from ds_mofa.capture.queue import Queue
+from ds_mofa.capture.sketch import Sketch
 from ds_mofa.host_weights import write_wherever
 from ds_mofa.masters import Masters
 from ds_mofa.options import Options
@@ -72,7 +75,7 @@ class MatrixStep:
         exchange: the collectives.
         device: of the buffers.
         shard_of: this rank's part of a matrix; asked anew in every step.
-        gathered: see :func:`ds_mofa.sketch.attach`.
+        gathered: see :func:`ds_mofa.capture.attach.attach`.
         host: where to keep the fp32 state and masters; None for ``device``.
         head: to change the model by, where the options say ``fused_head``.
         rule: the maths; None for MoFaSGD's.
@@ -82,6 +85,7 @@ class MatrixStep:
 
     Attributes:
         factors: this rank's segment of the rule's state, flat.
+        driver: of the rule, over them.
         captured: the sketch of each matrix.
         claim: on the matrices.
     """
@@ -130,16 +134,17 @@ class MatrixStep:
         self.skipped = 0
         self.report: Report | None = None  # the last one
         self.on_report: Callable[[Report], None] | None = None
-        self.rule.prepare(self.layout, self.working, self.steps)
+        self.driver = RuleDriver(self.rule, self.owner, self.working, exchange, options.update_bytes)
+        self.driver.prepare(self.steps)
 
         self.masters = Masters(options.master_weights, self.matrices, exchange, device, shard_of, self.owner.zeros)
 
         views = [
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
         ]
-        self._queue = sketching.Queue.serving(self.working, self.sketches, self.rule.columns)
-        self.captured = [sketching.Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
-        attachment = sketching.attach(self.matrices, self.captured, options.capture, gathered)
+        self._queue = Queue.serving(self.working, self.sketches, self.rule.columns)
+        self.captured = [Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
+        attachment = attach(self.matrices, self.captured, options.capture, gathered)
         self._undo.callback(attachment.remove)
         if head is not None:
             captured = zip(self.matrices, self.captured) if options.capture == "linear" else ()
@@ -174,7 +179,7 @@ class MatrixStep:
 
     def measure(self) -> None:
         """Take the norm of the pending gradients. Collective."""
-        norm = self.exchange.sum(self.rule.square_norm(self.owner, self._pending, self.steps)).sqrt()
+        norm = self.exchange.sum(self.driver.squared_norm(self._pending, self.steps)).sqrt()
         self._norm, self._finite = torch.where(norm < _LARGEST_NORM, norm, math.inf), None
 
     @property
@@ -188,7 +193,7 @@ class MatrixStep:
 
     def norms(self) -> Tensor:
         """Norm of each matrix's pending gradient, (matrices,), fp32 or better. In one process."""
-        squares = self.rule.squares(self.owner, self._pending, self.steps)
+        squares = self.driver.squared_norms(self._pending, self.steps)
         if self._places is None:  # once: the host waits for the copy
             members = itertools.chain.from_iterable(piece.part.members for piece in self.owner.pieces(self._pending))
             places = {index: place for place, index in enumerate(members)}
@@ -230,22 +235,22 @@ class MatrixStep:
         """
         new = self._pending
         with phase("factor update"), full_fp32():
-            self.rule.publish(self.owner, new if self._updated(new, clip) else None, self.working, self.exchange)
+            self.driver.publish(new if self._updated(new, clip) else None)
         self._pending = None
         with phase("gather"):
             self.exchange.all_gather(self.working, self.layout.segment)
-            if self.rule.failed(self.layout, self.working, self.steps):
-                self._take_back()
+            if self.driver.failed(self.steps):
+                self._roll_back()
                 self.discard(_NO_FACTORS)
                 return
             report = self._report(new, clip) if self._reports_now() else None
-            self.rule.forget()
-            self.rule.keep(self.owner, new)
+            self.driver.forget()
+            self.driver.commit(new)
         self.steps += 1
         with phase("apply"):
             self._apply(groups)
             self._staging.finish()  # a checkpoint, ZeRO's gathering: whoever reads the host's memory next may do so
-            self.rule.prepare(self.layout, self.working, self.steps)
+            self.driver.prepare(self.steps)
         if report is not None:
             self.report = report
             if self.on_report is not None:
@@ -261,7 +266,7 @@ class MatrixStep:
     def drop_pending(self) -> None:
         """Forget what the last :meth:`reduce` has given."""
         self._pending = None
-        self.rule.forget()
+        self.driver.forget()
 
     def clear(self) -> None:
         """Forget what the micro-batches since the last :meth:`reduce` have added."""
@@ -314,30 +319,36 @@ class MatrixStep:
         self.clear()
         self.owner.take(flat)
         if self.steps > 0:
-            self.rule.restore(layout, flat, self.layout, self.working, self.steps)
-        self.rule.prepare(self.layout, self.working, self.steps)
+            self.driver.restore(layout, flat, self.steps)
+        self.driver.prepare(self.steps)
+
+    def held(self) -> list[Tensor]:
+        """What every rank keeps besides the working copies, for no checkpoint."""
+        return self.driver.held()
 
     # ------------------------------------------------------------------ parts
 
     def _updated(self, pending: Tensor, clip: float | Tensor) -> bool:
-        """Have the rule work on the pending sketches. False where a decomposition of the library's has failed; then
-        what is there is neither.
+        """Have the rule work on the pending sketches.
+
+        Returns:
+            False if torch.linalg failed to converge; ``pending`` then holds neither sketches nor factors.
         """
         try:
-            self.rule.update(self.owner, pending, self.working, clip, self.steps)
+            self.driver.update(pending, self.steps, clip)
         except torch.linalg.LinAlgError as error:
             logger.warning("ds_mofa: rank %d: %s", self.exchange.rank, error)
             return False
         return True
 
-    def _take_back(self) -> None:
-        """Make the working copies once more what they were before the rule has published. Collective."""
+    def _roll_back(self) -> None:
+        """Make the working copies what they were before the rule's results were published. Collective."""
         if self.steps == 0:
             self.working.zero_()
         else:
-            self.rule.take_back(self.owner, self.working, self.exchange)
+            self.driver.roll_back()
             self.exchange.all_gather(self.working, self.layout.segment)
-        self.rule.prepare(self.layout, self.working, self.steps)
+        self.driver.prepare(self.steps)
 
     def _reports_now(self) -> bool:
         every = self.rule.diagnostics_every
@@ -345,7 +356,7 @@ class MatrixStep:
 
     def _report(self, new: Tensor, clip: float | Tensor) -> Report | None:
         """Measure this rank's matrices, and give every rank the measures of all. Collective."""
-        values = self.rule.measures(self.owner, new, clip, len(self.matrices))
+        values = self.driver.measures(new, clip, len(self.matrices))
         if values is None:
             return None
         names = [matrix.name for matrix in self.matrices]
@@ -353,8 +364,8 @@ class MatrixStep:
 
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
         rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
-        for part in itertools.chain.from_iterable(map(self.rule.parts, self.layout.blocks)):
-            U, V, coefficients = self.rule.written(part, self.working)
+        for part in itertools.chain.from_iterable(map(self.driver.parts, self.layout.blocks)):
+            U, V, coefficients = self.driver.written(part)
             lr, weight_decay = float(groups[part.block.group]["lr"]), float(groups[part.block.group]["weight_decay"])
             first = 0
             # One shape is not one orientation: beside a Conv1D's weight may lie that of a linear the other way round.

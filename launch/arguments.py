@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
@@ -160,7 +161,7 @@ class Parser(HfArgumentParser):
 
 
 def make_parser() -> Parser:
-    groups = (ModelArguments, DataArguments, TrainingArguments, ProfileArguments)
+    groups: Any = (ModelArguments, DataArguments, TrainingArguments, ProfileArguments)
     return Parser(groups, prog="deepspeed launch/train.py")
 
 

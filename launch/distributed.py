@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,6 +13,7 @@ import deepspeed
 import torch
 
 from launch.errors import UserError
+from launch.shared_buffer import unlink_shared_buffer
 
 
 def join_ranks(argv: list[str]) -> None:
@@ -57,16 +57,3 @@ def leave_ranks() -> None:
     """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def unlink_shared_buffer() -> None:
-    """Remove this rank's 69 MB all-reduce buffer from /dev/shm.
-
-    DeepSpeed's CPU communication never does, and a few dozen runs would fill the memory of a small machine. Every rank
-    has mapped all buffers by the time of the barrier, and a mapping outlives its name.
-    """
-    torch.distributed.barrier()
-    name = "deepspeed_allreduce_buffer_{}_{}_{}_{}".format(
-        os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]
-    )
-    (Path("/dev/shm") / name).unlink(missing_ok=True)

@@ -11,16 +11,20 @@ allocator's slack, which shrinks when memory is short, is not in it.
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
-from ds_mofa.profiler.predict import Setting, predict
+from ds_mofa.profiler.predict import predict
+from ds_mofa.profiler.setting import RunSetting, SettingError
 
 CARDS = {"16 GiB": 16 << 30, "24 GiB": 24 << 30, "40 GiB": 40 << 30, "80 GiB": 80 << 30, "141 GB": 141 * 10**9}
 GPUS = (1, 2, 4, 8, 16, 32, 64)
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "ZeRO-2": {"zero": 2},
     "ZeRO-2, optimizer offloaded": {"zero": 2, "offload": "optimizer"},
     "ZeRO-3": {"zero": 3},
@@ -29,35 +33,38 @@ WAYS = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     shapes = [str(ROOT / f"configs/models/llama-3.1-{size}.json") for size in ("8b", "70b", "405b")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_configs", nargs="+", default=shapes, help="shapes, such as configs/models/*.json")
     parser.add_argument("--optimizers", nargs="+", default=["AdamW", "MoFaSGD"])
-    parser.add_argument("--rank", type=int, default=8, help="of MoFaSGD")
+    parser.add_argument("--rank", type=int, default=8, help="of ds_mofa's optimizers")
     parser.add_argument("--explore", type=int, default=0, help="of MoFaSGD")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(f"| model, optimizer | card | {' | '.join(WAYS)} |\n|---|---|{'---|' * len(WAYS)}")
     for path in args.model_configs:
         for optimizer in args.optimizers:
-            setting = Setting(
-                path, optimizer, zero=3, seq=args.tokens, micro_batches=2, rank=args.rank,
-                explore=args.explore, checkpointing=True, liger=True, bucket=20_000_000, prefetch=50_000_000, leaf=True,
-            )  # fmt: skip
+            try:
+                setting = RunSetting.from_args(
+                    args, model_config=path, optimizer=optimizer, zero=3, seq=args.tokens, micro_batches=2,
+                    checkpointing=True, liger=True, bucket=20_000_000, prefetch=50_000_000, leaf=True,
+                )  # fmt: skip
+            except SettingError as error:
+                sys.exit(f"capacity.py: error: {error}")
             columns = [smallest(setting, way) for way in WAYS.values()]
             for card in CARDS:
                 cells = " | ".join(column[card] for column in columns)
                 print(f"| {Path(path).stem}, {optimizer} | {card} | {cells} |", flush=True)
 
 
-def smallest(setting: Setting, way: dict) -> dict[str, str]:
+def smallest(setting: RunSetting, way: Mapping[str, Any]) -> dict[str, str]:
     """By card, the fewest GPUs that hold a step run this way, with each one's host memory; a dash where none of
     :data:`GPUS` does.
     """
     found = dict.fromkeys(CARDS, "-")
     for gpus in GPUS:
-        need, host = needs(Setting(**{**vars(setting), **way, "gpus": gpus}))
+        need, host = needs(setting.but(**way, gpus=gpus))
         for card, size in CARDS.items():
             if found[card] == "-" and need <= size:
                 found[card] = f"{gpus} ({host / 1e9:.0f})" if host else str(gpus)
@@ -67,12 +74,12 @@ def smallest(setting: Setting, way: dict) -> dict[str, str]:
     return found
 
 
-def weights(setting: Setting) -> int:
+def weights(setting: RunSetting) -> int:
     """Bytes of all of them."""
-    return predict(Setting(setting.model_config, setting.optimizer, zero=3, liger=True))["categories"]["weights"]
+    return predict(RunSetting.of(setting.model_config, setting.optimizer, zero=3, liger=True))["categories"]["weights"]
 
 
-def needs(setting: Setting) -> tuple[int, int]:
+def needs(setting: RunSetting) -> tuple[int, int]:
     """Bytes of the device, and of the host, that one rank cannot do without."""
     found = predict(setting)
     return found["total"] - found["categories"].get("allocator slack", 0), found["host"]

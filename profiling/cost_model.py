@@ -2,10 +2,11 @@
 
     python profiling/cost_model.py --model_config configs/models/llama-3.1-8b.json --rank 8 32 128 --gpus 1 2 64 1024
 
-Counts are arithmetic (docs/cost_model.md has the formulas); the rates that turn them into time are measured on one kind of
-machine, and so are two constants, of the SVD and of the host. docs/cost_model.md sets them beside the runs in
-profiling/results/benchmarks. Prints, for each rank and number of GPUs (two on NVLink, more on 400 Gb/s Ethernet), what a
-step sends, what AdamW would send, and tokens/s when neither the host nor a slower rank is waited for and nothing is overlapped.
+Counts are arithmetic (docs/cost_model.md has the formulas); the rates that turn them into time are measured on one kind
+of machine, and so are two constants, of the SVD and of the host. docs/cost_model.md sets them beside the runs in
+profiling/results/benchmarks. Prints, for each rank and number of GPUs (two on NVLink, more on 400 Gb/s Ethernet), what
+a step sends, what AdamW would send, and tokens/s when neither the host nor a slower rank is waited for and nothing is
+overlapped.
 """
 
 import argparse
@@ -13,13 +14,15 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-# A script's first import folder is its own; this makes it the repository's, from wherever it is run.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # a script's first import folder is its own; this makes it the repository's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_mofa.options import Options
 from ds_mofa.partition import Layout
+from ds_mofa.profiler.report.units import shown
+from ds_mofa.profiler.setting import RunSetting, SettingError
 from ds_mofa.subbatches import split
 
 FP64, FP32, BF16 = 8, 4, 2  # bytes
@@ -126,16 +129,13 @@ class Part:
     seconds: float = 0.0
 
 
-def optimizer_step(
-    model: Model, rank: int, gpus: int, stage: int | None, machine: Machine, explore: int = 0
-) -> list[Part]:
-    """The parts of one optimizer step on each of ``gpus`` ranks.
+def optimizer_step(model: Model, setting: RunSetting, machine: Machine) -> list[Part]:
+    """The parts of one optimizer step of MoFaSGD on each rank; without ZeRO all is in bf16.
 
-    Args:
-        rank: r.
-        stage: of ZeRO; None for plain PyTorch on one GPU, all in bf16.
-        explore: k, counted alone: nothing of it has been measured.
+    Of the k columns beside its rank, which ``explore`` adds, the costs are counted alone: nothing of them has been
+    measured.
     """
+    rank, gpus, stage, explore = setting.rank, setting.gpus, setting.zero, sketch_columns(setting) - setting.rank
     r, share = rank, rank * model.sides / gpus  # elements of this rank's factors
     beside = explore * model.sides / gpus  # and of the directions that it finds beside them
     away = (gpus - 1) / gpus
@@ -161,7 +161,7 @@ def optimizer_step(
     if explore:  # two of k x k a matrix, where the core is 2 r x 2 r
         svd += machine.svd_floor + machine.svd * 2 * cores * (explore / 2) ** 3
     update = Part("factor update", moved, flops)
-    host = sub_batches(model, rank, gpus, explore) * (launched("factor update") + svd_launches(rank) * machine.launch)
+    host = sub_batches(model, setting) * (launched("factor update") + svd_launches(rank) * machine.launch)
     update = _timed(update, max(host, moved / machine.copy + flops / machine.gemm64 + svd))
 
     working = (rank + explore) * model.sides * BF16
@@ -187,10 +187,16 @@ def optimizer_step(
     return [reduce, adamw, update, gather, apply]
 
 
-def sub_batches(model: Model, rank: int, gpus: int, explore: int = 0) -> int:
-    """How many times a rank launches the factor update; see ``Options.update_bytes``."""
-    layout = Layout([(shape, 0) for shape in model.matrices], rank + explore, gpus)
-    return len(split(layout.owned_by(0), Options.update_bytes))
+def sketch_columns(setting: RunSetting) -> int:
+    """Of the sketches and of what is sent: those of the rule's state, and those that it explores."""
+    rule = setting.rule()
+    return setting.rank if rule is None else rule.columns
+
+
+def sub_batches(model: Model, setting: RunSetting) -> int:
+    """How many times a rank launches the factor update; see the option ``update_bytes``."""
+    layout = Layout([(shape, 0) for shape in model.matrices], sketch_columns(setting), setting.gpus)
+    return len(split(layout.owned_by(0), setting.option("update_bytes")))
 
 
 def svd_launches(rank: int) -> int:
@@ -199,12 +205,9 @@ def svd_launches(rank: int) -> int:
     return 17 * (-(-columns // 32) * 2 - 1) if columns > 64 else 0
 
 
-def micro_batch(model: Model, rank: int | None, tokens: int, machine: Machine) -> list[Part]:
-    """The kernels of one micro-batch's forward and backward.
-
-    Args:
-        rank: columns of the sketches, r + k; None for AdamW, which computes weight gradients.
-    """
+def micro_batch(model: Model, setting: RunSetting, machine: Machine) -> list[Part]:
+    """The kernels of one micro-batch's forward and backward: with sketches, or with weight gradients, as AdamW's."""
+    tokens = setting.seq
     head = model.vocabulary * model.width
     products = (4 * model.elements + 6 * head) * tokens
     attention = 7 * tokens**2 * model.width * model.layers
@@ -214,14 +217,14 @@ def micro_batch(model: Model, rank: int | None, tokens: int, machine: Machine) -
     ]
     elementwise = model.layers * (machine.per_token * model.width * tokens + machine.per_kernel * KERNELS)
     parts.append(_timed(Part("elementwise", elementwise * machine.copy), elementwise))
-    if rank is None:
+    if setting.entry is None:
         flops = 2 * model.elements * tokens
         accumulated = 3 * BF16 * model.elements  # the sum of the micro-batches' gradients
         seconds = flops / machine.gemm + accumulated / machine.copy
         parts.append(_timed(Part("weight gradients", accumulated, flops), seconds))
     else:
         read = 2 * BF16 * tokens * model.sides  # activations and output gradients, once for each pair of products
-        flops = 4 * rank * tokens * model.sides
+        flops = 4 * sketch_columns(setting) * tokens * model.sides
         seconds = read / (machine.capture * machine.copy) + flops / machine.sketching
         parts.append(_timed(Part("capture", read, flops), seconds))
     return parts
@@ -241,7 +244,7 @@ def _timed(part: Part, seconds: float) -> Part:
     return dataclasses.replace(part, seconds=seconds)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", required=True)
     parser.add_argument("--rank", type=int, nargs="+", default=[32])
@@ -249,9 +252,13 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 64, 1024])
     parser.add_argument("--zero", type=int, default=2, choices=[0, 1, 2, 3])
     parser.add_argument("--shape", default="1024x8", metavar="TOKENSxMICRO_BATCHES")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model = Model.read(args.model_config)
-    tokens, micro_batches = map(int, args.shape.split("x"))
+    try:
+        setting = RunSetting.from_args(args, rank=args.rank[0], gpus=1, zero=None)
+    except SettingError as error:
+        sys.exit(f"cost_model.py: error: {error}")
+    tokens, micro_batches = setting.seq, setting.micro_batches
     print(
         "| r | GPUs | network | a rank sends per step | AdamW would | both send for | optimizer step | tokens/s per GPU |"
     )
@@ -259,16 +266,17 @@ def main() -> None:
     for rank in args.rank:
         for gpus in args.gpus:
             machine, network = (H200, "NVLink" if gpus > 1 else "none") if gpus <= 2 else (ETHERNET_400, "400 Gb/s")
-            parts = optimizer_step(model, rank, gpus, None if gpus == 1 else args.zero, machine, args.explore)
+            here = setting.but(rank=rank, gpus=gpus, zero=None if gpus == 1 else args.zero)
+            parts = optimizer_step(model, here, machine)
             reductions = micro_batches if args.zero >= 2 else 1
             # Of what AdamW trains beside the matrices, ZeRO-3 alone sends the gradients with every micro-batch.
             gradients = BF16 * model.adamw * (gpus - 1) / gpus * (micro_batches if args.zero == 3 else 1)
             sent = sum(part.sent for part in parts) + gradients
             adamw = adamw_sends(model, gpus, reductions)
-            kernels = total(micro_batch(model, rank + args.explore, tokens, machine))
+            kernels = total(micro_batch(model, here, machine))
             seconds = micro_batches * kernels + total(parts) + gradients / machine.network
             print(
-                f"| {rank} | {gpus} | {network} | {sent / 1e9:.2f} GB | {adamw / 1e9:.2f} GB | "
+                f"| {rank} | {gpus} | {network} | {shown(sent)} | {shown(adamw)} | "
                 f"{sent / machine.network * 1e3:.0f} and {adamw / machine.network * 1e3:.0f} ms | "
                 f"{total(parts) * 1e3:.0f} ms | {tokens * micro_batches / seconds:.0f} |"
             )

@@ -24,11 +24,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
-from ds_mofa.profiler.categories import gb
 from ds_mofa.profiler.layout import fullest
 from ds_mofa.profiler.report import load_report
+from ds_mofa.profiler.report.units import unit_of
 
 HOW_TO_GET = {
     "nsys": "Nsight Systems: https://developer.nvidia.com/nsight-systems/get-started, or from NVIDIA's CUDA repository "
@@ -165,15 +166,13 @@ def memory_phases(path: str) -> list[str]:
         rank = fullest(load_report(path))
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise NsightError(f"{path}: no memory report could be read ({error})") from error
-    rows = [
-        {
-            "phase": phase["name"],
-            "times": f"{phase['count']:.0f}",
-            "host ms": f"{phase['seconds'] * 1e3:.1f}",
-            "peak allocated [GB]": gb(phase["peak_allocated"] or None),
-        }
-        for phase in rank["phases"]
-    ]
+    unit = unit_of(phase["peak_allocated"] for phase in rank["phases"])
+    rows = []
+    for phase in rank["phases"]:
+        row = {"phase": phase["name"], "times": f"{phase['count']:.0f}", "host ms": f"{phase['seconds'] * 1e3:.1f}"}
+        if any(other["peak_allocated"] for other in rank["phases"]):  # there is no allocator to ask on a CPU
+            row[f"peak allocated [{unit.name}]"] = unit.number(phase["peak_allocated"] or None)
+        rows.append(row)
     return as_table(rows)
 
 

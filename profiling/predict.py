@@ -10,23 +10,26 @@ each term is derived, and how far measured runs were from it, is in docs/memory.
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_mofa.profiler.categories import CATEGORIES, gb
-from ds_mofa.profiler.predict import OPTIMIZERS, PredictionError, Setting, predict
+from ds_mofa.profiler.categories import CATEGORIES
+from ds_mofa.profiler.predict import predict
+from ds_mofa.profiler.report.units import shown
+from ds_mofa.profiler.setting import RunSetting, SettingError, known_optimizers
 
 
-def main() -> None:
-    args = make_parser().parse_args()
-    options = {name: value for name, value in vars(args).items() if name not in ("optimizer", "output", "zero")}
-    zero = None if args.zero == "none" else int(args.zero)
-    if zero is None and args.gpus > 1:
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    if args.zero == "none" and args.gpus > 1:
         sys.exit("predict.py: error: several GPUs need ZeRO: give --zero 0, 1, 2 or 3")
     try:
-        predictions = {name: predict(Setting(optimizer=name, zero=zero, **options)) for name in args.optimizer}
-    except PredictionError as error:
+        predictions = {name: predict(RunSetting.from_args(args, optimizer=name)) for name in args.optimizer}
+    except SettingError as error:
         sys.exit(f"predict.py: error: {error}")
     print(table(predictions))
     if args.output:
@@ -37,13 +40,15 @@ def main() -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", required=True, help="shape of the model, such as configs/models/*.json")
-    parser.add_argument("--optimizer", nargs="+", default=["MoFaSGD"], metavar="NAME", help=", ".join(OPTIMIZERS))
+    parser.add_argument(
+        "--optimizer", nargs="+", default=["MoFaSGD"], metavar="NAME", help=", ".join(known_optimizers())
+    )
     parser.add_argument("--zero", default="none", choices=["none", "0", "1", "2", "3"], help="none: plain PyTorch")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--seq", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--micro_batch", type=int, default=1, help="sequences of one forward")
     parser.add_argument("--micro_batches", type=int, default=8, help="of one optimizer step (gradient accumulation)")
-    parser.add_argument("--rank", type=int, default=8, help="of MoFaSGD, LoRA and GaLore")
+    parser.add_argument("--rank", type=int, default=8, help="of ds_mofa's optimizers and of LoRA")
     parser.add_argument("--explore", type=int, default=0, help="random directions beside the rank, of MoFaSGD")
     parser.add_argument("--states", default="fp32", choices=["fp32", "bf16"], help="DeepSpeed's masters and moments")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
@@ -55,12 +60,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefetch", type=int, default=100_000_000, help="its stage3_prefetch_bucket_size, elements")
     parser.add_argument("--leaf", action="store_true", help="its leaf_module: stage 3 gathers a decoder layer as one")
     parser.add_argument(
-        "--adamw_reduce", default="step", choices=["step", "micro_batch"], help="MoFaSGD's option, in ZeRO-2"
+        "--adamw_reduce", default="step", choices=["step", "micro_batch"], help="option of ds_mofa's, in ZeRO-2"
     )
-    parser.add_argument("--adamw_states", default="full", choices=["full", "8bit"], help="MoFaSGD's option")
-    parser.add_argument(
-        "--fused_head", action="store_true", help="MoFaSGD's option; in the place of liger-kernel's loss"
-    )
+    parser.add_argument("--adamw_states", default="full", choices=["full", "8bit"], help="likewise")
+    parser.add_argument("--fused_head", action="store_true", help="likewise; instead of liger-kernel's loss")
     parser.add_argument("--head", default="adamw", choices=["adamw", "matrix"], help="what trains the output head")
     parser.add_argument("--embed", default="trained", choices=["trained", "frozen"], help="the embedding")
     parser.add_argument(
@@ -72,18 +75,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def table(predictions: dict[str, dict]) -> str:
-    """The predictions as a Markdown table, in GB of 1e9 bytes."""
+def table(predictions: Mapping[str, Mapping[str, Any]]) -> str:
+    """The predictions as a Markdown table, each number in the unit of its size."""
     columns = list(predictions.values())
-    lines = ["| GB (1e9 bytes) | " + " | ".join(predictions) + " |", "| --- |" + " ---: |" * len(columns)]
-    for category in CATEGORIES:
-        if any(category in column["categories"] for column in columns):
-            cells = [gb(column["categories"].get(category, 0)) for column in columns]
-            lines.append(f"| {category} | " + " | ".join(cells) + " |")
-    lines.append("| **allocated** | " + " | ".join(gb(column["allocated"]) for column in columns) + " |")
-    lines.append("| **on the device** | " + " | ".join(gb(column["total"]) for column in columns) + " |")
-    if any(column["host"] for column in columns):
-        lines.append("| **offloaded to the host** | " + " | ".join(gb(column["host"]) for column in columns) + " |")
+    rows = {name: [column["categories"].get(name, 0) for column in columns] for name in CATEGORIES}
+    rows["**allocated**"] = [column["allocated"] for column in columns]
+    rows["**on the device**"] = [column["total"] for column in columns]
+    rows["**offloaded to the host**"] = [column["host"] for column in columns]
+    lines = ["| GB are 1e9 bytes | " + " | ".join(predictions) + " |", "| --- |" + " ---: |" * len(columns)]
+    lines += [f"| {name} | " + " | ".join(map(shown, sizes)) + " |" for name, sizes in rows.items() if any(sizes)]
     lines.append("| peak at | " + " | ".join(column["when"] for column in columns) + " |")
     return "\n".join(lines)
 

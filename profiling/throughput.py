@@ -4,16 +4,16 @@
         --runs torch:AdamW torch:MoFaSGD:r=8 zero2:AdamW zero2:MoFaSGD:r=32 --output_dir out/throughput
 
 A run is BACKEND:OPTIMIZER[:OPTION=VALUE...]. Backends: ``torch`` (one GPU, no DeepSpeed; there LoRA too, with peft) and
-``zero0`` to ``zero3``. Options: ``r`` (rank), ``explore`` (k, of MoFaSGD), ``capture``, ``states`` (fp32 or bf16:
+``zero0`` to ``zero3``. Optimizers: AdamW, and all of ds_mofa's. Options: ``r`` (rank), ``states`` (fp32 or bf16:
 DeepSpeed's master weights and optimizer states), ``bucket`` (DeepSpeed's reduce_bucket_size), ``contiguous`` and
 ``overlap`` (0 or 1: its contiguous_gradients and overlap_comm), ``leaf`` (1: stage 3 gathers a decoder layer at a time
 rather than a linear), ``prefetch`` (its stage3_prefetch_bucket_size), ``checkpointing`` (1), ``liger`` (1:
 liger-kernel's fused norms, SwiGLU, rotary embedding and loss, as HF's ``use_liger_kernel``), ``offload`` (optimizer or
 param: DeepSpeed's offload_optimizer to the host, or that and offload_param), ``head`` (matrix: the output head is one
-of MoFaSGD's), ``head_loss`` (fused: MoFaSGD's ``fused_head`` in the place of liger-kernel's loss), ``embed`` (frozen:
-the embedding stays as it is), ``adamw`` (8bit: MoFaSGD's ``adamw_states``), ``card`` (GiB: run out of memory where a
-GPU of that size would). A shape is TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention is sdpa; the
-batch is the same in every step.
+of the matrices), ``embed`` (frozen: the embedding stays as it is), ``card`` (GiB: run out of memory where a GPU of that
+size would), and every option of the optimizer by its name, such as ``explore``, of which two have shorter ones:
+``head_loss`` (fused: ``fused_head`` instead of liger-kernel's loss) and ``adamw`` (8bit: ``adamw_states``). A shape is
+TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention is sdpa; the batch is the same in every step.
 
 A run's process builds its model once and takes the shapes in their order, after --warmup steps of each.
 
@@ -27,9 +27,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from ds_mofa.profiler.setting import RunSetting, SettingError
+
 WORKER = Path(__file__).with_name("throughput_worker.py")
 COLUMNS = {
     "run": "run",
@@ -44,7 +51,7 @@ COLUMNS = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", required=True, help="shape of the model, such as configs/models/*.json")
     parser.add_argument("--runs", nargs="+", required=True, metavar="BACKEND:OPTIMIZER[:OPTION=VALUE...]")
@@ -54,13 +61,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps to measure; the median counts")
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one run")
     parser.add_argument("--output_dir", default="out/throughput")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    try:
+        settings = [RunSetting.parse(run, model_config=args.model_config) for run in args.runs]
+    except SettingError as error:
+        sys.exit(f"throughput.py: error: {error}")
 
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for run in args.runs:
-        for result in measure(run, args, out):
+    results: list[dict[str, Any]] = []
+    for setting in settings:
+        for result in measure(setting.run, args, out):
             results.append(result)
             print(json.dumps(result), flush=True)
             with open(out / "results.jsonl", "a") as file:
@@ -110,12 +121,13 @@ def write_csv(results: list[dict], path: Path) -> None:
 
 
 def table(results: list[dict]) -> str:
-    """The results as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + " --- |" * len(COLUMNS)]
+    """The results as a Markdown table, without the columns that no run fills."""
+    shown = [name for name in COLUMNS if name == "micro_batch_ms" or any(name in result for result in results)]
+    lines = ["| " + " | ".join(COLUMNS[name] for name in shown) + " |", "|" + " --- |" * len(shown)]
     for result in results:
         cells = [
             result.get("error", result.get(name, "")) if name == "micro_batch_ms" else result.get(name, "")
-            for name in COLUMNS
+            for name in shown
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -5,18 +5,28 @@ import gc
 import json
 import resource
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import transformers
-from trainers import make_trainer
+from torch import Tensor
 
 import ds_mofa
 from ds_mofa.phases import listening
+from ds_mofa.profiler.setting import RunSetting
+from profiling.trainers import Trainer, make_trainer
+
+__all__ = ["clock", "freeze_garbage", "measure"]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", required=True)
     parser.add_argument("--shapes", nargs="+", required=True)
@@ -25,7 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--result", required=True)
     parser.add_argument("--local_rank", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", args.local_rank) if cuda else torch.device("cpu")
@@ -33,7 +43,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
 
-    trainer = make_trainer(args.run, args.model_config, int(args.shapes[0].split("x")[1]), device)
+    setting = RunSetting.parse(args.run, model_config=args.model_config, shape=args.shapes[0])
+    trainer = make_trainer(setting, device)
     versions = {
         "hardware": torch.cuda.get_device_name() if cuda else "CPU",
         "model": Path(args.model_config).stem,
@@ -45,14 +56,14 @@ def main() -> None:
     }
     results = {}
     for shape in args.shapes:
-        results[shape] = {**measure(trainer, shape, args, device), **versions}
+        results[shape] = {**measure(trainer, setting.but(shape=shape), args, device), **versions}
         if args.local_rank == 0:
             Path(args.result).write_text(json.dumps(results))
 
 
-def measure(trainer, shape: str, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Times and memory of training steps on a batch of TOKENSxMICRO_BATCHES, the same in each."""
-    tokens, micro_batches = map(int, shape.split("x"))
+def measure(trainer: Trainer, setting: RunSetting, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Times and memory of training steps on a batch of the setting's shape, the same in each."""
+    tokens, micro_batches = setting.seq, setting.micro_batches
     trainer.accumulate_over(micro_batches)
     cuda = device.type == "cuda"
     generator = torch.Generator().manual_seed(args.local_rank)
@@ -107,7 +118,7 @@ def clock(device: torch.device) -> float:
 
 def memory_used(index: int) -> dict[str, float]:
     """Of this process by PyTorch's allocator, and of the whole GPU, by all processes, as the driver counts it."""
-    import pynvml
+    import pynvml  # only there where a GPU is
 
     pynvml.nvmlInit()
     # By its name: CUDA may have been told to count the devices otherwise.
@@ -123,7 +134,7 @@ def memory_used(index: int) -> dict[str, float]:
     }
 
 
-def look_inside(trainer, batches: torch.Tensor) -> dict[str, float]:
+def look_inside(trainer: Trainer, batches: Tensor) -> dict[str, float]:
     """One more step, watched: its parts, and for how long the GPU works in a micro-batch that it need not wait for."""
     phases = PhaseTimes()
     for ids in batches[:-1]:

@@ -14,60 +14,71 @@ a GPU (give a small --model_config) it measures the host's memory and says so.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
 import torch
 
 from ds_mofa.profiler import load_report
-from ds_mofa.profiler.categories import gb
 from ds_mofa.profiler.claims import judge
-from ds_mofa.profiler.predict import PredictionError, Setting, predict
+from ds_mofa.profiler.predict import PredictionError, predict
 from ds_mofa.profiler.report import SCHEMA_VERSION, environment, write_pages
 from ds_mofa.profiler.report.masking import masked
+from ds_mofa.profiler.report.units import shown
+from ds_mofa.profiler.setting import RunSetting, SettingError
+from profiling import verify_worker
+from profiling.trainers import check_measurable
 
-ONE_GPU = ["torch:AdamW", "torch:MoFaSGD:r=8", "torch:MoFaSGD:r=8:liger=1", "torch:LoRA:r=8"]
-SEVERAL = ["zero2:AdamW", "zero2:MoFaSGD:r=32", "zero3:AdamW", "zero3:MoFaSGD:r=32"]
-# What is in a run's name: the module that such runs need, and the package it is in.
-NEEDED = {":LoRA": ("peft", "peft"), ":liger=1": ("liger_kernel", "liger-kernel")}
+ONE_GPU = ("torch:AdamW", "torch:MoFaSGD:r=8", "torch:MoFaSGD:r=8:liger=1", "torch:LoRA:r=8")
+SEVERAL = ("zero2:AdamW", "zero2:MoFaSGD:r=32", "zero3:AdamW", "zero3:MoFaSGD:r=32")
+
+# Starts verify_worker.py with these words on so many ranks, its output into a log; returns its exit status, or None
+# where it took longer than so many seconds.
+Start = Callable[[Sequence[str], int, Path, int], int | None]
 
 
-def main() -> None:
-    args = make_parser().parse_args()
+def main(argv: Sequence[str] | None = None, start: Start | None = None) -> None:
+    """The command. ``start``: how a run is started; by default in processes of its own."""
+    args = make_parser().parse_args(argv)
     out, model_config = Path(args.output_dir).resolve(), Path(args.model_config).resolve()
     os.chdir(ROOT)  # so that reports name files as everybody has them
     args.model_config = os.path.relpath(model_config) if model_config.is_relative_to(ROOT) else str(model_config)
     out.mkdir(parents=True, exist_ok=True)
     gpus = args.gpus if args.gpus is not None else max(1, torch.cuda.device_count())
-    for run in args.runs or ():
-        check_run(run)
-    wanted = args.runs or [*ONE_GPU, *(SEVERAL if gpus > 1 else [])]
-    there = [run for run in wanted if args.reuse and (folder_of(run, out) / "report.json").exists()]
+    names = args.runs or [*ONE_GPU, *(SEVERAL if gpus > 1 else [])]
+    try:
+        wanted = [setting_of(run, gpus, args) for run in names]
+    except SettingError as error:
+        sys.exit(f"verify_claim.py: error: {error}")
+    there = [setting.run for setting in wanted if args.reuse and (folder_of(setting, out) / "report.json").exists()]
     chosen, notes = can_run(wanted, there)
     if not args.runs and gpus == 1:
         notes.append("ZeRO-2 and ZeRO-3 on several GPUs were not run: this machine has one device.")
 
     runs = {}
-    for run in chosen:
-        ranks = 1 if run.startswith("torch:") else gpus
-        runs[run] = one_run(run, ranks, args, out)
-        print(one_line(run, runs[run]), flush=True)
+    for setting in chosen:
+        runs[setting.run] = one_run(setting, args, out, start or in_processes)
+        print(one_line(setting.run, runs[setting.run]), flush=True)
     claims = judge(runs)
     document = {
         "schema_version": SCHEMA_VERSION,
         "kind": "claim",
         "created": max((r["created"] for r in runs.values() if "created" in r), default=None),
-        "command": ["python", "profiling/verify_claim.py", *masked(sys.argv[1:])],
+        "command": ["python", "profiling/verify_claim.py", *masked(sys.argv[1:] if argv is None else argv)],
         "environment": next((r["environment"] for r in runs.values() if "environment" in r), environment()),
         "claims": claims,
         "runs": runs,
@@ -99,126 +110,126 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_run(run: str) -> None:
-    """Exit with what is wrong with a run's name, before any of them has taken its minutes."""
-    backend, optimizer, *options = run.split(":") if ":" in run else (run, "")
-    known = ["AdamW", "MoFaSGD", "LoRA"] if backend == "torch" else ["AdamW", "MoFaSGD"]
-    if backend not in ("torch", "zero0", "zero1", "zero2", "zero3") or optimizer not in known:
-        sys.exit(
-            f"verify_claim.py: error: {run!r} cannot be run: give torch:{{AdamW,MoFaSGD,LoRA}} or zero0 to "
-            "zero3:{AdamW,MoFaSGD}, and options such as r=8 after it"
-        )
-    if any("=" not in option for option in options):
-        sys.exit(f"verify_claim.py: error: {run!r}: an option is written NAME=VALUE, such as r=8")
+def setting_of(run: str, gpus: int, args: argparse.Namespace) -> RunSetting:
+    """What a run's name says, before any of them has taken its minutes.
+
+    Raises:
+        SettingError: it cannot be measured.
+    """
+    ranks = 1 if run.startswith("torch:") else gpus
+    setting = RunSetting.parse(run, model_config=args.model_config, shape=args.shape, gpus=ranks)
+    check_measurable(setting)
+    return setting
 
 
-def can_run(runs: list[str], there: Collection[str] = ()) -> tuple[list[str], list[str]]:
-    """Those that this machine has the packages for, or that are ``there``, and a note on each other."""
+def can_run(settings: Sequence[RunSetting], there: Collection[str] = ()) -> tuple[list[RunSetting], list[str]]:
+    """Those that this machine has the packages for, or whose runs are ``there``, and a note on each other."""
     chosen, notes = [], []
-    for run in runs:
-        needed = [names for part, names in NEEDED.items() if part in run]
-        missing = [package for module, package in needed if importlib.util.find_spec(module) is None]
-        if run in there:
-            chosen.append(run)
+    for setting in settings:
+        needed = {"peft": "peft"} if setting.optimizer == "LoRA" else {}  # modules, and the packages they are in
+        needed |= {"liger_kernel": "liger-kernel"} if setting.liger else {}
+        missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+        if setting.run in there:
+            chosen.append(setting)
         elif missing:
-            notes.append(f"{run} was not run: {missing[0]} is not installed (pip install {missing[0]}).")
-        elif ":liger=1" in run and not torch.cuda.is_available():
-            notes.append(f"{run} was not run: liger-kernel's kernels need a GPU.")
+            notes.append(f"{setting.run} was not run: {missing[0]} is not installed (pip install {missing[0]}).")
+        elif setting.liger and not torch.cuda.is_available():
+            notes.append(f"{setting.run} was not run: liger-kernel's kernels need a GPU.")
         else:
-            chosen.append(run)
+            chosen.append(setting)
     return chosen, notes
 
 
-def folder_of(run: str, out: Path) -> Path:
+def folder_of(setting: RunSetting, out: Path) -> Path:
     """Where a run's report and log are."""
-    return out / run.replace(":", "_").replace("=", "")
+    return out / setting.run.replace(":", "_").replace("=", "")
 
 
-def one_run(run: str, ranks: int, args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Run in processes of its own; the report, or ``{"error": why there is none}``."""
-    folder = folder_of(run, out)
+def one_run(setting: RunSetting, args: argparse.Namespace, out: Path, start: Start) -> dict[str, Any]:
+    """The report of a run, or ``{"error": why there is none}``."""
+    folder = folder_of(setting, out)
     report = folder / "report.json"
-    predicted = prediction(run, ranks, args)
+    predicted = prediction(setting)
     if args.reuse and report.exists():  # what was measured stays, what is predicted is this version's
         return {**load_report(report), "predicted": predicted if "categories" in predicted else None}
     folder.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     (folder / "predicted.json").write_text(json.dumps(predicted))
+    words = ["--run", setting.run, "--shape", args.shape, "--model_config", args.model_config]
+    words += ["--steps", str(args.steps), "--sample_hz", str(args.sample_hz), "--output_dir", str(folder)]
+    words += ["--predicted", str(folder / "predicted.json"), *(["--memory_snapshot"] if args.memory_snapshot else [])]
+    log = folder / "log.txt"
+    status = start(words, 0 if setting.zero is None else setting.gpus, log, args.timeout)
+    if status is None:
+        return {"error": f"stopped after {args.timeout} s; see {log}"}
+    if report.exists() and status == 0:
+        return load_report(report)
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+    return {"error": f"{(errors or ['no report'])[-1][-300:]}; see {log}"}
+
+
+def in_processes(words: Sequence[str], ranks: int, log: Path, timeout: int) -> int | None:
+    """A :data:`Start` with DeepSpeed's launcher, or with ``ranks`` 0 without it."""
     launcher = [sys.executable]
-    if not run.startswith("torch:"):
+    if ranks:
         launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    command = [*launcher, str(ROOT / "profiling/verify_worker.py"), "--run", run, "--shape", args.shape]
-    command += ["--model_config", args.model_config, "--steps", str(args.steps), "--sample_hz", str(args.sample_hz)]
-    command += ["--predicted", str(folder / "predicted.json"), "--output_dir", str(folder)]
-    command += ["--memory_snapshot"] if args.memory_snapshot else []
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    with open(folder / "log.txt", "w") as log:
+    command = [*launcher, str(ROOT / "profiling/verify_worker.py"), *words]
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         try:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            process.wait(args.timeout)
+            return process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.terminate()  # DeepSpeed's launcher passes it on to its ranks
             process.wait()
-            return {"error": f"stopped after {args.timeout} s; see {folder / 'log.txt'}"}
-    if report.exists() and process.returncode == 0:
-        return load_report(report)
-    lines = (folder / "log.txt").read_text(errors="replace").splitlines()
-    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
-    return {"error": f"{(errors or ['no report'])[-1][-300:]}; see {folder / 'log.txt'}"}
+            return None
 
 
-def prediction(run: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
+def in_this_process(words: Sequence[str], ranks: int, log: Path, timeout: int) -> int | None:
+    """A :data:`Start` that starts nothing, for tests: one rank, whatever was asked for, and no limit of time."""
+    with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            verify_worker.main(words)
+        except Exception:
+            traceback.print_exc()
+            return 1
+    return 0
+
+
+def prediction(setting: RunSetting) -> dict[str, Any]:
     """What profiling/predict.py says of this run, or ``{"error": why it cannot}``."""
-    backend, optimizer, *options = run.split(":")
-    options = dict(option.split("=") for option in options)
-    tokens, micro_batches = map(int, args.shape.split("x"))
     try:
-        return predict(
-            Setting(
-                model_config=args.model_config,
-                optimizer=optimizer,
-                zero=None if backend == "torch" else int(backend.removeprefix("zero")),
-                gpus=ranks,
-                seq=tokens,
-                micro_batches=micro_batches,
-                rank=int(options.get("r", 8)),
-                explore=int(options.get("explore", 0)),
-                states=options.get("states", "fp32"),
-                checkpointing=options.get("checkpointing") == "1",
-                liger=options.get("liger") == "1",
-                bucket=int(options.get("bucket", 100_000_000)),
-                contiguous=options.get("contiguous", "1") == "1",
-                prefetch=int(options.get("prefetch", 100_000_000)),
-                leaf=options.get("leaf") == "1",
-                adamw_states=options.get("adamw", "full"),
-                fused_head=options.get("head_loss") == "fused",
-                head=options.get("head", "adamw"),
-                embed=options.get("embed", "trained"),
-            )
-        )
+        return predict(setting)
     except PredictionError as error:
         return {"error": str(error)}
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def one_line(run: str, report: Mapping[str, Any]) -> str:
+    """A measured run in a line; what was not measured is left out."""
     if "error" in report:
         return f"{run}: {report['error']}"
-    rank = max(report["ranks"], key=lambda rank: rank["breakdown"]["total"])
-    peaks = rank["peaks"]
-    predicted = (report["predicted"] or {}).get("allocated")
-    return (
-        f"{run}: allocated {gb(peaks['allocated'])} GB, reserved {gb(peaks['reserved'])}, "
-        f"NVML {gb(peaks['nvml_device'])}, host {gb(peaks['host'])}; predicted {gb(predicted)} allocated"
-    )
+    peaks = max(report["ranks"], key=lambda rank: rank["breakdown"]["total"])["peaks"]
+    names = {
+        "allocated": "allocated",
+        "traced": "traced",
+        "reserved": "reserved",
+        "nvml_device": "NVML",
+        "host": "host",
+    }
+    if peaks["allocated"] is not None:
+        del names["traced"]
+    seen = [f"{label} {shown(peaks[name])}" for name, label in names.items() if peaks[name] is not None]
+    predicted = report["predicted"]
+    expected = f"; predicted {shown(predicted['allocated'])} allocated" if predicted else ""
+    return f"{run}: {', '.join(seen)}{expected}"
 
 
 if __name__ == "__main__":

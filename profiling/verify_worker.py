@@ -6,21 +6,27 @@ import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
 from ds_mofa.profiler import MemoryProfiler
+from ds_mofa.profiler.setting import RunSetting
+from launch.shared_buffer import unlink_shared_buffer
+from profiling.throughput_worker import clock, freeze_garbage
+from profiling.trainers import Trainer, make_trainer
+
+__all__ = ["WARM_UP", "main", "turns"]
 
 WARM_UP = 2  # steps before the one that is recorded allocation by allocation
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """In a process of its own, or in one of ranks that have been joined already, which stay joined."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", required=True)
     parser.add_argument("--shape", required=True)
@@ -31,12 +37,12 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--memory_snapshot", action="store_true")
     parser.add_argument("--local_rank", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
-    tokens, micro_batches = map(int, args.shape.split("x"))
+    joined = torch.distributed.is_initialized()
+    setting = RunSetting.parse(args.run, model_config=args.model_config, shape=args.shape)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", args.local_rank) if cuda else torch.device("cpu")
-    setting = {"name": args.run, "shape": args.shape, "model_config": args.model_config}
     predicted = json.loads(Path(args.predicted).read_text())
     with MemoryProfiler(
         output_dir=args.output_dir,
@@ -45,7 +51,7 @@ def main() -> None:
         stacks=True,
         memory_snapshot=args.memory_snapshot,
         device=device,
-        setting=setting,
+        setting={"name": args.run, "shape": args.shape, "model_config": args.model_config},
         predicted=predicted if "categories" in predicted else None,
     ) as profiler:
         if "error" in predicted:
@@ -53,19 +59,17 @@ def main() -> None:
         if cuda:
             torch.cuda.set_device(device)
         torch.manual_seed(0)
-        worker, trainers = load_worker()
-        trainer = trainers.make_trainer(args.run, args.model_config, micro_batches, device)
-        if not cuda and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from launch.distributed import unlink_shared_buffer  # brings in what only the training command needs
-
+        trainer = make_trainer(setting, device)
+        if not joined and not cuda and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             unlink_shared_buffer()
-        profiler.watch(getattr(trainer, "engine", None) or trainer.model, getattr(trainer, "optimizer", None))
+        profiler.watch(trainer.engine or trainer.model, trainer.optimizer)
         generator = torch.Generator().manual_seed(args.local_rank)
-        batches = torch.randint(trainer.config.vocab_size, (micro_batches, 1, tokens), generator=generator).to(device)
+        size = (setting.micro_batches, setting.micro_batch, setting.seq)
+        batches = torch.randint(trainer.config.vocab_size, size, generator=generator).to(device)
 
         for _ in range(WARM_UP + 1):
             one_step(trainer, batches, profiler, device)
-        worker.freeze_garbage()  # the recorded step's history, too
+        freeze_garbage()  # the recorded step's history, too
         with_profiler, without = [], []
         for watched in turns(args.steps):
             with contextlib.nullcontext() if watched else profiler.paused():
@@ -73,7 +77,7 @@ def main() -> None:
         profiler.setting["seconds_per_step"] = statistics.median(with_profiler)
         profiler.setting["seconds_per_step_without_profiler"] = statistics.median(without)
         profiler.setting["all_seconds"] = {"with": with_profiler, "without": without}
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and not joined:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
@@ -84,7 +88,7 @@ def turns(pairs: int) -> Iterator[bool]:
         yield from (bool(pair % 2), not pair % 2)
 
 
-def one_step(trainer, batches: torch.Tensor, profiler: MemoryProfiler, device: torch.device) -> float:
+def one_step(trainer: Trainer, batches: torch.Tensor, profiler: MemoryProfiler, device: torch.device) -> float:
     """Seconds of one optimizer step, the device's work included."""
     start = clock(device)
     for ids in batches:
@@ -92,21 +96,6 @@ def one_step(trainer, batches: torch.Tensor, profiler: MemoryProfiler, device: t
     trainer.step()
     profiler.step()
     return clock(device) - start
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def load_worker():
-    """profiling/throughput.py's worker and trainers; late, since their libraries belong to the run that is measured."""
-    sys.path.append(str(HERE))
-    import throughput_worker
-    import trainers
-
-    return throughput_worker, trainers
 
 
 if __name__ == "__main__":

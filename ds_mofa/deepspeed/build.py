@@ -17,7 +17,7 @@ from ds_mofa.deepspeed.matrices import forget, mark_matrices, shard_of
 from ds_mofa.deepspeed.replicated import replicated
 from ds_mofa.deepspeed.zero import GatheredWeight
 from ds_mofa.diagnostics import Report
-from ds_mofa.head import FusedHead
+from ds_mofa.capture.head import FusedHead
 from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.optimizers.registry import entry_of
 from ds_mofa.options import OptimizerOptions, OptionError
@@ -26,13 +26,13 @@ from ds_mofa.partition import Exchange
 from ds_mofa.staging import HostMemory
 from ds_mofa.step import MatrixStep
 
-__all__ = ["build_optimizer", "read_options"]
+__all__ = ["LARGE", "build_optimizer", "read_options"]
 
 # DeepSpeed's own switches of its AdamW: they are for get_optimizer_configuration.
 _PASSED_ON = ("torch_adam", "fp32_optimizer_states", "foreach", "fused")
 _SECTION = ("type", "params", "legacy_fusion")  # what DeepSpeed reads of "optimizer"
 
-_LARGE = 1 << 26  # elements
+LARGE = 1 << 26  # elements
 
 
 def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
@@ -139,14 +139,14 @@ def _adamw_8bit(engine, groups: list[dict[str, Any]], options: OptimizerOptions,
 
 
 def _large_ones_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same groups, with every parameter of ``_LARGE`` elements or more in one of its own.
+    """The same groups, with every parameter of ``LARGE`` elements or more in one of its own.
 
     ZeRO flattens one group's gradients at a time. With embedding and output head in one, that is a second copy of
     both at once: 4 GB more reserved at a vocabulary of 128 k and a width of 4096.
     """
     apart = []
     for group in groups:
-        large = [param for param in group["params"] if math.prod(full_shape(param)) >= _LARGE]
+        large = [param for param in group["params"] if math.prod(full_shape(param)) >= LARGE]
         small = [param for param in group["params"] if not any(param is other for other in large)]
         apart += [{**group, "params": params} for params in ([small] if small else []) + [[param] for param in large]]
     return apart

@@ -204,7 +204,7 @@ def refuse_ours(engine, load_dir: str, tag: str) -> None:
     """
     folder = Path(load_dir) / tag
     if (folder / MANIFEST).is_file():
-        saved = read_manifest(folder).get("optimizer", _UNNAMED)
+        saved = (read_manifest(folder) or {}).get("optimizer", _UNNAMED)
         raise CheckpointError(
             f"{folder} was saved by {saved}, this run's optimizer is {engine.optimizer_name()}, which can make nothing "
             f'of its state. Set "type": "{saved}", or load the weights alone, with '
@@ -317,18 +317,20 @@ def check(folder: Path, manifest: Mapping[str, Any] | None, share: int = 0, shar
     Raises:
         CheckpointError: the first file that is missing, of another size, or damaged.
     """
+    files: Mapping[str, Mapping[str, Any]]
     if manifest is None:
         files = {str(path.relative_to(folder)): {} for path in folder.rglob("*.pt")}
         records = True
     else:
         files, records = manifest["files"], manifest["crc32"]
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name, written in files.items():
         path = folder / name
-        size = sizes[name] = path.stat().st_size if path.is_file() else None
+        size = path.stat().st_size if path.is_file() else None
         if size is None or written.get("bytes", size) != size:
             what = "is missing" if size is None else f"has {size} bytes, {written['bytes']} were written"
             raise CheckpointError(f"{path} {what}. {_whole_ones(folder.parent, but=folder)}")
+        sizes[name] = size
     for name in sorted(files, key=lambda name: (-sizes[name], name))[share::shares]:
         damage = damage_of(folder / name, records, **files[name])
         if damage:

@@ -6,13 +6,15 @@ gradient or a state, and an error where they would set one.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
+from ds_mofa.deepspeed import bases
+from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.parameters import Matrix
 from ds_mofa.staging import HostMemory
 from ds_mofa.step import whole_matrix
@@ -23,6 +25,7 @@ __all__ = [
     "answer_for_whole",
     "forget",
     "is_matrix",
+    "is_partitioned",
     "local_shard",
     "mark_matrices",
     "move_shards",
@@ -52,10 +55,15 @@ def forget(matrices: Iterable[Matrix]) -> None:
 
 def shard_of(matrix: Matrix) -> Shard:
     """This rank's part of W: a flat range of the row-major matrix in stage 3, all of it in the others."""
-    return local_shard(matrix.param) if hasattr(matrix.param, "ds_tensor") else whole_matrix(matrix)
+    return local_shard(matrix.param) if is_partitioned(matrix.param) else whole_matrix(matrix)
 
 
-def local_shard(param: nn.Parameter) -> Shard:
+def is_partitioned(param: nn.Parameter) -> TypeGuard[bases.Partitioned]:
+    """Whether stage 3, or ``zero.Init``, has partitioned the parameter."""
+    return hasattr(param, "ds_tensor")
+
+
+def local_shard(param: bases.Partitioned) -> Shard:
     """This rank's part of a parameter that stage 3 partitions, without the padding."""
     start = dist.get_rank(param.ds_process_group) * param.ds_tensor.ds_numel
     length = max(0, min(param.ds_tensor.ds_numel, param.ds_numel - start))  # the rest is padding
@@ -67,6 +75,7 @@ def move_shards(matrices: Iterable[Matrix], host: HostMemory) -> None:
     config has left them there, and DeepSpeed moves those of its own groups alone. What persists stays, as theirs does.
     """
     for matrix in matrices:
+        assert is_partitioned(matrix.param)  # offload_param is stage 3's
         shard = matrix.param.ds_tensor
         if shard.device.type != "cpu" and not matrix.param.ds_persist:
             shard.data = host.zeros(shard.numel(), shard.dtype).copy_(shard)
@@ -82,15 +91,18 @@ def answer_for_whole(param: nn.Parameter, written: Callable[[], None]) -> None:
         param.copy_(value.view_as(param))
         written()
 
-    param._hp_mapping = None
-    param.get_full_hp_param = lambda key=None: None if key is not None else param.detach().float().clone()
-    param.set_full_hp_param = set_full
-    param.get_full_hp_grad = lambda: None
-    param.set_full_hp_grad = lambda value: _no_such("gradient")
+    asked: Any = param
+    asked._hp_mapping = None
+    asked.get_full_hp_param = lambda key=None: None if key is not None else param.detach().float().clone()
+    asked.set_full_hp_param = set_full
+    asked.get_full_hp_grad = lambda: None
+    asked.set_full_hp_grad = lambda value: _no_such("gradient")
 
 
-class Stage3Accessors:
+class Stage3Accessors(bases.Stage3):
     """Stage 3, where DeepSpeed asks its optimizer. "Local" is this rank's shard, without the padding."""
+
+    mofa: MatrixOptimizer
 
     def get_full_hp_param(self, param, optim_state_key=None):
         if not is_matrix(param):

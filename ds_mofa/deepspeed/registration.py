@@ -20,9 +20,9 @@ from packaging.version import Version
 
 from ds_mofa import ownership
 from ds_mofa.adamw_8bit import AdamW8bit
-from ds_mofa.deepspeed import checkpoints, takeover
+from ds_mofa.deepspeed import checkpoints, surface, takeover
 from ds_mofa.deepspeed.build import build_optimizer
-from ds_mofa.deepspeed.matrices import is_matrix
+from ds_mofa.deepspeed.matrices import is_matrix, is_partitioned
 from ds_mofa.deepspeed.replicated import wrap_replicated
 from ds_mofa.deepspeed.universal import restore
 from ds_mofa.deepspeed.zero import wrap_zero
@@ -95,7 +95,13 @@ def optimizer_of(engine: DeepSpeedEngine) -> MatrixOptimizer | None:
 
 
 def _wrap(name: str, replacement: Callable) -> None:
-    original = getattr(DeepSpeedEngine, name)
+    row = surface.row_of(surface.ENGINE, name)
+    original = getattr(DeepSpeedEngine, name, None)
+    if original is None:
+        raise AttributeError(
+            f"DeepSpeed {deepspeed.__version__} has no {row.owner}.{name}, which ds_mofa wraps ({row.why}). Install "
+            f"deepspeed=={TESTED[1]}"
+        )
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
@@ -280,7 +286,7 @@ def _load_module_state_dict(original, engine, checkpoint, *args, **kwargs):
     result = original({**checkpoint, FROZEN_PARAM_FRAGMENTS: None}, *args, **kwargs)
     for param, name in engine.param_names.items():
         if name in fragments:
-            (param.ds_tensor if hasattr(param, "ds_tensor") else param).data.copy_(fragments[name].data)
+            (param.ds_tensor if is_partitioned(param) else param).data.copy_(fragments[name].data)
     return result
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ds_mofa.deepspeed import checkpoints
 from ds_mofa.deepspeed.checkpoints import CheckpointError
-from ds_mofa.deepspeed.matrices import local_shard
+from ds_mofa.deepspeed.matrices import is_partitioned, local_shard
 from ds_mofa.optimizer import MatrixOptimizer
 from ds_mofa.parameters import full_shape
 
@@ -132,8 +132,8 @@ def _complete(source: Path, folder: Path, manifest: Mapping[str, Any], trusted: 
         raise CheckpointError(f"{source}: the optimizer's state of rank 0 holds nothing of MoFaSGD's")
     if stage3:
         step = state["optimizer_state_dict"]["state"][0]["step"]
-        masters = [load(path)["optimizer_state_dict"]["mofasgd"]["masters"] for path in optim_files]
-        masters = {name: torch.cat([part[name] for part in masters]) for name in masters[0]}
+        parts = [load(path)["optimizer_state_dict"]["mofasgd"]["masters"] for path in optim_files]
+        masters = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         for name, shape in shapes.items():
             for key in ("fp32", "exp_avg", "exp_avg_sq"):
                 flat = load(zero / name / f"{key}.pt", mmap=False)
@@ -192,13 +192,13 @@ def restore(engine, mofa: MatrixOptimizer, folder: Path, with_state: bool) -> No
                 f"{folder}: {name!r} has {whole.numel()} elements there, {numel} in this model. Use the model that the "
                 "checkpoint was saved with"
             )
-        if not hasattr(param, "ds_tensor"):
-            held = slice(None)
-            param.data.copy_(whole.view_as(param))
-        else:
+        if is_partitioned(param):
             shard = local_shard(param)
             held = slice(shard.start, shard.start + shard.flat.numel())
             shard.flat.copy_(whole[held])
+        else:
+            held = slice(None)
+            param.data.copy_(whole.view_as(param))
         master = saved_masters.get(name, whole)
         if master.numel() != numel:
             raise CheckpointError(

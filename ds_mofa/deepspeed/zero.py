@@ -5,6 +5,9 @@ bucket, no fp32 copy and no state for them. The object that it built then gets a
 own class, so that every isinstance check in the engine still holds.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -13,8 +16,9 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
+from ds_mofa.deepspeed import bases
 from ds_mofa.deepspeed.gradients import GradientMixin
-from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, move_shards
+from ds_mofa.deepspeed.matrices import Stage3Accessors, answer_for_whole, is_partitioned, move_shards
 from ds_mofa.groups import check_rates
 from ds_mofa.optimizer import MatrixOptimizer, clip_factor
 from ds_mofa.phases import phase
@@ -40,12 +44,13 @@ class GatheredWeight:
             self._weight.partition()
 
 
-def wrap_zero(optimizer, mofa: MatrixOptimizer, managed_accumulation: bool = True):
+def wrap_zero(optimizer: Any, mofa: MatrixOptimizer, managed_accumulation: bool = True) -> Any:
     """Weave ``mofa``'s matrices into the ZeRO optimizer that DeepSpeed has built around its AdamW.
 
     Args:
         managed_accumulation: DeepSpeed counts the micro-batches of a step, and so knows its last one.
     """
+    mixin: type[MatrixMixin]
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         mixin = Stage3Mixin
     elif isinstance(optimizer, BF16_Optimizer):
@@ -58,17 +63,18 @@ def wrap_zero(optimizer, mofa: MatrixOptimizer, managed_accumulation: bool = Tru
     return optimizer
 
 
-def swap_class(optimizer, mixin: type, mofa: MatrixOptimizer):
+def swap_class(optimizer: Any, mixin: type["MatrixMixin"], mofa: MatrixOptimizer) -> Any:
     """Give ``optimizer`` a class of ``mixin`` over its own."""
     optimizer.__class__ = type(f"{mofa.options.title}{type(optimizer).__name__}", (mixin, type(optimizer)), {})
     optimizer.mofa = mofa
     optimizer.matrix_state = None
-    mofa._opt_called = True  # torch's schedulers ask the facade whether a step came before theirs
+    facade: Any = mofa
+    facade._opt_called = True  # torch's schedulers ask the facade whether a step came before theirs
     optimizer.bind_accessors()
     return optimizer
 
 
-class MatrixMixin:
+class MatrixMixin(bases.Optimizer):
     """What every stage shares. ``step``: reduce the sketches, DeepSpeed's own step, then the matrices' step."""
 
     mofa: MatrixOptimizer
@@ -89,14 +95,14 @@ class MatrixMixin:
     def get_lr(self) -> float:
         return self.param_groups[0]["lr"]
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         matrices = self.mofa.matrices
         check_rates(self.param_groups)
         self.mofa.report_thawed()
         # Read now, DeepSpeed's step may change it. Wrappers without a scaler do not scale the loss.
-        self._scale = self.loss_scale if hasattr(self, "loss_scaler") else 1.0
+        self._scale: float = self.loss_scale if hasattr(self, "loss_scaler") else 1.0
         matrices.reduce(self._scale)
-        self._global_norm = matrices.norm
+        self._global_norm: Tensor = matrices.norm
         with phase("AdamW"), self.mofa.adamw_lr():
             result = self.deepspeed_step()
         if self.overflow:
@@ -105,7 +111,7 @@ class MatrixMixin:
             self.update_matrices()
         return result
 
-    def deepspeed_step(self):
+    def deepspeed_step(self) -> Any:
         """AdamW's part; must leave ``self.overflow`` True if the sketches hold a NaN or Inf."""
         return super().step()
 
@@ -141,7 +147,7 @@ class MatrixMixin:
         """Take over what :meth:`state_dict` holds of the matrices.
 
         Args:
-            masters: this rank's, in the place of the saved ones.
+            masters: this rank's, instead of the saved ones.
         """
         saved = state.get("mofasgd")
         if saved is None:
@@ -156,7 +162,7 @@ class MatrixMixin:
 
     def destroy(self) -> None:
         self.mofa.matrices.detach()
-        if hasattr(super(), "destroy"):
+        if hasattr(super(), "destroy"):  # the 16-bit wrappers of stage 0 have none
             super().destroy()
 
     def bind_accessors(self) -> None:
@@ -165,10 +171,12 @@ class MatrixMixin:
             answer_for_whole(matrix.param, written=self.mofa.matrices.masters.refresh)
 
 
-class ZeroMixin(MatrixMixin):
+class ZeroMixin(MatrixMixin, bases.Zero):
     """Stages 1 to 3: a list of state dicts, one for each saving rank; only the first has the factors."""
 
-    def load_state_dict(self, state_dict_list, load_optimizer_states=True, **kwargs):
+    def load_state_dict(
+        self, state_dict_list: Sequence[dict] | None, load_optimizer_states: bool = True, **kwargs: Any
+    ) -> None:
         super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
         if state_dict_list is None:
             return  # a universal checkpoint: universal.restore does the rest
@@ -198,7 +206,7 @@ class Stage12Mixin(GradientMixin, ZeroMixin):
                 masters.data = weights.data
         self._link_all_hp_params()  # its fragments are views of the masters
 
-    def deepspeed_step(self):
+    def deepspeed_step(self) -> Any:
         # In bf16 and fp32 DeepSpeed does not look for a NaN unless told to.
         checks = self.check_grad_overflow
         self.check_grad_overflow = checks or not self.mofa.matrices.finite
@@ -207,57 +215,59 @@ class Stage12Mixin(GradientMixin, ZeroMixin):
         finally:
             self.check_grad_overflow = checks
 
-    def has_overflow(self, partition_gradients=True):
+    def has_overflow(self, partition_gradients: bool = True) -> bool:
         if not self.mofa.matrices.finite:
             return True
         if self.compute_grad_norm and not self.cpu_offload:
             return False  # the norm, which is next, shows it; a search of every tensor would cost as much as the update
         return super().has_overflow(partition_gradients)
 
-    def scaled_global_norm(self, norm_type=2):
+    def scaled_global_norm(self, norm_type: float = 2) -> Tensor:
         return self.with_matrix_norm([super().scaled_global_norm(norm_type)])
 
 
-class Stage3Mixin(Stage3Accessors, ZeroMixin):
+class Stage3Mixin(Stage3Accessors, ZeroMixin, bases.Stage3):
     """DeepSpeedZeroOptimizer_Stage3."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self.mofa.adamw_gradients.restarted = True
 
-    def _get_norm_groups(self):
+    def _get_norm_groups(self) -> list[Tensor]:
         return [self.with_matrix_norm(super()._get_norm_groups())]
 
-    def has_overflow(self, partition_gradients=True):
+    def has_overflow(self, partition_gradients: bool = True) -> bool:
         return super().has_overflow(partition_gradients) or not self.mofa.matrices.finite
 
-    def _post_step(self, timer_names):
+    def _post_step(self, timer_names: Any) -> None:
         # Here every parameter is partitioned, and persistent ones are gathered next. Loading a checkpoint comes
         # by too, with nothing pending.
         if self.mofa.matrices.pending:
             self.update_matrices()
         super()._post_step(timer_names)
 
-    def invalidate_secondary_tensor(self):
+    def invalidate_secondary_tensor(self) -> None:
         super().invalidate_secondary_tensor()
         for matrix in self.mofa.split.matrices:  # else hpZ goes on with the old weights
+            assert is_partitioned(matrix.param)
             matrix.param.ds_secondary_tensor = None
 
     def bind_accessors(self) -> None:
         for matrix in self.mofa.split.matrices:
-            matrix.param._z3_optimizer = self
+            asked: Any = matrix.param
+            asked._z3_optimizer = self
         if self.offload_param:
             move_shards(self.mofa.split.matrices, HostMemory(self.offload_param_pin_memory))
 
 
-class Bf16Mixin(ZeroMixin):
+class Bf16Mixin(ZeroMixin, bases.Bf16):
     """BF16_Optimizer: stage 1 in bf16 with fp32 gradient accumulation."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)  # which drops what it has accumulated too
         self.mofa.matrices.clear()
 
-    def get_grads_for_norm(self, for_clipping=False):
+    def get_grads_for_norm(self, for_clipping: bool = False) -> Any:
         grads = super().get_grads_for_norm(for_clipping)
         if for_clipping:
             return grads

@@ -1,6 +1,6 @@
 """Sketches of several linears in two launches: P = X V and dY U for all of them, then Y += dY^T (X V), Z += X^T (dY U).
 
-The twin is ``ds_mofa.sketch.Sketch.add_linear``. At a thousand tokens a training step waits for the host, and one
+The twin is ``ds_mofa.capture.sketch.Sketch.add_linear``. At a thousand tokens a training step waits for the host, and one
 linear's four products cost it more than they cost the GPU.
 """
 

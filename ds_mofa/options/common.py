@@ -32,7 +32,7 @@ class CommonOptions(Checked):
             they are embeddings or output heads.
         exclude: likewise: parameters to leave to AdamW. Wins over ``include``.
         fused_head: compute the loss of a Hugging Face causal language model in its output head, by chunks of tokens
-            (:mod:`ds_mofa.head`): in training no tensor holds all logits, and the output's ``logits`` are None. A head
+            (:mod:`ds_mofa.capture.head`): in training no tensor holds all logits, and the output's ``logits`` are None. A head
             that ``include`` makes a matrix has no weight gradient either, only sketches.
         update_bytes: most bytes of temporaries of the factor update, on each rank, > 0: it works on so many matrices at
             a time, one at least. With the default all 224 matrices of LLaMA-8B at rank 32 are one batch on one GPU.

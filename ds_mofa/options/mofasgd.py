@@ -88,8 +88,8 @@ class MoFaSGDRuleOptions(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(MoFaSGDRuleOptions, OptimizerOptions):
-    """The options of MoFaSGD: :class:`~ds_mofa.options.CommonOptions` and its rule's :class:`MoFaSGDRuleOptions` for the
-    matrices, :class:`~ds_mofa.options.AdamWOptions` for everything else that is trained.
+    """The options of MoFaSGD: :class:`~ds_mofa.options.CommonOptions` and its rule's :class:`MoFaSGDRuleOptions` for
+    the matrices, :class:`~ds_mofa.options.AdamWOptions` for everything else that is trained.
 
     Raises:
         OptionError: a value out of its range or of the wrong type, or an unknown name.

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_mofa.profiler.categories import IN_ALLOCATOR, gb
-from ds_mofa.profiler.layers import verdict
 from ds_mofa.profiler.layout import fullest
+from ds_mofa.profiler.measure.layers import verdict
 
 __all__ = ["judge"]
 

@@ -1,44 +1,67 @@
-"""What a run is, for a prediction of its memory."""
+"""What a run is, for all that measure, predict or count: written as ``zero2:MoFaSGD:r=32``."""
 
+import argparse
 import dataclasses
+import functools
+import typing
+from collections.abc import Mapping
+from typing import Any
 
-from ds_mofa.profiler.simulate import PredictionError
+from ds_mofa.optimizers.registry import OPTIMIZERS, Entry, find
+from ds_mofa.options import OptimizerOptions, OptionError
+from ds_mofa.profiler.spelling import SettingError, read_fields, read_option, spell
+from ds_mofa.rules.rule import Rule
 
-__all__ = ["OPTIMIZERS", "Setting"]
+__all__ = ["BASELINES", "RunSetting", "SettingError", "known_optimizers"]
 
-OPTIMIZERS = ("AdamW", "MoFaSGD", "LoRA", "Muon", "GaLore")
+# What runs beside the optimizers of this package: torch's or DeepSpeed's own, and peft's adapters. The last two are
+# predicted only, Muon everywhere, LoRA under ZeRO.
+BASELINES = ("AdamW", "LoRA", "Muon")
+
+# A command line that predicts several optimizers leaves out what some of them do not have, but for these: a column of
+# AdamW would be taken for one with 8-bit moments.
+_NEVER_LEFT_OUT = ("adamw_states", "fused_head")
+_NEVER_OFFLOADED = ("LoRA", "Muon")
+_UNKNOWN = object()
+
+
+def known_optimizers() -> tuple[str, ...]:
+    """Every name that :attr:`RunSetting.optimizer` takes."""
+    return ("AdamW", *OPTIMIZERS, *(name for name in BASELINES if name != "AdamW"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """A run to predict.
+class RunSetting:
+    """A run: a model, a backend, an optimizer and the tokens of a step. See :meth:`of` and :meth:`parse`.
 
     Attributes:
         model_config: path of a model's shape.
-        optimizer: one of :data:`OPTIMIZERS`.
+        optimizer: one of :func:`known_optimizers`.
         zero: ZeRO stage, or None for a plain PyTorch loop.
         gpus: data-parallel ranks.
         seq: tokens of a sequence.
         micro_batch: sequences of one forward.
         micro_batches: of one optimizer step.
-        rank: of MoFaSGD, LoRA and GaLore.
-        explore: random directions beside the rank, of MoFaSGD.
+        rank: r, of the optimizers that have one.
+        options: of the optimizer, the others than ``rank``, where they are not its defaults: (name, value) by name.
         states: "fp32" or "bf16": DeepSpeed's master weights and moments. A plain loop keeps all in bf16.
-        checkpointing: recompute layers in backward.
-        liger: liger-kernel's fused norms, rotary embedding, SwiGLU and loss.
-        bucket: DeepSpeed's reduce_bucket_size, elements.
-        contiguous: DeepSpeed's contiguous_gradients.
-        prefetch: DeepSpeed's stage3_prefetch_bucket_size, elements.
-        leaf: whether stage 3 gathers a decoder layer as one, DeepSpeed's leaf_module.
-        adamw_reduce: ds_mofa's option of that name: "step", or "micro_batch".
-        adamw_states: ds_mofa's option of that name: "full", or "8bit".
-        fused_head: ds_mofa's option of that name; in the place of liger-kernel's loss.
-        head: "matrix" where MoFaSGD's ``include`` names the output head, else "adamw".
-        embed: "frozen" where the embedding is not trained, else "trained".
         offload: None, "optimizer" (DeepSpeed's offload_optimizer, to the host) or "param" (that and offload_param).
+        head: "matrix" where the optimizer's ``include`` names the output head, else "adamw".
+        embed: "frozen" where the embedding is not trained, else "trained".
+        checkpointing: recompute layers in backward.
+        liger: liger-kernel's fused norms, rotary embedding, SwiGLU and loss, but for the last with ``fused_head``.
+        leaf: whether stage 3 gathers a decoder layer as one, DeepSpeed's leaf_module.
+        prefetch: DeepSpeed's stage3_prefetch_bucket_size, elements.
+        contiguous: DeepSpeed's contiguous_gradients.
+        overlap: DeepSpeed's overlap_comm.
+        bucket: DeepSpeed's reduce_bucket_size, elements.
+        card: run out of memory where a GPU of so many GiB would; None: where this one does.
+
+    Raises:
+        SettingError: a value out of range, or a combination that does not run.
     """
 
-    model_config: str
+    model_config: str = ""
     optimizer: str = "MoFaSGD"
     zero: int | None = None
     gpus: int = 1
@@ -46,61 +69,235 @@ class Setting:
     micro_batch: int = 1
     micro_batches: int = 8
     rank: int = 8
-    explore: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
     states: str = "fp32"
-    checkpointing: bool = False
-    liger: bool = False
-    bucket: int = 100_000_000
-    contiguous: bool = True
-    prefetch: int = 100_000_000
-    leaf: bool = False
-    adamw_reduce: str = "step"
-    adamw_states: str = "full"
-    fused_head: bool = False
+    offload: str | None = None
     head: str = "adamw"
     embed: str = "trained"
-    offload: str | None = None
+    checkpointing: bool = False
+    liger: bool = False
+    leaf: bool = False
+    prefetch: int = 100_000_000
+    contiguous: bool = True
+    overlap: bool = True
+    bucket: int = 100_000_000
+    card: float | None = None
 
     def __post_init__(self):
-        names = {name.lower(): name for name in OPTIMIZERS}
+        names = {name.lower(): name for name in known_optimizers()}
         if self.optimizer.lower() not in names:
-            raise PredictionError(f"optimizer {self.optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
+            known = ", ".join(known_optimizers())
+            raise SettingError(f"optimizer {self.optimizer!r} is unknown: choose one of {known}")
         object.__setattr__(self, "optimizer", names[self.optimizer.lower()])
         for field in ("gpus", "seq", "micro_batch", "micro_batches", "rank"):
             if getattr(self, field) < 1:
-                raise PredictionError(f"{field} is {getattr(self, field)}: give 1 or more")
-        if self.explore < 0:
-            raise PredictionError(f"explore is {self.explore}: give 0 or more")
-        if self.zero not in (None, 0, 1, 2, 3):
-            raise PredictionError(f"zero is {self.zero}: give none, 0, 1, 2 or 3")
-        if self.states not in ("fp32", "bf16"):
-            raise PredictionError(f"states is {self.states!r}: give fp32 or bf16")
-        if self.adamw_reduce not in ("step", "micro_batch"):
-            raise PredictionError(f"adamw_reduce is {self.adamw_reduce!r}: give step or micro_batch")
-        for field, known in (
-            ("adamw_states", ("full", "8bit")), ("head", ("adamw", "matrix")), ("embed", ("trained", "frozen")),
-        ):  # fmt: skip
+                raise SettingError(f"{field} is {getattr(self, field)}: give 1 or more")
+        for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
-                raise PredictionError(f"{field} is {getattr(self, field)!r}: give {' or '.join(known)}")
-        ours = {
-            "adamw_states": self.adamw_states == "8bit",
-            "fused_head": self.fused_head,
-            "head": self.head == "matrix",
-        }
-        if self.optimizer != "MoFaSGD" and any(ours.values()):
-            found = ", ".join(field for field, given in ours.items() if given)
-            raise PredictionError(f"{found}: of MoFaSGD alone, not of {self.optimizer}")
-        if self.adamw_states == "8bit" and self.offload:
-            raise PredictionError("adamw_states is '8bit' with offload: ds_mofa refuses that. Leave one of them out")
+                raise SettingError(f"{field} is {getattr(self, field)!r}: give {_alternatives(known)}")
+        object.__setattr__(self, "options", self._checked(dict(self.options)))
+        self._check_backend()
+
+    # ------------------------------------------------------------------ made from
+
+    @classmethod
+    def of(cls, model_config: str = "", optimizer: str = "MoFaSGD", **values: Any) -> "RunSetting":
+        """From fields and options of the optimizer side by side: ``of(path, "MoFaSGD", zero=2, explore=8)``."""
+        own = {name: values.pop(name) for name in _FIELDS if name in values}
+        return cls(model_config, optimizer, options=tuple(values.items()), **own)
+
+    @classmethod
+    def parse(cls, run: str, **others: Any) -> "RunSetting":
+        """From ``BACKEND:OPTIMIZER[:OPTION=VALUE...]``, as ``str`` writes it.
+
+        Args:
+            run: BACKEND is ``torch`` or ``zero0`` to ``zero3``; an OPTION one of
+                :data:`ds_mofa.profiler.spelling.WORDS`, or of the optimizer's own.
+            others: what ``run`` does not say: ``model_config``, ``gpus``, or ``shape="1024x8"`` for the tokens of a
+                sequence and the micro-batches of a step.
+        """
+        text, _, path = run.partition(":model=")
+        backend, _, rest = text.partition(":")
+        optimizer, *words = rest.split(":")
+        names = [name.lower() for name in known_optimizers()]
+        if backend not in ("torch", "zero0", "zero1", "zero2", "zero3") or optimizer.lower() not in names:
+            raise SettingError(
+                f"{run!r} cannot be run: give torch or zero0 to zero3, an optimizer ({', '.join(known_optimizers())}) "
+                "after it, and options such as r=8, all with colons between them"
+            )
+        kinds = _option_kinds()
+        values: dict[str, Any] = {"model_config": path} if path else {}
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not equals:
+                raise SettingError(f"{run!r}: an option is written NAME=VALUE, such as r=8, and not {word!r}")
+            try:
+                values |= read_option(name, value, kinds)
+            except SettingError as error:
+                raise SettingError(f"{run!r}: {error}") from error
+        zero = None if backend == "torch" else int(backend.removeprefix("zero"))
+        return cls.of(optimizer=optimizer, zero=zero, **read_fields(others), **values)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, **others: Any) -> "RunSetting":
+        """From a command line whose options bear the names of the fields, or of the optimizer's options.
+
+        What is no such name is left out, and so is an option that this optimizer does not have and another has: one
+        command line may serve several optimizers.
+        """
+        given = read_fields({**vars(args), **others})
+        entry = find(given.get("optimizer", "MoFaSGD"))
+        kept = {"model_config", "optimizer", *_FIELDS, *_NEVER_LEFT_OUT, *(_defaults(entry) if entry else ())}
+        return cls.of(**{name: value for name, value in given.items() if name in kept})
+
+    def but(self, **changes: Any) -> "RunSetting":
+        """The same run with other values of fields or options, or another ``shape``."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "options"}
+        return RunSetting.of(**{**own, **dict(self.options), **read_fields(changes)})
+
+    # ------------------------------------------------------------------ written as
+
+    @property
+    def run(self) -> str:
+        """``BACKEND:OPTIMIZER[:OPTION=VALUE...]``, for result rows, which name model, shape and GPUs beside it."""
+        rank = {"rank": self.rank} if self.has_rank else {}
+        values = {name: getattr(self, name) for name in _FIELDS if name not in _BESIDE_A_RUN and name != "rank"}
+        changed = {name: value for name, value in values.items() if value != _FIELDS[name]}
+        backend = "torch" if self.zero is None else f"zero{self.zero}"
+        changed.pop("zero", None)
+        return ":".join([backend, self.optimizer, *spell({**rank, **dict(self.options), **changed})])
+
+    def __str__(self) -> str:
+        """All of it; ``parse`` gives the same setting back."""
+        beside = {name: getattr(self, name) for name in _BESIDE_A_RUN if getattr(self, name) != _FIELDS[name]}
+        rank = {} if self.has_rank or self.rank == _FIELDS["rank"] else {"rank": self.rank}
+        words = [self.run, *spell({**rank, **beside})]
+        return ":".join([*words, *([f"model={self.model_config}"] if self.model_config else [])])
+
+    @property
+    def shape(self) -> str:
+        """TOKENSxMICRO_BATCHES."""
+        return f"{self.seq}x{self.micro_batches}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields, and all options of the optimizer with their values, for JSON."""
+        own = dataclasses.asdict(self)
+        del own["options"]
+        return {**(dataclasses.asdict(self.parsed) if self.parsed is not None else {}), **own}
+
+    # ------------------------------------------------------------------ what the optimizer is
+
+    @property
+    def entry(self) -> Entry | None:
+        """Of the registry; None for one of :data:`BASELINES`."""
+        return find(self.optimizer)
+
+    @property
+    def has_rank(self) -> bool:
+        return self.entry is not None or self.optimizer == "LoRA"
+
+    def params(self, include: tuple[str, ...] = ()) -> dict[str, Any]:
+        """What to construct the optimizer with, but for its learning rate; of a baseline nothing.
+
+        Args:
+            include: patterns that name the output head where ``head`` is "matrix".
+        """
+        if self.entry is None:
+            return {}
+        params = {"rank": self.rank, **dict(self.options)}
+        if self.head == "matrix":
+            params["include"] = [*params.get("include", ()), *include]
+        return params
+
+    @functools.cached_property
+    def parsed(self) -> OptimizerOptions | None:
+        """The optimizer's options; None for a baseline."""
+        return None if self.entry is None else self.entry.options(**self.params())
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """One of the optimizer's options; ``default`` where it has none of that name."""
+        return getattr(self.parsed, name, default)
+
+    def rule(self) -> Rule | None:
+        """The rule of the matrices, with these options; None for a baseline."""
+        return None if self.entry is None else self.entry.rule(self.parsed)
+
+    # ------------------------------------------------------------------ what cannot be
+
+    def _checked(self, options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+        """The options without those that are defaults, in the order in which the optimizer declares them."""
+        own = {} if self.entry is None else _defaults(self.entry)
+        others = {name: value for entry in OPTIMIZERS.values() for name, value in _defaults(entry).items()}
+        given = {name: _hashable(value) for name, value in options.items()}
+        given = {name: value for name, value in given.items() if name in own or value != others.get(name, _UNKNOWN)}
+        if self.entry is None:
+            named = [*given, *(["head"] if self.head == "matrix" else [])]
+            if named:
+                raise SettingError(f"{', '.join(named)}: of {_owners(given)}, not of {self.optimizer}. Leave it out")
+            return ()
+        try:
+            parsed, _ = self.entry.options.from_config(
+                {"rank": self.rank, **given}
+            )  # it says what is close to a wrong name
+        except OptionError as error:
+            raise SettingError(str(error)) from error
+        values = {name: _hashable(getattr(parsed, name)) for name in own if name in given}
+        return tuple((name, value) for name, value in values.items() if value != own[name])
+
+    def _check_backend(self) -> None:
+        if self.option("adamw_states") == "8bit" and self.offload:
+            raise SettingError("adamw_states is '8bit' with offload: ds_mofa refuses that. Leave one of them out")
         if self.zero is None and self.gpus > 1:
-            raise PredictionError("several GPUs without ZeRO: ds_mofa has no such backend. Give --zero 0, 1, 2 or 3")
+            raise SettingError("several GPUs without ZeRO: ds_mofa has no such backend. Give --zero 0, 1, 2 or 3")
         if self.zero == 0 and self.states == "bf16":
-            raise PredictionError("bf16 states at ZeRO stage 0: DeepSpeed keeps fp32 ones there. Use stage 1 or 2")
-        if self.optimizer == "GaLore" and self.zero is not None:
-            raise PredictionError("GaLore does not run under ZeRO: predict it with --zero none")
-        if self.offload not in (None, "optimizer", "param"):
-            raise PredictionError(f"offload is {self.offload!r}: give optimizer or param, or leave it out")
-        if self.offload and (self.optimizer not in ("AdamW", "MoFaSGD") or self.zero not in (1, 2, 3)):
-            raise PredictionError("offload is predicted of AdamW and MoFaSGD in ZeRO stages 1 to 3: give one of these")
+            raise SettingError("bf16 states at ZeRO stage 0: DeepSpeed keeps fp32 ones there. Use stage 1 or 2")
+        able = ", ".join(name for name in known_optimizers() if name not in _NEVER_OFFLOADED)
+        if self.offload and (self.optimizer in _NEVER_OFFLOADED or self.zero not in (1, 2, 3)):
+            raise SettingError(f"offload is known of {able} in ZeRO stages 1 to 3: give one of these")
         if self.offload == "param" and self.zero != 3:
-            raise PredictionError(f"offload is 'param' at ZeRO stage {self.zero}: it needs stage 3, or give optimizer")
+            raise SettingError(f"offload is 'param' at ZeRO stage {self.zero}: it needs stage 3, or give optimizer")
+
+
+_FIELDS: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(RunSetting)
+    if field.name not in ("model_config", "optimizer", "options")
+}
+_BESIDE_A_RUN = ("gpus", "seq", "micro_batch", "micro_batches")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "zero": (None, 0, 1, 2, 3),
+    "states": ("fp32", "bf16"),
+    "offload": (None, "optimizer", "param"),
+    "head": ("adamw", "matrix"),
+    "embed": ("trained", "frozen"),
+}
+
+
+def _alternatives(known: tuple[Any, ...]) -> str:
+    *first, last = ["none" if one is None else str(one) for one in known]
+    return f"{', '.join(first)} or {last}"
+
+
+def _defaults(entry: Entry) -> dict[str, Any]:
+    """The optimizer's options but for ``rank``, by name."""
+    return {name: _hashable(getattr(_plain(entry), name)) for name in entry.options.names() if name != "rank"}
+
+
+@functools.cache
+def _plain(entry: Entry) -> OptimizerOptions:
+    return entry.options()
+
+
+def _option_kinds() -> dict[str, Any]:
+    """Type of each option of any optimizer."""
+    hints = [(typing.get_type_hints(entry.options), _defaults(entry)) for entry in OPTIMIZERS.values()]
+    return {name: kinds[name] for kinds, names in reversed(hints) for name in names}
+
+
+def _owners(options: Mapping[str, Any]) -> str:
+    able = [entry.name for entry in OPTIMIZERS.values() if set(options) <= set(_defaults(entry))]
+    return " and ".join(able) or "no optimizer"
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

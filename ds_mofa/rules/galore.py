@@ -39,18 +39,16 @@ subspace to the one before.
 """
 
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ds_mofa.factors import gradient_came, leading_svd
+from ds_mofa.factors import leading_svd
 from ds_mofa.orthonormal import Side, complements
-from ds_mofa.owner import Owner, Piece
-from ds_mofa.partition import Exchange, Layout, Shapes
+from ds_mofa.rules.batch import Field, MatrixBatch, PlaceSigns
 from ds_mofa.rules.rule import Rule, State
-from ds_mofa.subbatches import Part
 
 if TYPE_CHECKING:
     from ds_mofa.options import GaLoreOptions
@@ -62,67 +60,54 @@ logger = logging.getLogger("ds_mofa")
 
 class GaLoreRule(Rule):
     """The state of an m x n matrix is P (s, r), gradients (1,), which counts them, m and v (l, r); before the first
-    gradient all zero.
+    gradient all zero. It is written in place, for nothing of the update can fail on one rank alone.
 
     During a step that refreshes, every rank also holds the old P of all matrices, in the compute dtype.
     """
 
     name = "GaLore"
-    fields = ("P", "gradients", "m", "v")
+    redraws = True
 
     def __init__(self, options: "GaLoreOptions"):
         super().__init__(options.rank, options.seed)
         self._options = options
-        self._before: dict[int, Tensor] = {}  # by the block's offset, the P that the step's sketches were taken with
-        self._waiting: dict[Part, bool] = {}  # whether some of these have had no gradient yet; unknown at first
 
     @staticmethod
-    def tensors(m: int, n: int, r: int) -> Shapes:
+    def fields(m: int, n: int, r: int) -> tuple[Field, ...]:
         s, l = sorted((m, n))  # noqa: E741
-        return (s, r), (1,), (l, r), (l, r)
+        return Field("P", (s, r)), Field("gradients", (1,)), Field("m", (l, r)), Field("v", (l, r))
 
-    def projected_square(self, owner: Owner, reduced: Tensor, steps: int) -> Tensor:
-        square = reduced.new_zeros((), dtype=torch.float64)
-        for piece in owner.pieces(reduced):
-            short, long = _sides(piece.part.block.shape, piece.Y, piece.Z)
-            square += torch.linalg.vector_norm(long, dtype=torch.float64).square()
-            if self._refreshes(steps) or self._waits(piece.part):  # a NaN or Inf there must not become a basis
-                square += 0 * torch.linalg.vector_norm(short, dtype=torch.float64)
-        return square
+    def squared_norm(self, batch: MatrixBatch, step: int) -> tuple[Tensor, None]:
+        short, long = _sides(batch.shape, batch.Y, batch.Z)
+        square = _square(long)
+        if self._refreshes(step) or _may_wait(batch):  # a NaN or Inf there must not become a basis
+            square = square + 0 * _square(short)
+        return square, None
 
-    def projected_squares(self, owner: Owner, reduced: Tensor) -> list[Tensor]:
-        sides = (_sides(piece.part.block.shape, piece.Y, piece.Z) for piece in owner.pieces(reduced))
-        return [torch.linalg.vector_norm(long, dim=(-2, -1), dtype=torch.float64).square() for _, long in sides]
+    def update(self, batches: Sequence[MatrixBatch], reused: Sequence[Any], *, step: int, clip: float | Tensor) -> None:
+        for batch in batches:
+            self._update(batch, clip, self._refreshes(step))
 
-    def update(self, owner: Owner, reduced: Tensor, working: Tensor, clip: float | Tensor, steps: int) -> None:
-        refreshes = self._refreshes(steps)
-        if refreshes and steps > 0:
-            for block in owner.layout.blocks:
-                self._before[block.offset] = _sides(block.shape, *block.views(working)[:2])[0].clone()
-        for pieces in owner.passes(reduced, back=True):
-            for piece in pieces:
-                self._update(piece, working, clip, refreshes)
-
-    def _update(self, piece: Piece, working: Tensor, clip: float | Tensor, refreshes: bool) -> None:
-        P, gradients, m, v = piece.state
-        short, long = _sides(piece.part.block.shape, piece.Y, piece.Z)
-        came = gradient_came(piece.Y, piece.Z)[:, None, None]
+    def _update(self, batch: MatrixBatch, clip: float | Tensor, refreshes: bool) -> None:
+        P, gradients, m, v = batch.state
+        short, long = _sides(batch.shape, batch.Y, batch.Z)
+        came = batch.came[:, None, None]
         begun = gradients.unsqueeze(-1) > 0
         self._adam(m, v, long.mul_(clip), gradients.unsqueeze(-1), came & begun)
-        waited = self._waits(piece.part)
+        waited = _may_wait(batch)
         chooses = came if refreshes else came & ~begun
         if refreshes or waited and bool(chooses.any()):
             torch.where(chooses, basis_of(short), P, out=P)
         if waited:
             known = came | begun
-            self._waiting[piece.part] = not bool(known.all())
-            for sketch, view in zip((piece.Y, piece.Z), piece.part.views(working)):  # those that wait keep theirs
+            batch.memo["may_wait"] = not bool(known.all())
+            for sketch, view in zip((batch.Y, batch.Z), (batch.left, batch.right)):  # those that wait keep theirs
                 torch.where(known, sketch, view.to(sketch.dtype), out=sketch)
             torch.where(known, P, short, out=short)
         else:
             short.copy_(P)
         gradients.add_(came.squeeze(-1))
-        piece.core.copy_(came.squeeze(-1))
+        batch.spectrum.fill_(1)
 
     def _adam(self, m: Tensor, v: Tensor, R: Tensor, t: Tensor, moves: Tensor) -> None:
         """Move the moments of those that move, (B, 1, 1), by R, and write the direction over it; t is (B, 1, 1)."""
@@ -138,69 +123,66 @@ class GaLoreRule(Rule):
         root = (v / left2).sqrt_().add_(self._options.eps)
         torch.div(m, left1, out=R).div_(root)
 
-    def _waits(self, part: Part) -> bool:
-        """Whether a matrix of this part may be without a gradient so far. The host waits to know, once for most."""
-        return self._waiting.get(part, True)
+    def previous(self, shape: tuple[int, int], left: Tensor, right: Tensor, step: int) -> Tensor | None:
+        """The P that a refreshing step still moves by."""
+        return _sides(shape, left, right)[0] if step > 0 and self._refreshes(step) else None
 
-    def publish(self, owner: Owner, updated: Tensor | None, working: Tensor, exchange: Exchange) -> None:
-        for block in owner.blocks:
-            for view, value in zip(block.views(working), owner.sketches(block, updated), strict=True):
-                view.copy_(value)
-
-    def keep(self, owner: Owner, updated: Tensor) -> None:
-        """The moments have moved where they lie: nothing of the update can fail on one rank alone."""
-
-    def written(self, part: Part, working: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        left, right, coefficients = part.views(working)
-        before = self._before.get(part.block.offset)
-        if before is None:
+    def written(
+        self,
+        shape: tuple[int, int],
+        left: Tensor,
+        right: Tensor,
+        coefficients: Tensor,
+        *,
+        previous: Tensor | None,
+        signs: PlaceSigns | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if previous is None:
             return left, right, coefficients
-        return *((before, right) if _is_wide(part.block.shape) else (left, before)), coefficients
+        return *((previous, right) if _is_wide(shape) else (left, previous)), coefficients
 
     def lr_factor(self, m: int, n: int) -> float:
         return self._options.alpha
 
-    def prepare(self, layout: Layout, working: Tensor, steps: int) -> None:
-        self._before.clear()
-        if steps == 0:
-            self._waiting.clear()
-        super().prepare(layout, working, steps)
-        if steps > 0 and self._refreshes(steps):
-            self._draw_long(layout, working, steps)
+    def last_draw(self, step: int) -> int:
+        return step - step % self._options.refresh_every
 
-    def restore(self, state_layout: Layout, state: Tensor, layout: Layout, working: Tensor, steps: int) -> None:
-        self._waiting.clear()
-        super().prepare(layout, working, 0)  # for those that wait; of the others the long sides are no matter
-        if steps >= self._options.refresh_every:
-            self._draw_long(layout, working, steps - steps % self._options.refresh_every)
-        for saved, block in zip(state_layout.blocks, layout.blocks, strict=True):
-            short, _ = _sides(block.shape, *block.views(working)[:2])
-            P, gradients, *_ = saved.views(state)
-            short.copy_(torch.where(gradients.unsqueeze(-1) > 0, P, short.to(P.dtype)))
+    def drawn(self, shape: tuple[int, int], left: Tensor, right: Tensor, step: int) -> tuple[Tensor, ...]:
+        """Before a refresh new test matrices for the long side."""
+        return super().drawn(shape, left, right, step) if step == 0 else _sides(shape, left, right)[1:]
 
-    def _draw_long(self, layout: Layout, working: Tensor, steps: int) -> None:
-        """New test matrices into the long sides of all working copies."""
-        for block in layout.blocks:
-            _, long = _sides(block.shape, *block.views(working)[:2])
-            for index, view in zip(block.members, long, strict=True):
-                self.draw(view, self.generator(index, steps))
+    def restore(self, shape: tuple[int, int], state: State, left: Tensor, right: Tensor, spectrum: Tensor) -> None:
+        """P, for those matrices that have one; of the others the test matrices stay."""
+        short, _ = _sides(shape, left, right)
+        P, gradients, *_ = state
+        short.copy_(torch.where(gradients.unsqueeze(-1) > 0, P, short.to(P.dtype)))
 
-    def completed(self, saved: Mapping[str, Tensor], steps: int) -> Mapping[str, Tensor]:
-        """A state without the count of a matrix' gradients is from when every step was one."""
+    def completed(self, saved: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
+        """A state without the count of a matrix's gradients is from when every step was one."""
         if "gradients" in saved or not isinstance(saved.get("m"), Tensor):
             return saved
-        return {**saved, "gradients": saved["m"].new_full((1,), float(steps))}
+        return {**saved, "gradients": saved["m"].new_full((1,), float(step))}
 
-    def resized(self, saved: list[State], ranks: set[int]) -> tuple[list[State], str]:
+    def resized(self, saved: Sequence[State], ranks: set[int]) -> tuple[list[State], str]:
         were = ", ".join(map(str, sorted(ranks)))
         raise ValueError(
-            f"the checkpoint's bases have rank {were}, this run's {self.rank}, and GaLore's moments mean nothing in "
+            f"the checkpoint's bases have rank {were}, this run's {self.r}, and GaLore's moments mean nothing in "
             f'other directions. Set "rank" to {were}, or take its weights alone (load_optimizer_states=False)'
         )
 
-    def _refreshes(self, steps: int) -> bool:
+    def _refreshes(self, step: int) -> bool:
         """Whether the step after so many others chooses P: GaLore's steps 1, T + 1, 2 T + 1, ..."""
-        return steps % self._options.refresh_every == 0
+        return step % self._options.refresh_every == 0
+
+
+def _may_wait(batch: MatrixBatch) -> bool:
+    """Whether a matrix of this batch may be without a gradient so far. The host waits to know, once for most."""
+    return batch.memo.get("may_wait", True)
+
+
+def _square(sketch: Tensor) -> Tensor:
+    """Squared norm of each matrix's sketch, (B,), float64."""
+    return torch.linalg.vector_norm(sketch, dim=(-2, -1), dtype=torch.float64).square()
 
 
 def basis_of(Y: Tensor) -> Tensor:

@@ -1,36 +1,30 @@
-"""What an update rule is to the step that carries it (:class:`ds_mofa.step.MatrixStep`): its maths and its state.
+"""What a method must say to be trained with: its maths on batches of matrices, and which numbers it keeps.
 
-The step knows ranks, buffers and weights. In every optimizer step it
+A rule knows no process, buffer, owner or process group; :mod:`ds_mofa.driver` knows these, and no method. In every
+optimizer step
 
-    sketches    Y = G V and Z = G^T U in backward, U and V being what stands in the working copies
-    reduces     them to each matrix' owner; :meth:`Rule.square_norm`, for clipping
-    updates     the owner's state, :meth:`Rule.update`, and what it publishes, :meth:`Rule.publish`
-    gathers     the published left (m x r), right (n x r) and coefficients (r) on every rank
-    writes      W <- W - lr f left diag(coefficients) right^T, with what :meth:`Rule.written` returns
-    prepares    the working copies for the next backward, :meth:`Rule.prepare`: without communication
+    backward    takes the sketches Y = G right and Z = G^T left, right and left being the working copies
+    reduce      gives them to each matrix's owner; :meth:`Rule.squared_norm`, for clipping
+    update      :meth:`Rule.update` turns them into the new left (m x r), right (n x r) and spectrum (r)
+    gather      gives these to every rank, the spectrum as :meth:`Rule.coefficients`
+    commit      stores what belongs to the state (:attr:`Field.slot`), once every rank has succeeded
+    write       W <- W - lr f left diag(coefficients) right^T, with what :meth:`Rule.written` returns
+    prepare     :meth:`Rule.last_draw` says whether the next backward sketches with new random matrices
 
-A matrix whose sketches are both zero has had no gradient: its state stays, and its coefficients are published as zeros,
-by which every rank knows that it is not to be written, nor decayed.
+A matrix without a gradient must stay: its state keeps its bits, and the driver publishes zero coefficients for it, by
+which every rank knows that it is neither written nor decayed.
 
-So what is published, what is kept and what sketches need not be the same columns. A rule's update must be linear in
-what it needs of the gradient, and of low rank. What is sent has r columns, or more where :attr:`Rule.columns` says so.
+A rule's update must be of low rank, and linear in what it needs of the gradient.
 """
 
 import abc
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ds_mofa.partition import Exchange, Layout, Shapes
-from ds_mofa.subbatches import Part
-from ds_mofa.weights import Rounding, rounding_key
-
-if TYPE_CHECKING:
-    from ds_mofa.owner import Owner
-    from ds_mofa.partition import Block
+from ds_mofa.rules.batch import Field, MatrixBatch, PlaceSigns
 
 __all__ = ["Rule", "State"]
 
@@ -40,148 +34,166 @@ State = tuple[Tensor, ...]
 class Rule(abc.ABC):
     """One way to move matrices by their sketches.
 
-    ``steps`` is always the number of optimizer steps that were taken before the one at hand; with 0 the working copies
-    hold the Gaussian test matrices Psi (m x r) and Omega (n x r) of :meth:`prepare`.
+    ``step`` is always the number of optimizer steps before the one at hand. At 0 the working copies hold the Gaussian
+    test matrices Psi (m x r) and Omega (n x r), whose elements have variance 1 / r.
+
+    Args:
+        r: directions of each matrix, the rank of its factors.
+        seed: of all random numbers.
 
     Attributes:
         name: of the optimizer, as users write it.
-        fields: names of the state's tensors in a checkpoint, in the order of :meth:`tensors`.
-        columns: of the sketches and the working copies; the state has ``rank``.
+        signs: k, columns of random signs beside the r, drawn anew before each backward. Every rank has them in its
+            working copies then, and gets them again at the write.
+        can_fail: :meth:`update` may raise a ``torch.linalg.LinAlgError``, which skips the step on every rank. Every
+            field then needs a slot.
+        norm_reads_state: :meth:`squared_norm` needs ``batch.state``.
         diagnostics_every: optimizer steps between two reports of :meth:`measures`; 0 for none.
+        summaries: how many numbers :meth:`summary` returns.
+        redraws: test matrices of some step may still be in the working copies when a state is saved; a load draws them
+            once more, and then calls :meth:`restore`.
     """
 
     name: ClassVar[str]
-    fields: ClassVar[tuple[str, ...]]
+    can_fail: ClassVar[bool] = False
+    norm_reads_state: ClassVar[bool] = False
+    redraws: ClassVar[bool] = False
     diagnostics_every: int = 0
+    summaries: int = 0
 
-    def __init__(self, rank: int, seed: int):
-        self.rank, self.seed = rank, seed
-
-    @property
-    def columns(self) -> int:
-        return self.rank
+    def __init__(self, r: int, seed: int, signs: int = 0):
+        self.r, self.seed, self.signs = r, seed, signs
 
     # ------------------------------------------------------------------ what is kept
 
     @staticmethod
     @abc.abstractmethod
-    def tensors(m: int, n: int, r: int) -> Shapes:
-        """Shapes of what the owner of an m x n matrix keeps of it, in fp32."""
+    def fields(m: int, n: int, r: int) -> tuple[Field, ...]:
+        """What the owner of an m x n matrix keeps of it, in fp32."""
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Names of the state's tensors."""
+        return tuple(field.name for field in cls.fields(1, 1, 1))
+
+    @classmethod
+    def field_shapes(cls, m: int, n: int, r: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the state's tensors of an m x n matrix."""
+        return tuple(field.shape for field in cls.fields(m, n, r))
+
+    @property
+    def columns(self) -> int:
+        """R, columns of the sketches and the working copies."""
+        return self.r + self.signs
 
     @abc.abstractmethod
     def resized(self, saved: Sequence[State], ranks: set[int]) -> tuple[list[State], str]:
-        """A checkpoint's states, of other ``ranks``, at this run's rank; and a line that says what that does.
+        """A checkpoint's states, one for each matrix, of other ``ranks``, at this run's r; and a line that says what that
+        does.
 
         Raises:
             ValueError: there is no way.
         """
 
-    def completed(self, saved: Mapping[str, Tensor], steps: int) -> Mapping[str, Tensor]:
-        """One matrix' state in a checkpoint after ``steps`` steps, with the :attr:`fields` that it may lack."""
+    def completed(self, saved: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
+        """One matrix's state in a checkpoint after ``step`` steps, with the fields that an older version did not write."""
         return saved
 
-    def held(self) -> list[Tensor]:
-        """What every rank keeps besides, for no checkpoint."""
-        return []
+    def check_shapes(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+        """Raise an OptionError where the options do not fit matrices of these shapes and working copies of ``dtype``."""
 
     # ------------------------------------------------------------------ a step, in its order
 
-    def square_norm(self, owner: "Owner", reduced: Tensor, steps: int) -> Tensor:
-        """Squared norm of what the rule sees of this rank's gradients, 0-dim."""
-        if steps == 0:  # E |G Omega|^2 = |G|^2, and the same of the other sketch
-            return reduced.square().sum() / 2
-        return self.projected_square(owner, reduced, steps)
+    @abc.abstractmethod
+    def squared_norm(self, batch: MatrixBatch, step: int) -> tuple[Tensor, Any]:
+        """Squared norm (B,), float64, of what the rule sees of each gradient, and what :meth:`update` may reuse.
+
+        It is asked after the first step: in that one |G Omega|^2 has the expectation |G|^2.
+        """
 
     @abc.abstractmethod
-    def projected_square(self, owner: "Owner", reduced: Tensor, steps: int) -> Tensor:
-        """:meth:`square_norm` after the first step; float64, also on an owner of no matrix."""
-
-    def squares(self, owner: "Owner", reduced: Tensor, steps: int) -> list[Tensor]:
-        """:meth:`square_norm` of each matrix: (B,) for each of ``owner.pieces``. It is called after that method."""
-        if steps == 0:
-            sketches = ((piece.Y[..., : self.rank], piece.Z[..., : self.rank]) for piece in owner.pieces(reduced))
-            return [sum(sketch.double().square().sum((-2, -1)) for sketch in pair) / 2 for pair in sketches]
-        return self.projected_squares(owner, reduced)
-
-    @abc.abstractmethod
-    def projected_squares(self, owner: "Owner", reduced: Tensor) -> list[Tensor]:
-        """:meth:`squares` after the first step."""
-
-    @abc.abstractmethod
-    def update(self, owner: "Owner", reduced: Tensor, working: Tensor, clip: float | Tensor, steps: int) -> None:
-        """Work ``reduced`` into what :meth:`publish` and :meth:`keep` need, in its place.
+    def update(self, batches: Sequence[MatrixBatch], reused: Sequence[Any], *, step: int, clip: float | Tensor) -> None:
+        """Overwrite Y, Z and spectrum of each batch with the new left, right and spectrum.
 
         Args:
-            reduced: this rank's segment of the mean sketches.
-            working: the whole of the working copies that they were taken with.
+            batches: so many as fit into ``update_bytes`` of temporaries.
+            reused: what :meth:`squared_norm` returned for each; in the first step None.
             clip: factor on the gradient, <= 1.
 
         Raises:
-            torch.linalg.LinAlgError: the state must be as it was; only of a rule that has :meth:`failed`.
+            torch.linalg.LinAlgError: only where ``can_fail``.
         """
 
-    @abc.abstractmethod
-    def publish(self, owner: "Owner", updated: Tensor | None, working: Tensor, exchange: Exchange) -> None:
-        """Write this rank's part of the working copies. Collective.
+    def summary(self, spectrum: Tensor, came: Tensor) -> Tensor:
+        """Numbers of a batch that are summed over all matrices for :meth:`coefficients`; (summaries,), float64. It is
+        asked where :attr:`summaries` is not 0.
 
         Args:
-            updated: what :meth:`update` has made of the sketches; None where it has raised.
+            spectrum: (B, R).
+            came: (B,), which matrices had a gradient.
         """
+        raise NotImplementedError
 
-    def failed(self, layout: Layout, working: Tensor, steps: int) -> bool:
-        """Whether the gathered working copies say that an owner's update has raised; the same on every rank."""
-        return False
+    def coefficients(self, spectrum: Tensor, total: Tensor | None) -> Tensor:
+        """What each published column is multiplied by in the update, (B, R).
 
-    def take_back(self, owner: "Owner", working: Tensor, exchange: Exchange) -> None:
-        """After :meth:`failed`: :meth:`publish` once more, from the state before the step. Collective."""
-        raise NotImplementedError(f"{self.name} has no update that fails")
-
-    @abc.abstractmethod
-    def keep(self, owner: "Owner", updated: Tensor) -> None:
-        """The step is certain: let ``updated`` be the state."""
-
-    def forget(self) -> None:
-        """Drop what :meth:`square_norm` has kept for :meth:`update`."""
-
-    def measures(self, owner: "Owner", updated: Tensor, clip: float | Tensor, count: int) -> Tensor | None:
-        """:data:`ds_mofa.diagnostics.MEASURES` of this rank's among ``count`` matrices, before :meth:`keep`; float64,
-        zero for the others'. None where there are none.
+        Args:
+            spectrum: (B, R).
+            total: the sum of all :meth:`summary`; None without.
         """
+        return spectrum
+
+    def measures(self, state: State, reused: Any, spectrum: Tensor, clip: float | Tensor) -> Tensor:
+        """:data:`ds_mofa.diagnostics.MEASURES` (B, measures), float64, of a batch's update. It is asked where
+        :attr:`diagnostics_every` is not 0.
+
+        Args:
+            state: before the update, where it is kept, which may be the host.
+            reused: what :meth:`squared_norm` returned.
+            spectrum: (B, R), of the update.
+        """
+        raise NotImplementedError
+
+    def previous(self, shape: tuple[int, int], left: Tensor, right: Tensor, step: int) -> Tensor | None:
+        """What of the working copies before the update :meth:`written` needs; None where it needs nothing."""
         return None
 
-    def parts(self, block: "Block") -> list[Part]:
-        """The matrices of ``block``, so many at a time as are to be written together."""
-        return [Part(block, 0, len(block.members))]
+    def written(
+        self,
+        shape: tuple[int, int],
+        left: Tensor,
+        right: Tensor,
+        coefficients: Tensor,
+        *,
+        previous: Tensor | None,
+        signs: PlaceSigns | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """left (B, m, c), right (B, n, c) and coefficients (B, c) of the update of W, for any c.
 
-    def written(self, part: Part, working: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """left (B, m, r), right (B, n, r) and coefficients (B, r) of the update of W, on every rank; the coefficients
-        of a matrix that stays are all zero.
+        Args:
+            left: (B, m, R), as published; the others likewise.
+            previous: what :meth:`previous` returned.
+            signs: writes the signs that the step's sketches were taken with, where :attr:`signs` is not 0.
         """
-        return part.views(working)
+        return left, right, coefficients
 
     @abc.abstractmethod
     def lr_factor(self, m: int, n: int) -> float:
         """What lr is multiplied by for a linear map of n inputs and m outputs."""
 
-    def prepare(self, layout: Layout, working: Tensor, steps: int) -> None:
-        """Make the working copies what the next backward sketches with: after each write, a start, or a load."""
-        if steps == 0:
-            for index in range(len(layout.owners)):
-                generator = self.generator(index, steps)
-                for view in layout.views(working, index)[:2]:
-                    self.draw(view[..., : self.rank], generator)
+    # ------------------------------------------------------------------ the working copies of the next backward
 
-    @abc.abstractmethod
-    def restore(self, state_layout: Layout, state: Tensor, layout: Layout, working: Tensor, steps: int) -> None:
-        """The working copies from the whole of a loaded state, on every rank; :meth:`prepare` comes after it."""
+    def last_draw(self, step: int) -> int:
+        """The last step, at most ``step``, before which test matrices are drawn. All rules draw some before step 0."""
+        return 0
 
-    # ------------------------------------------------------------------ seeded test matrices
+    def drawn(self, shape: tuple[int, int], left: Tensor, right: Tensor, step: int) -> tuple[Tensor, ...]:
+        """Which of a batch's working copies (B, ., R) are drawn before ``step``: views of them."""
+        return left[..., : self.r], right[..., : self.r]
 
-    def generator(self, index: int, steps: int) -> torch.Generator:
-        """Of one matrix and step: the same on every rank, whatever the world size."""
-        return torch.Generator().manual_seed(rounding_key(Rounding(False, self.seed, steps), index))
-
-    def draw(self, view: Tensor, generator: torch.Generator) -> None:
-        """Gaussian of variance 1 / r, so that |G Omega| ~ |G|."""
-        drawn = torch.randn(view.shape, generator=generator, dtype=torch.float32, device="cpu")
-        view.copy_(drawn / math.sqrt(self.rank))
+    def restore(self, shape: tuple[int, int], state: State, left: Tensor, right: Tensor, spectrum: Tensor) -> None:
+        """Write a loaded state into a batch's working copies: by default each field with a slot."""
+        slots = {"left": left, "right": right, "spectrum": spectrum}
+        for field, value in zip(self.fields(*shape, self.r), state, strict=True):
+            if field.slot is not None:
+                slots[field.slot][..., : self.r] = value

@@ -21,7 +21,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def _kept(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     if isinstance(optimizer, MatrixOptimizer):
-        yield from (optimizer.matrices.factors, optimizer.matrices.working, *optimizer.matrices.rule.held())
+        yield from (optimizer.matrices.factors, optimizer.matrices.working, *optimizer.matrices.held())
         yield from optimizer.matrices.masters.state_dict().values()
         optimizer = optimizer.adamw
     if optimizer is not None:

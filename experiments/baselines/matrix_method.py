@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_mofa import sketch
+from ds_mofa.capture.attach import Attachment, attach
 from ds_mofa.options import CaptureMode
 from ds_mofa.parameters import Matrix
 from experiments.baselines.orientation import like, wide
@@ -33,7 +33,7 @@ class MatrixMethod(torch.optim.Optimizer):
             for p in group["params"]:
                 self._places[p] = number, len(self._places)
         self._captured: dict[nn.Parameter, ProjectedGradient] = {}
-        self._attachment: sketch.Attachment | None = None
+        self._attachment: Attachment | None = None
 
     def direction(self, G: Gradient, state: dict[str, Any], group: dict[str, Any], index: int) -> Tensor:
         """D (s, l), descent being W - lr D.
@@ -60,7 +60,7 @@ class MatrixMethod(torch.optim.Optimizer):
             matrix.param: ProjectedGradient(matrix.shape, functools.partial(self._projector_of, matrix.param))
             for matrix in matrices
         }
-        self._attachment = sketch.attach(matrices, list(self._captured.values()), mode)
+        self._attachment = attach(matrices, list(self._captured.values()), mode)
 
     def detach(self) -> None:
         """End the capture: the matrices get their ``.grad`` again, for another optimizer of the same model."""

@@ -2,7 +2,7 @@
 
 For y = x W^T the gradient is G = dY^T x, so P^T G = (dY P)^T x, or for a tall W, whose smaller dimension is the other,
 (G P)^T = (x P)^T dY: one thin product and one of r rows in the place of the weight-gradient GEMM. That is what
-MoFaSGD's linear (:mod:`ds_mofa.sketch`) does on both sides; this is its one-sided sketch, filled by the same linear and
+MoFaSGD's linear (:mod:`ds_mofa.capture`) does on both sides; this is its one-sided sketch, filled by the same linear and
 the same hook.
 """
 
@@ -42,7 +42,7 @@ class ProjectedGradient:
     """
 
     param: nn.Parameter | None = None
-    grad = None  # as ds_mofa.sketch.Sketch has them: here the matrix' .grad stays None
+    grad = None  # as ds_mofa.capture.sketch.Sketch has them: here the matrix' .grad stays None
 
     def __init__(self, shape: tuple[int, int], projector: Callable[[], Tensor | None]):
         self.value: Tensor | None = None
@@ -61,6 +61,11 @@ class ProjectedGradient:
         """Add a gradient that exists, and is given up to this. grad: (m, n)."""
         P, G = self._current(), wide(grad)
         self._add(G if P is None else P.to(G.dtype).mT @ G)
+
+    def take(self, grad: Tensor) -> None:
+        """Add what autograd has put into the matrix's ``.grad``, and take it from there."""
+        self.add_gradient(grad)
+        self.param.grad = None
 
     def _current(self) -> Tensor | None:
         if self.value is None:

@@ -9,7 +9,8 @@ from torch import nn
 from ds_mofa import MoFaSGD
 from ds_mofa.exploring import Look, directions
 from ds_mofa.partition import Layout
-from ds_mofa.rules.exploration import Exploration
+from ds_mofa.rules.exploration import with_signs
+from ds_mofa.signs import SignColumns
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,19 +24,19 @@ SHAPES = [(96, 40), (40, 96), (96, 40), (257, 33)]
 def _working(device, dtype, world=1):
     layout = Layout([(shape, 0) for shape in SHAPES], 8 + 5, world)
     working = torch.zeros(layout.numel, dtype=dtype, device=device)
-    exploration = Exploration(layout, 8, 7, 1e9, torch.device(device))
-    exploration.draw(working, 123)
-    return layout, working, exploration
+    columns = SignColumns(layout, 8, 7, 1e9, torch.device(device))
+    columns.draw(working, 123)
+    return layout, working, columns
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_columns_have_the_bits_of_a_cpu(dtype):
     _, expected, _ = _working("cpu", dtype)
-    layout, working, exploration = _working(GPU, dtype)
+    layout, working, columns = _working(GPU, dtype)
     assert torch.equal(working.cpu(), expected) and working.any()
     for block in layout.blocks:
-        [part] = exploration.parts(block)
-        left, right, coefficients = exploration.written(part, working)
+        [part] = columns.parts(block)
+        left, right, coefficients = with_signs(*part.views(working), 8, columns.of(part))
         assert torch.equal(left[..., 13:], part.views(working)[0][..., 8:])
         assert torch.equal(right[..., 8:13], part.views(working)[1][..., 8:])
         assert coefficients.shape[-1] == 8 + 2 * 5
@@ -85,14 +86,14 @@ def test_the_directions_are_the_dense_ones(m, n, r, k, kind):
 
 def test_nothing_of_it_waits_for_the_device():
     looks, _ = _looks(300, 200, 16, 8, "generic")
-    layout, working, exploration = _working(GPU, torch.bfloat16)
+    layout, working, columns = _working(GPU, torch.bfloat16)
 
     def all_of_it():
         list(directions(looks))
-        exploration.draw(working, 124)
+        columns.draw(working, 124)
         for block in layout.blocks:
-            for part in exploration.parts(block):
-                exploration.written(part, working)
+            for part in columns.parts(block):
+                with_signs(*part.views(working), 8, columns.of(part))
 
     all_of_it()  # compiles, and caches what is kept for good
     torch.cuda.set_sync_debug_mode("error")

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_mofa.head import FusedLoss, peak_bytes
-from ds_mofa.sketch import Sketch
+from ds_mofa.capture.head import FusedLoss, peak_bytes
+from ds_mofa.capture.sketch import Sketch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ from ds_mofa.adamw_8bit import AdamW8bit
 from ds_mofa.factors import Factors, update_factors
 from ds_mofa.gradient import SketchedGradient
 from ds_mofa.kernels import svd
-from ds_mofa.sketch import Queue
+from ds_mofa.capture.queue import Queue
 from ds_mofa.weights import Rounding, Shard, write_updates
 
 pytestmark = [
@@ -227,7 +227,7 @@ def test_a_backward_takes_all_that_waits():
     assert torch.equal(captured(COUNT=2), at_the_end)
     assert torch.equal(captured(BYTES=100_000), at_the_end)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ds_mofa.sketch.Sketch.add_linear", _one_by_one)
+        patch.setattr("ds_mofa.capture.sketch.Sketch.add_linear", _one_by_one)
         one_by_one = captured()
     assert one_by_one.norm() > 0 and (at_the_end - one_by_one).norm() / one_by_one.norm() < 5e-3
 

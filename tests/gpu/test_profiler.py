@@ -6,7 +6,7 @@ from torch import nn
 
 import ds_mofa
 from ds_mofa.profiler import MemoryProfiler, load_report
-from ds_mofa.profiler.layers import verdict
+from ds_mofa.profiler.measure.layers import verdict
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_mofa.phases import PHASES
 from ds_mofa.profiler import load_report
-from ds_mofa.profiler.layers import verdict
+from ds_mofa.profiler.measure.layers import verdict
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ds_mofa.profiler.claims import judge
+from profiling import nsight, verify_claim, verify_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs/models/llama-tiny.json")
@@ -25,25 +26,33 @@ def setting(folder: Path) -> list[str]:
     return ["--model_config", TINY, "--shape", "256x2", "--steps", "1", "--output_dir", str(folder)]
 
 
-def verify_here(monkeypatch, folder: Path, *words: str) -> None:
-    """The command in this process, for what starts no run: a new one would import everything first."""
-    monkeypatch.syspath_prepend(str(ROOT / "profiling"))
-    import verify_claim
-
-    monkeypatch.chdir(ROOT)  # where it goes, and the next test is not to be
-    monkeypatch.setattr(sys, "argv", ["verify_claim.py", *setting(folder), *words])
-    verify_claim.main()
+def verify_here(folder: Path, *words: str) -> None:
+    """The command in this process, and its runs too: new ones would import everything first."""
+    before = Path.cwd()
+    try:
+        verify_claim.main([*setting(folder), *words], start=verify_claim.in_this_process)
+    finally:
+        os.chdir(before)  # it goes to the root
 
 
 @pytest.fixture(scope="module")
-def verified(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def verified(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("claim")
-    words = ["--runs", "torch:MoFaSGD:r=4", "torch:MoFaSGD:r=4000"]
-    return folder, run("verify_claim.py", *setting(folder), *words)
+    with pytest.raises(SystemExit) as ended:
+        verify_here(folder, "--runs", "torch:MoFaSGD:r=4", "torch:MoFaSGD:r=4000")
+    return folder, str(ended.value)
+
+
+@pytest.mark.slow
+def test_runs_have_processes_of_their_own(tmp_path):
+    process = run("verify_claim.py", *setting(tmp_path), "--runs", "torch:MoFaSGD:r=4")
+    assert process.returncode == 0, process.stderr
+    assert "torch:MoFaSGD:r=4: traced " in process.stdout
+    assert (tmp_path / "torch_MoFaSGD_r4/log.txt").exists() and (tmp_path / "report.html").exists()
 
 
 def test_it_runs_and_judges(verified):
-    folder, process = verified
+    folder, _ = verified
     document = json.loads((folder / "report.json").read_text())
     assert document["kind"] == "claim" and document["schema_version"] == 1
     verdicts = {claim["claim"]: claim for claim in document["claims"]}
@@ -57,19 +66,19 @@ def test_it_runs_and_judges(verified):
 
 
 def test_a_run_that_fails_is_in_the_report(verified):
-    folder, process = verified
-    assert process.returncode == 1 and "1 runs failed (torch:MoFaSGD:r=4000)" in process.stderr
+    folder, ended = verified
+    assert "1 runs failed (torch:MoFaSGD:r=4000)" in ended
     assert "Set rank to at most" in (folder / "torch_MoFaSGD_r4000/predicted.json").read_text()
     text = (folder / "report.md").read_text()
     assert "## Not measured" in text and "MoFaSGD found no matrix to train" in text
     assert (folder / "torch_MoFaSGD_r4000/log.txt").exists()
 
 
-def test_finished_runs_are_taken_over(verified, monkeypatch):
+def test_finished_runs_are_taken_over(verified):
     folder, _ = verified
     before = (folder / "torch_MoFaSGD_r4/report.json").stat().st_mtime_ns
     whole = (folder / "report.json").stat().st_mtime_ns
-    verify_here(monkeypatch, folder, "--runs", "torch:MoFaSGD:r=4", "--reuse")
+    verify_here(folder, "--runs", "torch:MoFaSGD:r=4", "--reuse")
     assert (folder / "torch_MoFaSGD_r4/report.json").stat().st_mtime_ns == before
     assert (folder / "report.json").stat().st_mtime_ns > whole
 
@@ -133,34 +142,36 @@ def test_each_of_the_papers_runs_is_judged_for_itself():
 
 
 def test_runs_without_their_packages_are_noted(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "profiling"))
-    import verify_claim
-
+    settings = [verify_claim.RunSetting.parse(run) for run in verify_claim.ONE_GPU]
     monkeypatch.setattr(verify_claim.importlib.util, "find_spec", lambda module: None)
-    chosen, notes = verify_claim.can_run(verify_claim.ONE_GPU)
-    assert chosen == ["torch:AdamW", "torch:MoFaSGD:r=8"]
+    chosen, notes = verify_claim.can_run(settings)
+    assert [setting.run for setting in chosen] == ["torch:AdamW", "torch:MoFaSGD:r=8"]
     assert notes == [
         "torch:MoFaSGD:r=8:liger=1 was not run: liger-kernel is not installed (pip install liger-kernel).",
         "torch:LoRA:r=8 was not run: peft is not installed (pip install peft).",
     ]
     monkeypatch.setattr(verify_claim.importlib.util, "find_spec", lambda module: module)
     monkeypatch.setattr(verify_claim.torch.cuda, "is_available", lambda: False)
-    chosen, notes = verify_claim.can_run(verify_claim.ONE_GPU)
-    assert "torch:LoRA:r=8" in chosen and notes == [
+    chosen, notes = verify_claim.can_run(settings)
+    assert settings[-1] in chosen and notes == [
         "torch:MoFaSGD:r=8:liger=1 was not run: liger-kernel's kernels need a GPU."
     ]
 
 
-def test_steps_with_and_without_take_turns(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "profiling"))
-    import verify_worker
-
+def test_steps_with_and_without_take_turns():
     assert list(verify_worker.turns(3)) == [False, True, True, False, False, True]
 
 
-def test_a_run_that_cannot_be(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="'torch:Nothing' cannot be run: give torch:"):
-        verify_here(monkeypatch, tmp_path, "--runs", "torch:Nothing")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch:Nothing", "'torch:Nothing' cannot be run: give torch or zero0 to zero3"),
+        ("zero2:LoRA", "zero2:LoRA:r=8 cannot be measured, only predicted"),
+    ],
+)
+def test_a_run_that_cannot_be(tmp_path, name, message):
+    with pytest.raises(SystemExit, match=message):
+        verify_here(tmp_path, "--runs", name)
 
 
 def test_nsight_says_how_to_get_what_is_missing():
@@ -184,7 +195,7 @@ else:
 """
 
 
-def test_nsight_wraps_and_summarises(tmp_path, verified, monkeypatch):
+def test_nsight_wraps_and_summarises(tmp_path, verified):
     program, log = tmp_path / "nsys", tmp_path / "log"
     program.write_text(FAKE_NSYS.format(python=sys.executable, log=str(log)))
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -198,9 +209,6 @@ def test_nsight_wraps_and_summarises(tmp_path, verified, monkeypatch):
     text = (tmp_path / "out/summary.md").read_text()
     assert "| 60.0 | 1200 | backward |" in text and "Not in this report: ERROR: no CUDA data" in text
     assert "| factor update | " in text
-
-    monkeypatch.syspath_prepend(str(ROOT / "profiling"))
-    import nsight
 
     assert nsight.main([*options, "--capture", "all", "--", "true"]) == 0
     assert "--capture-range" not in next(line for line in log.read_text().splitlines()[1:] if "profile" in line)

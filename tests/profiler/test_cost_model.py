@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ds_mofa.partition import Layout
+from ds_mofa.profiler.setting import RunSetting
 
 ROOT = Path(__file__).parents[2]
 cost = runpy.run_path(str(ROOT / "profiling/cost_model.py"))
@@ -22,21 +23,12 @@ ROWS = [
 ]
 
 
-def _parts(row):
-    backend, optimizer, *options = row["run"].split(":")
-    options = dict(option.split("=") for option in options)
-    stage = None if backend == "torch" else int(backend.removeprefix("zero"))
-    return optimizer, stage, int(options.get("r", 0)), int(row["shape"].split("x")[0])
-
-
-def _explore(row):
-    return int(row["run"].partition("explore=")[2] or 0)
+def _setting(row):
+    return RunSetting.parse(row["run"], shape=row["shape"], gpus=row["gpus"])
 
 
 def _step_ms(row):
-    _, stage, rank, _ = _parts(row)
-    args = (MODELS[row["model"]], rank, row["gpus"], stage, cost["H200"], _explore(row))
-    return cost["total"](cost["optimizer_step"](*args)) * 1e3
+    return cost["total"](cost["optimizer_step"](MODELS[row["model"]], _setting(row), cost["H200"])) * 1e3
 
 
 EXPLORING = [
@@ -74,21 +66,19 @@ def test_so_is_the_faster_step_of_a_host_that_did_other_things_beside(run):
     "row", [row for row in [*ROWS, *EXPLORING] if row["gpus"] == 1], ids=lambda row: f"{row['run']}-{row['shape']}"
 )
 def test_the_kernels_of_a_micro_batch_are_within_a_fifth(row):
-    optimizer, _, rank, tokens = _parts(row)
-    columns = rank + _explore(row) if optimizer == "MoFaSGD" else None
-    parts = cost["micro_batch"](MODELS[row["model"]], columns, tokens, cost["H200"])
+    parts = cost["micro_batch"](MODELS[row["model"]], _setting(row), cost["H200"])
     assert cost["total"](parts) * 1e3 == pytest.approx(row["micro_batch_gpu_ms"], rel=0.2)
 
 
 def test_there_are_rows_to_compare_with():
-    assert len(STEPS) >= 24 and {_parts(row)[2] for row in STEPS} == {8, 16, 32, 64, 128}
+    assert len(STEPS) >= 24 and {_setting(row).rank for row in STEPS} == {8, 16, 32, 64, 128}
 
 
 @pytest.mark.parametrize("gpus", [2, 3])
 def test_what_is_sent_is_what_the_buffers_hold(gpus):
     rank = 32
     layout = Layout([(shape, 0) for shape in EIGHT.matrices], rank, gpus)
-    reduce, _, _, gather, _ = cost["optimizer_step"](EIGHT, rank, gpus, 2, cost["H200"])
+    reduce, _, _, gather, _ = cost["optimizer_step"](EIGHT, RunSetting.of(rank=rank, gpus=gpus, zero=2), cost["H200"])
     sent = torch.float32.itemsize * layout.segment * (gpus - 1)  # a reduce-scatter's, and an all-gather's
     assert reduce.sent == pytest.approx(sent, rel=0.02)
     assert gather.sent == pytest.approx(sent / 2, rel=0.02)
@@ -98,8 +88,8 @@ def test_what_is_sent_is_what_the_buffers_hold(gpus):
 def test_exploring_sends_its_columns_and_costs_what_the_columns_do(gpus):
     rank, k = 8, 8
     stage = None if gpus == 1 else 2
-    without, found = (cost["optimizer_step"](EIGHT, rank, gpus, stage, cost["H200"], explore) for explore in (0, k))
-    assert without == cost["optimizer_step"](EIGHT, rank, gpus, stage, cost["H200"])
+    setting = RunSetting.of(rank=rank, gpus=gpus, zero=stage)
+    without, found = (cost["optimizer_step"](EIGHT, setting.but(explore=count), cost["H200"]) for count in (0, k))
     wide = Layout([(shape, 0) for shape in EIGHT.matrices], rank + k, gpus)
     assert found[0].sent == pytest.approx(4 * wide.segment * (gpus - 1), rel=0.02)
     assert found[3].sent == pytest.approx(2 * wide.segment * (gpus - 1), rel=0.02)

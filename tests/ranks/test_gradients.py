@@ -22,7 +22,7 @@ LARGE = 48 * 35  # embedding and head
 def large_apart(scatter: bool = True):
     """Embedding and head count as large, as a real model's do; ``scatter``: whether they take the way tested here."""
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(build, "_LARGE", LARGE))
+        patches.enter_context(mock.patch.object(build, "LARGE", LARGE))
         if not scatter:
             patches.enter_context(mock.patch.object(GradientMixin, "_covered_by_partitions", lambda *_: False))
         yield

@@ -24,8 +24,8 @@ from training import config, engine_for, mean_over_ranks, toy, train, train_step
 
 from ds_mofa import host_weights
 from ds_mofa import owner as owner_module
-from ds_mofa.deepspeed import gradients as gradients_module
 from ds_mofa.deepspeed.gradients import GradientMixin
+from ds_mofa.deepspeed.gradients import pieces as on_the_way
 
 CPU = {"device": "cpu", "pin_memory": False}
 PINNED = {"device": "cpu", "pin_memory": True}
@@ -343,7 +343,7 @@ def in_pieces_and_whole(stage: int, dtype: str, micro: int, managed: bool = True
 
 def going_to_host(settings: dict, micro: int, whole: bool = False) -> dict:
     sizes, asked, left, copied = [], [], [], []
-    pieces, plan = gradients_module._pieces, GradientMixin.plan_reductions
+    pieces, plan = on_the_way.pieces_of, GradientMixin.plan_reductions
     reduce = stage_1_and_2.DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads
 
     def counted(*tensors):
@@ -383,8 +383,8 @@ def going_to_host(settings: dict, micro: int, whole: bool = False) -> dict:
 
     with contextlib.ExitStack() as patches:
         patch = lambda *args: patches.enter_context(mock.patch.object(*args))  # noqa: E731
-        patch(gradients_module, "_PIECE", PIECE)
-        patch(gradients_module, "_pieces", counted)
+        patch(on_the_way, "PIECE", PIECE)
+        patch(on_the_way, "pieces_of", counted)
         patch(stage_1_and_2.DeepSpeedZeroOptimizer, "reduce_independent_p_g_buckets_and_remove_grads", watched)
         patch(stage_1_and_2, "DeepSpeedCPUAdam", torch.optim.AdamW)  # what DeepSpeed wants for 16-bit masters
         if whole:

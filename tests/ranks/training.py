@@ -139,7 +139,7 @@ def whole_momenta(engine) -> dict[str, Tensor]:
     """The first moment of every matrix, whole, on rank 0; empty elsewhere. Collective."""
     matrices = engine.basic_optimizer.matrices
     state = matrices.state_dict().get("matrices", {})
-    if "sigma" in matrices.rule.fields:
+    if "sigma" in matrices.rule.field_names():
         return {name: one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}
     shapes = {matrix.name: matrix.shape for matrix in matrices.matrices}
     return {name: like(one["P"] @ one["m"].mT, shapes[name]) for name, one in state.items()}

@@ -13,7 +13,9 @@ from ds_mofa.exploring import Look, directions, sign_words, signs
 from ds_mofa.options import Options
 from ds_mofa.partition import Layout
 from ds_mofa.rules import exploration
-from ds_mofa.rules.exploration import Exploration
+from ds_mofa.rules.batch import MatrixBatch
+from ds_mofa.rules.exploration import explore, with_signs
+from ds_mofa.signs import SignColumns
 from ds_mofa.subbatches import split, temporaries
 from tests.live_bytes import LiveBytes
 from tests.reference import Reference, random_columns
@@ -30,7 +32,7 @@ def _drawn(world: int, steps: int, *, seed: int = 0, dtype=torch.float64, limit:
     """F and E of every matrix, from working copies of another world size."""
     layout = Layout([(shape, 0) for shape in SHAPES], RANK + K, world)
     working = torch.full((layout.numel,), 7.0, dtype=dtype)
-    Exploration(layout, RANK, seed, limit, working.device).draw(working, steps)
+    SignColumns(layout, RANK, seed, limit, working.device).draw(working, steps)
     pairs = []
     for index in range(len(SHAPES)):
         left, right, core = layout.views(working, index)
@@ -361,10 +363,9 @@ def test_diagnostics_are_of_the_momentum():
 def test_without_exploring_there_is_nothing_of_it():
     _, step, _ = _step(0)
     assert step.layout.numel == step.owner.state_layout.numel == step.working.numel()
-    assert step.rule._exploration is None
     for block in step.layout.blocks:
-        [part] = step.rule.parts(block)
-        for view, whole in zip(step.rule.written(part, step.working), block.views(step.working), strict=True):
+        [part] = step.driver.parts(block)
+        for view, whole in zip(step.driver.written(part), block.views(step.working), strict=True):
             assert view.data_ptr() == whole.data_ptr() and view.shape == whole.shape
 
 
@@ -380,7 +381,7 @@ def test_the_state_has_rank_r_and_what_is_sent_r_plus_k_columns():
 def test_the_signs_are_two_bits_each_and_counted():
     (_, step, _), (_, plain, _) = _step(5), _step(0)
     sides = sum(-(-5 * rows // 32) for matrix in step.matrices for rows in matrix.shape)
-    assert sum(tensor.nbytes for tensor in step.rule.held()) == 8 * sides and plain.rule.held() == []
+    assert sum(tensor.nbytes for tensor in step.held()) == 8 * sides and plain.held() == []
 
 
 @pytest.mark.parametrize(("rank", "k"), [(8, 8), (1, 31), (32, 4), (16, 16)])
@@ -389,26 +390,28 @@ def test_exploring_needs_no_more_than_is_said(shapes, rank, k):
     torch.manual_seed(0)
     layout = Layout([(shape, 0) for shape in shapes], rank + k, 1)
     [parts] = split(layout.blocks, 1e18)
-    exploring = Exploration(layout, rank, 0, 1e18, torch.device("cpu"))
+    columns = SignColumns(layout, rank, 0, 1e18, torch.device("cpu"))
     working = torch.randn(layout.numel)
-    exploring.draw(working, 0)
-    pieces, sketches = [], torch.randn(layout.numel)
+    columns.draw(working, 0)
+    batches, sketches = [], torch.randn(layout.numel)
     for part in parts:
         (m, n), B = part.block.shape, len(part.members)
         U, V = (torch.linalg.qr(torch.randn(B, size, rank)).Q for size in (m, n))
-        pieces.append(exploration.Piece(part, (U, V, torch.ones(B, rank)), *part.views(sketches)))
-    exploring.explore(pieces, working, lambda m, n: 1.0)  # fills what is kept for good
+        left, right, _ = part.views(working)
+        state, came = (U, V, torch.ones(B, rank)), torch.ones(B, dtype=torch.bool)
+        batches.append(MatrixBatch((m, n), state, left, right, *part.views(sketches), came, {}))
+    explore(batches, rank, lambda m, n: 1.0)  # fills what is kept for good
     said = temporaries(parts)
     with LiveBytes() as live:
-        exploring.explore(pieces, working, lambda m, n: 1.0)
+        explore(batches, rank, lambda m, n: 1.0)
     assert 0.1 * said < live.peak <= said
     with LiveBytes() as live:
-        exploring.draw(working, 1)
+        columns.draw(working, 1)
     assert live.peak <= said
     for block in layout.blocks:
-        for part in exploring.parts(block):
+        for part in columns.parts(block):
             with LiveBytes() as live:
-                exploring.written(part, working)
+                with_signs(*part.views(working), rank, columns.of(part))
             assert live.peak <= temporaries([part])
 
 
@@ -421,7 +424,7 @@ def test_a_step_stays_within_the_bound_and_its_split_is_rounding():
             step.sketches.normal_()
             step.reduce()
             step.update(groups)
-        assert len(step.rule.parts(step.layout.blocks[0])) == (1 if limit == 1e9 else 3)
+        assert len(step.driver.parts(step.layout.blocks[0])) == (1 if limit == 1e9 else 3)
         step.sketches.normal_()
         step.reduce()
         with LiveBytes() as live:
@@ -449,15 +452,15 @@ def test_a_matrix_of_the_rank_alone_stays_a_matrix_with_nothing_to_explore():
     _train(model, optimizer, range(2), torch.float32)
     step = optimizer.matrices
     pending = {}
-    publish = type(step.rule).publish
+    update = type(step.rule).update
 
-    def seen(rule, owner, updated, working, exchange):
-        for piece in owner.pieces(updated):
-            pending[piece.part.block.shape] = piece.Y[..., 5:].square().sum().item() / len(piece.part.members)
-        publish(rule, owner, updated, working, exchange)
+    def seen(rule, batches, *args, **kwargs):
+        update(rule, batches, *args, **kwargs)
+        for batch in batches:
+            pending[batch.shape] = batch.Y[..., 5:].square().sum().item() / len(batch.Y)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(step.rule), "publish", seen)
+        patch.setattr(type(step.rule), "update", seen)
         losses = _train(model, optimizer, [2], torch.float32)
     assert math.isfinite(losses[0]) and pending[(5, 12)] == 0
     assert round(pending[(31, 12)]) == 12 - 5 and 12 < round(pending[(31, 31)]) <= 31 - 5

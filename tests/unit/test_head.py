@@ -11,8 +11,8 @@ from transformers import Cohere2Config, Cohere2ForCausalLM, LlamaConfig, LlamaFo
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ds_mofa import MoFaSGD, OptionError, head
-from ds_mofa.head import FusedLoss, peak_bytes
-from ds_mofa.sketch import Sketch
+from ds_mofa.capture.head import FusedLoss, peak_bytes
+from ds_mofa.capture.sketch import Sketch
 from tests.live_bytes import LiveBytes
 from tests.unit.dense_reference import relative_error
 

@@ -7,7 +7,7 @@ from ds_mofa.deepspeed import build
 
 
 def test_large_parameters_are_apart_and_keep_their_settings(monkeypatch):
-    monkeypatch.setattr(build, "_LARGE", 50)
+    monkeypatch.setattr(build, "LARGE", 50)
     small, embedding, bias, head = (nn.Parameter(torch.zeros(size)) for size in (10, 60, 49, 50))
     groups = build._large_ones_apart(
         [

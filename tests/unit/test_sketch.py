@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import split_parameters
-from ds_mofa.sketch import Queue, Sketch, attach
+from ds_mofa.capture.attach import attach
+from ds_mofa.capture.queue import Queue
+from ds_mofa.capture.sketch import Sketch
 from tests.unit.dense_reference import relative_error
 
 RANK = 3

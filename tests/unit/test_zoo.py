@@ -63,7 +63,7 @@ def test_ways_that_follow_one_another_add_up(capture):
 
 def test_a_sketch_that_takes_autograd_grad_for_a_backward_is_far_outside(monkeypatch):
     """The control: what the tests above would see if the capture did not ask autograd."""
-    monkeypatch.setattr("ds_mofa.sketch.wanted", lambda node: True)
+    monkeypatch.setattr("ds_mofa.capture.linear.wanted", lambda node: True)
     net, plain, optimizer = pair("linear")
     for some in (net, plain):
         some(inputs(), "after autograd.grad of the input").backward()

@@ -1,0 +1,141 @@
+"""The capture of ``nn.Linear``: for y = x W^T the gradient is dY^T X, which is never computed.
+
+    Y = dY^T (X V)      Z = X^T (dY U)
+
+are two thin products each, and replace the weight-gradient GEMM. Where the module's ``weight`` is not the parameter
+(``functional_call``, a parametrization, pruning), where a hook stands on the weight, and where ``autograd.grad`` asks
+for the gradient itself, G is computed and goes the way of every gradient.
+"""
+
+import types
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: F401  what TorchScript finds in nn.Linear's forward
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ds_mofa.capture import compiled
+from ds_mofa.capture.autograd import OURS, plain_linear, wanted
+from ds_mofa.capture.sink import Gathered, Sink
+from ds_mofa.capture.sketch import Sketch
+from ds_mofa.options import OptionError
+from ds_mofa.parameters import Matrix
+
+__all__ = ["LinearCapture", "SketchedLinear"]
+
+
+class SketchedLinear(torch.autograd.Function):
+    """y = x W^T + b whose backward sketches the weight gradient and does not compute it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Sink, gathered: Gathered | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sketch, ctx.gathered, ctx.has_bias = sketch, gathered, bias is not None
+        y = plain_linear(x, _as(weight, x.dtype), None if bias is None else _as(bias, x.dtype))
+        if not torch.compiler.is_compiling() and y._is_view():  # as it is with a bias: no view may be written in place
+            y = torch.ops.aten._unsafe_view(y, y.shape)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        # A backward that is itself recorded must refuse to be differentiated; being told so costs every other one 5 us.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx, dy: Tensor):
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    dx = dw = db = None
+    if need_x:
+        if ctx.gathered is None:
+            dx = dy @ _as(weight, dy.dtype)
+        else:
+            with ctx.gathered(weight) as whole:
+                dx = dy @ _as(whole, dy.dtype)
+    if need_weight:
+        sketch = ctx.sketch
+        if torch.compiler.is_compiling():
+            if type(sketch) is Sketch:
+                compiled.add_linear(sketch.Y, sketch.Z, x, dy, sketch.key)
+            else:
+                sketch.add_linear(x, dy)
+        else:
+            asked = wanted(ctx.next_functions[1][0])
+            if asked is None or asked and sketch.param is not None and sketch.param._backward_hooks:
+                dw = _as(dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]), weight.dtype)
+            elif asked:
+                sketch.add_linear(x, dy)
+    if ctx.has_bias and need_bias:
+        db = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, dw, db, None, None
+
+
+_backward_once = once_differentiable(_backward)
+
+# Function.apply looks through its arguments for what only functorch leaves there, at 4 us a linear.
+_apply = super(torch.autograd.Function, SketchedLinear).apply
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, at once where there is nothing to do: here every microsecond counts, a thousand times."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _sketched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Sink, gathered: Gathered | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return SketchedLinear.apply(x, weight, bias, sketch, gathered)
+    if torch._C._are_functorch_transforms_active():  # what is transformed is autograd's to differentiate
+        return plain_linear(x, _as(weight, x.dtype), None if bias is None else _as(bias, x.dtype))
+    return _apply(x, weight, bias, sketch, gathered)
+
+
+class LinearCapture:
+    """Replaces the ``forward`` of each plain ``nn.Linear``."""
+
+    def serves(self, module: nn.Module, matrix: Matrix) -> bool:
+        return type(module) is nn.Linear and module._parameters.get("weight") is matrix.param
+
+    def attach(self, module: nn.Module, matrix: Matrix, sink: Sink, gathered: Gathered | None) -> Callable[[], None]:
+        """See :class:`ds_mofa.capture.sink.Capture`."""
+        _refuse_replaced(module)
+        forward = types.MethodType(_forward_of(module, matrix.param, sink, gathered), module)  # its pickle is nn.Linear's
+        module.forward = forward
+
+        def undo() -> None:
+            if vars(module).get("forward") is forward:  # a later optimizer's stays
+                del module.forward
+
+        return undo
+
+
+def _refuse_replaced(module: nn.Module) -> None:
+    other = vars(module).get("forward")
+    if other is not None and not hasattr(other, OURS) and getattr(other, "__func__", None) is not nn.Linear.forward:
+        other = getattr(other, "__qualname__", repr(other))
+        raise OptionError(
+            f'the forward of {module} has been replaced by {other}, which capture "linear" would undo: build '
+            'the optimizer before that is done, or set capture to "hook"'
+        )
+
+
+def _forward_of(module: nn.Module, param: nn.Parameter, sink: Sink, gathered: Gathered | None):
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        # A deep copy, made for an average or a reference, has no sketch; nor has a weight that is computed or lent.
+        if self is not module or weight is not param or torch._C._get_tracing_state() is not None:
+            return nn.Linear.forward(self, input)
+        if not torch.is_grad_enabled() or not weight.requires_grad:
+            return plain_linear(input, weight, bias)
+        device = input.device.type
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                return _sketched_linear(input, weight, bias, sink, gathered)
+        if input.dtype != weight.dtype:
+            return nn.Linear.forward(self, input)  # which says what is wrong, in training as in evaluation
+        return _sketched_linear(input, weight, bias, sink, gathered)
+
+    setattr(forward, OURS, True)
+    forward.__wrapped__ = nn.Linear.forward  # whose source TorchScript compiles
+    return forward

@@ -1,0 +1,59 @@
+"""The two sides of capture: what takes a module's gradients, and what they are added to."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ds_mofa.parameters import Matrix
+
+__all__ = ["Capture", "Gathered", "Mark", "Sink"]
+
+# From a weight to the whole of it, where a backend releases weights between forward and backward.
+Gathered = Callable[[Tensor], AbstractContextManager[Tensor]]
+
+
+class Mark(Protocol):
+    """What ``.grad`` is while a matrix has a gradient that exists as a sketch alone."""
+
+    def begin(self, sink: "Sink", Y: Tensor, Z: Tensor) -> None:
+        """Something is about to be added to Y and Z, and ``.grad`` does not say so yet."""
+
+
+class Sink(Protocol):
+    """Where the gradient of one matrix (m, n) adds up.
+
+    Attributes:
+        param: the matrix, from :func:`ds_mofa.capture.attach.attach` on.
+        grad: what ``param.grad`` is while it has a gradient; None where ``.grad`` stays None.
+    """
+
+    param: nn.Parameter | None
+    grad: Mark | None
+
+    def add_linear(self, x: Tensor, dy: Tensor) -> None:
+        """Add G = dy^T x. x: (..., n), dy: (..., m), of one dtype."""
+
+    def add_gradient(self, grad: Tensor) -> None:
+        """Add a gradient that exists. grad: (m, n)."""
+
+    def take(self, grad: Tensor) -> None:
+        """Autograd has put a gradient of its own making into ``param.grad``. grad: (m, n)."""
+
+
+class Capture(Protocol):
+    """Takes the gradient of one kind of module's weight without forming it, and puts it into a sink.
+
+    What no capture serves is formed by autograd and goes through the parameter's hook (:mod:`ds_mofa.capture.hook`).
+    """
+
+    def serves(self, module: nn.Module, matrix: Matrix) -> bool:
+        """Whether ``module``, which holds ``matrix``, is of this kind."""
+
+    def attach(self, module: nn.Module, matrix: Matrix, sink: Sink, gathered: Gathered | None) -> Callable[[], None]:
+        """Change the module, and return what undoes that. A later optimizer's change stays.
+
+        Raises:
+            OptionError: something else has changed the module already.
+        """

@@ -1,0 +1,93 @@
+"""The sketches of one matrix: every backward adds to Y = G V and Z = G^T U, and G is never kept."""
+
+import torch
+from torch import Tensor, nn
+
+from ds_mofa.capture import compiled
+from ds_mofa.capture.products import add_product
+from ds_mofa.capture.queue import Queue
+from ds_mofa.capture.sink import Mark
+from ds_mofa.phases import phase
+
+__all__ = ["Sketch"]
+
+
+class Sketch:
+    """Where one matrix's sketches add up, and the factors that they are taken with.
+
+    Attributes:
+        Y: (m, r), fp32, sum of G V over the micro-batches since the last step.
+        Z: (n, r), fp32, sum of G^T U.
+        U: (m, r), working copy in the compute dtype; before the first step the test matrix Psi.
+        V: (n, r), likewise; before the first step Omega.
+        param: the matrix, from :func:`ds_mofa.capture.attach.attach` on.
+        grad: what ``param.grad`` is while it has a gradient; None where ``.grad`` stays None.
+        filled: with a ``grad``: whether Y and Z hold anything.
+        unmarked: they do, and ``.grad`` could not be made to say so.
+    """
+
+    __slots__ = ("Y", "Z", "U", "V", "param", "grad", "filled", "unmarked", "key", "_queue", "_addresses", "__weakref__")
+
+    def __init__(self, Y: Tensor, Z: Tensor, U: Tensor, V: Tensor, queue: Queue | None = None):
+        self.Y, self.Z, self.U, self.V = Y, Z, U, V
+        self.param: nn.Parameter | None = None
+        self.grad: Mark | None = None
+        self.filled = self.unmarked = False
+        self.key = compiled.key_of(self)
+        self._queue = queue
+        self._addresses = tuple(tensor.data_ptr() for tensor in (Y, Z, U, V))
+
+    def add_linear(self, x: Tensor, dy: Tensor) -> None:
+        """Add G = dy^T x without forming it. x: (..., n), dy: (..., m), of one dtype."""
+        self.open(self.Y, self.Z)
+        if self._queue is not None and x.dtype == self.V.dtype == dy.dtype:
+            self._queue.add(self._addresses, x.contiguous(), dy.contiguous())
+            return
+        self.add_linear_to(self.Y, self.Z, x, dy)
+
+    def add_linear_to(self, Y: Tensor, Z: Tensor, x: Tensor, dy: Tensor) -> None:
+        """:meth:`add_linear` into other sums, at once."""
+        with phase("capture"):
+            x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            add_product(Y, dy.mT, x @ self.V.to(x.dtype))
+            add_product(Z, x.mT, dy @ self.U.to(dy.dtype))
+
+    @torch.no_grad()
+    def add_gradient(self, grad: Tensor, Y: Tensor | None = None, Z: Tensor | None = None) -> None:
+        """Add a gradient that exists. grad: (m, n)."""
+        Y, Z = (self.Y, self.Z) if Y is None else (Y, Z)
+        self.open(Y, Z)
+        grad = grad.to_dense() if grad.is_sparse else grad
+        add_product(Y, grad, self.V.to(grad.dtype))
+        add_product(Z, grad.mT, self.U.to(grad.dtype))
+
+    def take(self, grad: Tensor) -> None:
+        """Sketch what autograd has put into ``param.grad``: at once, or where ``.grad`` is a mark, when that is begun."""
+        if self.grad is None:
+            self.add_gradient(grad)
+            self.param.grad = None
+        else:
+            self.open(self.Y, self.Z)
+
+    def add_sums(self, other: "Sketch", scale: Tensor) -> None:
+        """Add what another sketch of the same factors holds, times a scalar tensor."""
+        self.open(self.Y, self.Z)
+        self.Y.addcmul_(other.Y, scale.to(other.Y.dtype))
+        self.Z.addcmul_(other.Z, scale.to(other.Z.dtype))
+
+    def open(self, Y: Tensor, Z: Tensor) -> None:
+        """Before something is added to Y and Z: let ``.grad`` say that there is a gradient."""
+        mark = self.grad
+        if mark is not None and not (self.filled and self.param.grad is mark):
+            mark.begin(self, Y, Z)
+
+    def clear(self, Y: Tensor, Z: Tensor) -> None:
+        """Drop what Y and Z hold, and what waits to be added to them since a backward that raised."""
+        if self._queue is not None:
+            self._queue.take()
+        Y.zero_()
+        Z.zero_()
+
+    def emptied(self) -> "Sketch":
+        """One with the same factors, and sums of its own that are zero."""
+        return Sketch(torch.zeros_like(self.Y), torch.zeros_like(self.Z), self.U, self.V)

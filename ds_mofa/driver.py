@@ -1,0 +1,282 @@
+"""Drives a rule's maths over the matrices of one rank: what every method shares between its sketches and its writes.
+
+:class:`RuleDriver` hands a rule batches of matrices (:mod:`ds_mofa.rules.batch`), which are views of flat buffers, and
+does with the results what ranks need: publishes them in the working copies, commits or rolls them back the same on
+every rank, and restores them from a checkpoint. It knows no method.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_mofa.diagnostics import MEASURES
+from ds_mofa.factors import gradient_came
+from ds_mofa.kernels import triton_serves
+from ds_mofa.owner import Owner, Piece
+from ds_mofa.partition import Block, Exchange, Layout
+from ds_mofa.rules.batch import MatrixBatch
+from ds_mofa.rules.rule import Rule
+from ds_mofa.signs import SignColumns
+from ds_mofa.subbatches import Part
+from ds_mofa.weights import Rounding, rounding_key
+
+__all__ = ["RuleDriver"]
+
+
+class _Measured(NamedTuple):
+    """What the norm has found of each piece, for the update to reuse.
+
+    Attributes:
+        squares: (B,) of each, float64.
+        came: (B,) of each.
+        reused: the rule's own.
+    """
+
+    squares: list[Tensor]
+    came: list[Tensor]
+    reused: list[Any]
+
+
+class RuleDriver:
+    """One rule over one rank's matrices.
+
+    ``reduced`` is always this rank's segment of the mean sketches, and ``updated`` the same memory once
+    :meth:`update` has overwritten it. ``step`` counts the optimizer steps before the one at hand.
+
+    Args:
+        rule: the maths.
+        owner: this rank's matrices.
+        working: the working copies of all matrices, flat.
+        exchange: the collectives.
+        update_bytes: bound on temporaries.
+    """
+
+    def __init__(self, rule: Rule, owner: Owner, working: Tensor, exchange: Exchange, update_bytes: float):
+        self.rule, self._owner, self._working, self._exchange = rule, owner, working, exchange
+        self._layout = owner.layout
+        self._fields = rule.fields(1, 1, 1)
+        self._in_place = any(field.slot is None for field in self._fields)
+        self._committed_whole = rule.signs == 0 and [f.slot for f in self._fields] == ["left", "right", "spectrum"]
+        self._memos: dict[Part, dict[str, Any]] = {}
+        self._measured: _Measured | None = None
+        self._came: list[Tensor] | None = None  # of each piece, from the update on
+        self._previous: dict[int, Tensor] = {}  # by the block's offset
+        self._signs = None
+        if rule.signs:
+            self._signs = SignColumns(self._layout, rule.r, rule.seed, update_bytes, working.device)
+
+    def held(self) -> list[Tensor]:
+        """What every rank keeps besides the working copies, for no checkpoint."""
+        return [] if self._signs is None else self._signs.held()
+
+    # ------------------------------------------------------------------ a step, in its order
+
+    def squared_norm(self, reduced: Tensor, step: int) -> Tensor:
+        """Squared norm of what the rule sees of this rank's gradients, 0-dim. NaN or Inf where a sketch holds one."""
+        self.forget()
+        if step == 0:
+            if not self.rule.signs:
+                return reduced.square().sum() / 2  # E |G Omega|^2 = |G|^2, and the same of the other sketch
+            seen = (part.square().sum() for piece in self._owner.pieces(reduced) for part in self._sketches(piece))
+            return sum(seen, reduced.new_zeros(())) / 2 + 0 * reduced.sum()
+        passes: Iterable[list[Piece]] = ([piece] for piece in self._owner.pieces(reduced))
+        if self.rule.norm_reads_state:
+            passes = self._owner.passes(reduced)
+        self._measured = _Measured([], [], [])
+        for piece in itertools.chain.from_iterable(passes):  # one after the other
+            came = gradient_came(piece.Y, piece.Z)
+            squares, reused = self.rule.squared_norm(self._batch(piece, came), step)
+            for kept, value in zip(self._measured, (squares, came, reused), strict=True):
+                kept.append(value)
+        nothing = reduced.new_zeros((), dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
+        square = sum((squares.sum() for squares in self._measured.squares), nothing)
+        return square + 0 * reduced.sum() if self.rule.signs else square
+
+    def squared_norms(self, reduced: Tensor, step: int) -> list[Tensor]:
+        """:meth:`squared_norm` of each matrix, (B,) for each of the owner's pieces. Call it after that method."""
+        if step == 0:
+            sketches = (self._sketches(piece) for piece in self._owner.pieces(reduced))
+            return [sum(sketch.double().square().sum((-2, -1)) for sketch in pair) / 2 for pair in sketches]
+        return self._measured.squares
+
+    def update(self, reduced: Tensor, step: int, clip: float | Tensor) -> None:
+        """Have the rule overwrite the sketches with what is to be published.
+
+        Raises:
+            torch.linalg.LinAlgError: the state is as it was; ``reduced`` holds neither sketches nor factors.
+        """
+        self._keep_previous(step)
+        known = self._measured
+        came = iter(known.came if known is not None else ())
+        reused = iter(known.reused if known is not None else ())
+        self._came = []
+        for pieces in self._passes(reduced, step):
+            arrived = [next(came, None) for _ in pieces]
+            arrived = [gradient_came(p.Y, p.Z) if one is None else one for p, one in zip(pieces, arrived)]
+            batches = [self._batch(piece, one) for piece, one in zip(pieces, arrived)]
+            self.rule.update(batches, [next(reused, None) for _ in pieces], step=step, clip=clip)
+            self._came += arrived
+
+    def publish(self, updated: Tensor | None) -> None:
+        """Write this rank's part of the working copies: left, right and coefficients. Collective.
+
+        Args:
+            updated: None where :meth:`update` has raised: the coefficients are NaN then, which tells the other ranks by
+                the all-gather that is made anyway.
+        """
+        total = self._total(updated)
+        if updated is None:
+            for block in self._owner.blocks:
+                block.views(self._working)[2].fill_(math.nan)
+            return
+        for piece, came in zip(self._owner.pieces(updated), self._came or itertools.repeat(None)):
+            left, right, published = piece.part.views(self._working)
+            left.copy_(piece.Y)
+            right.copy_(piece.Z)
+            coefficients = self.rule.coefficients(piece.spectrum, total)
+            published.copy_(coefficients if came is None else torch.where(came.unsqueeze(-1), coefficients, 0))
+
+    def failed(self, step: int) -> bool:
+        """Whether the gathered working copies say that an owner's update has raised; the same on every rank."""
+        if not self.rule.can_fail or step > 0 and triton_serves(self._working):
+            return False  # Triton's SVD raises nothing, and the host need not wait for the gathered coefficients
+        coefficients = [block.views(self._working)[2] for block in self._layout.blocks]
+        return not bool(torch.stack([torch.isfinite(part).all() for part in coefficients]).all())
+
+    def roll_back(self) -> None:
+        """After :meth:`failed`: :meth:`publish` once more, from the state before the step. Collective."""
+        kept = torch.zeros(self._layout.segment, dtype=self._owner.state.dtype, device=self._working.device)
+        for piece in itertools.chain.from_iterable(self._owner.passes(kept)):
+            for value, slot in zip(piece.state, self._slots(piece), strict=True):
+                slot.copy_(value)
+        self._came = None
+        self.publish(kept)
+
+    def commit(self, updated: Tensor) -> None:
+        """The step is certain: store what belongs to the state."""
+        if self._committed_whole:
+            self._owner.keep(updated)
+        elif any(field.slot is not None for field in self._fields):
+            for piece in itertools.chain.from_iterable(self._owner.passes(updated, back=True)):
+                for value, slot in zip(piece.state, self._slots(piece), strict=True):
+                    if slot is not None:
+                        value.copy_(slot)
+
+    def forget(self) -> None:
+        """Drop what :meth:`squared_norm` has kept for :meth:`update`, and what that has for :meth:`publish`."""
+        self._measured = self._came = None
+
+    def measures(self, updated: Tensor, clip: float | Tensor, count: int) -> Tensor | None:
+        """:meth:`Rule.measures` of this rank's among ``count`` matrices, zero for the others', float64. Call it before
+        :meth:`commit`. None where there are none.
+        """
+        if self._measured is None:
+            return None
+        values = torch.zeros(count, len(MEASURES), dtype=torch.float64, device=updated.device)
+        kept = zip(self._owner.kept(), self._owner.pieces(updated), self._measured.reused, strict=True)
+        for (part, state), piece, reused in kept:
+            members = torch.tensor(part.members, device=updated.device)
+            values[members] = self.rule.measures(state, reused, piece.spectrum, clip)
+        return values
+
+    # ------------------------------------------------------------------ the write
+
+    def parts(self, block: Block) -> list[Part]:
+        """The matrices of ``block``, so many at a time as are to be written together."""
+        return [Part(block, 0, len(block.members))] if self._signs is None else self._signs.parts(block)
+
+    def written(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """left (B, m, c), right (B, n, c) and coefficients (B, c) of the update of W, on every rank. The coefficients of
+        a matrix that stays are all zero.
+        """
+        previous = self._previous.get(part.block.offset)
+        return self.rule.written(
+            part.block.shape,
+            *part.views(self._working),
+            previous=None if previous is None else previous[part.first : part.last],
+            signs=None if self._signs is None else self._signs.of(part),
+        )
+
+    # ------------------------------------------------------------------ the working copies of the next backward
+
+    def prepare(self, step: int) -> None:
+        """Make the working copies what the next backward sketches with: after each write, a start, or a load.
+
+        Raises:
+            OptionError: see :meth:`Rule.check_shapes`.
+        """
+        self._previous.clear()
+        if step == 0:
+            self._memos.clear()
+            self.rule.check_shapes([block.shape for block in self._layout.blocks], self._working.dtype)
+        if self.rule.last_draw(step) == step:
+            self._draw(step)
+        if self._signs is not None:
+            self._signs.draw(self._working, step)
+
+    def restore(self, state_layout: Layout, state: Tensor, step: int) -> None:
+        """The working copies from the whole of a loaded state, on every rank. :meth:`prepare` comes after it."""
+        self._memos.clear()
+        if self.rule.redraws:
+            for draw in sorted({0, self.rule.last_draw(step)}):
+                self._draw(draw)
+        for saved, block in zip(state_layout.blocks, self._layout.blocks, strict=True):
+            self.rule.restore(block.shape, saved.views(state), *block.views(self._working))
+
+    # ------------------------------------------------------------------ parts
+
+    def _passes(self, reduced: Tensor, step: int) -> Iterator[list[Piece]]:
+        """What :meth:`Rule.update` gets at a time. Before the first step there is no state to read."""
+        if step == 0 and not self._in_place:
+            return ([piece] for piece in self._owner.pieces(reduced))
+        return self._owner.passes(reduced, back=self._in_place)
+
+    def _batch(self, piece: Piece, came: Tensor) -> MatrixBatch:
+        part = piece.part
+        left, right, _ = part.views(self._working)
+        memo = self._memos.setdefault(part, {})
+        return MatrixBatch(
+            part.block.shape, piece.state, left, right, piece.Y, piece.Z, piece.spectrum, came, memo
+        )
+
+    def _sketches(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Of Y and Z what was sketched along the r columns."""
+        return piece.Y[..., : self.rule.r], piece.Z[..., : self.rule.r]
+
+    def _slots(self, piece: Piece) -> list[Tensor | None]:
+        """Where the new value of each field stands."""
+        found = {"left": piece.Y, "right": piece.Z, "spectrum": piece.spectrum}
+        return [None if field.slot is None else found[field.slot][..., : self.rule.r] for field in self._fields]
+
+    def _keep_previous(self, step: int) -> None:
+        for block in self._layout.blocks:
+            left, right, _ = block.views(self._working)
+            kept = self.rule.previous(block.shape, left, right, step)
+            if kept is not None:
+                self._previous[block.offset] = kept.clone()
+
+    def _total(self, updated: Tensor | None) -> Tensor | None:
+        """The sum of the rule's summaries over all matrices; None where it has none. Collective."""
+        if not self.rule.summaries:
+            return None
+        total = torch.zeros(self.rule.summaries, dtype=torch.float64, device=self._working.device)
+        if updated is not None:
+            for i, piece in enumerate(self._owner.pieces(updated)):
+                came = torch.ones_like(piece.spectrum[:, 0], dtype=torch.bool) if self._came is None else self._came[i]
+                total += self.rule.summary(piece.spectrum, came)
+        return self._exchange.sum(total)
+
+    def _draw(self, step: int) -> None:
+        """Gaussian test matrices of variance 1 / r, so that |G Omega| ~ |G|: the same on every rank."""
+        for block in self._layout.blocks:
+            left, right, _ = block.views(self._working)
+            views = self.rule.drawn(block.shape, left, right, step)
+            for i, index in enumerate(block.members):
+                generator = torch.Generator().manual_seed(rounding_key(Rounding(False, self.rule.seed, step), index))
+                for view in views:
+                    drawn = torch.randn(view[i].shape, generator=generator, dtype=torch.float32, device="cpu")
+                    view[i].copy_(drawn / math.sqrt(self.rule.r))

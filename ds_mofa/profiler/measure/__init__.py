@@ -1,0 +1,13 @@
+"""What a run's memory is, measured.
+
+profiler.py      MemoryProfiler, the context manager around a loop; callback.py, the same for HF's Trainer
+meters.py        the sampler, the allocator's counters, what the driver gives beyond them
+sampler.py       NVML (nvml.py) and the host's memory, on a thread
+phases.py        forward, backward and the parts of the optimizer step; NVTX
+inventory.py     which storage is what
+recorded.py      one step, allocation by allocation; history.py, from PyTorch's allocator
+curve.py         what each of these was, and what was alive when
+layers.py        what is alive after each layer's backward
+accounting.py    from meters to a sum by category
+rank_report.py   all of it as data
+"""

@@ -1,0 +1,68 @@
+"""What is there in every moment of a step, all but gradients, activations and temporaries: arithmetic on shapes.
+
+Bytes of one rank by category.
+"""
+
+from ds_mofa.adamw_8bit import moment_bytes
+from ds_mofa.profiler.predict.plan import Plan, numbers
+
+__all__ = ["always", "masters_are_weights", "matrix_masters", "state_bytes"]
+
+
+def always(plan: Plan) -> dict[str, int]:
+    """On the device."""
+    setting = plan.setting
+    N = setting.gpus
+    weights = 2 * numbers(plan.batch.parameters)
+    sharded = numbers(plan.trained) // (N if setting.zero else 1)
+    parts: dict[str, int] = {"weights": weights // N if setting.zero == 3 else weights}
+    if setting.offload == "param":  # but for what stage 3 keeps gathered
+        least = plan.zero.stage3_param_persistence_threshold
+        parts["weights"] = 2 * numbers([p for p in plan.batch.parameters if p.numel <= least])
+    if setting.zero is not None and not setting.offload and not masters_are_weights(plan):
+        parts["master weights"] = state_bytes(plan) * sharded
+    if matrix_masters(plan) and not setting.offload:
+        parts["master weights"] = parts.get("master weights", 0) + matrix_masters(plan)
+    if not setting.offload:
+        parts |= _moments(plan, sharded)
+    if plan.sketched:
+        state = 0 if setting.offload else 4 * plan.state_layout.segment
+        parts["sketches"] = 4 * plan.layout.numel
+        parts["factors"] = 2 * plan.layout.numel + state + plan.batch.held
+    return parts
+
+
+def state_bytes(plan: Plan) -> int:
+    """Of one number of the masters and moments."""
+    return 2 if plan.setting.zero is None or plan.setting.states == "bf16" else 4
+
+
+def matrix_masters(plan: Plan) -> int:
+    """Of the matrices' fp32 masters, with the option ``master_weights``: whole on every rank but in stage 3."""
+    shares = plan.setting.gpus if plan.setting.zero == 3 else 1
+    return 4 * numbers(plan.matrices) // shares if plan.setting.option("master_weights") else 0
+
+
+def masters_are_weights(plan: Plan) -> bool:
+    """ds_mofa lets a bf16 partition be its own master in stages 1 and 2."""
+    return plan.sketched and state_bytes(plan) == 2 and plan.setting.zero in (1, 2)
+
+
+def _moments(plan: Plan, sharded: int) -> dict[str, int]:
+    """Of whatever optimizer it is; ``sharded``: elements of what it trains, on this rank."""
+    setting, state = plan.setting, state_bytes(plan)
+    if setting.option("adamw_states") == "8bit":
+        return {"AdamW states": 2 * sum(map(moment_bytes, _stepped(plan)))}
+    if setting.optimizer != "Muon":
+        return {"AdamW states": 2 * state * sharded}
+    N = setting.gpus if setting.zero else 1
+    matrices = numbers(plan.matrices)  # one momentum
+    adamw = 2 * state * (numbers(plan.trained) - matrices) // N
+    return {"AdamW states": adamw, "other optimizer states": state * matrices // N}
+
+
+def _stepped(plan: Plan) -> list[int]:
+    """Elements of each tensor that AdamW steps: a parameter, or a rank's partition of a group."""
+    if not plan.setting.zero:
+        return [p.numel for p in plan.trained]
+    return [-(-numbers(group) // plan.setting.gpus) for group in plan.groups]

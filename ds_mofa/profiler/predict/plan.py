@@ -1,0 +1,69 @@
+"""What is known of a run before any moment of it is looked at: its parameters, and who trains them how."""
+
+import dataclasses
+import functools
+
+from ds_mofa.deepspeed.build import LARGE
+from ds_mofa.partition import Layout
+from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Parameter
+from ds_mofa.profiler.predict.zero import ZeroSettings
+from ds_mofa.profiler.setting import RunSetting
+
+__all__ = ["Plan", "numbers"]
+
+_ADAPTERS = {"LoRA": ("adapter",)}  # the kinds of parameters that a baseline trains, where that is not all
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run, one micro-batch of it, and ZeRO's settings; None for a plain loop and stage 0."""
+
+    setting: RunSetting
+    batch: MicroBatch
+    zero: ZeroSettings
+
+    @property
+    def sketched(self) -> bool:
+        """Whether the matrices have sketches in place of gradients: with every optimizer of the registry."""
+        return self.setting.entry is not None
+
+    @functools.cached_property
+    def matrices(self) -> list[Parameter]:
+        return [p for p in self.batch.parameters if p.kind == "matrix"]
+
+    @functools.cached_property
+    def trained(self) -> list[Parameter]:
+        """What AdamW (or a full-rank optimizer) trains: everything with a gradient of its own."""
+        kinds = ("other",) if self.sketched else _ADAPTERS.get(self.setting.optimizer, ("matrix", "other"))
+        return [p for p in self.batch.parameters if p.kind in kinds]
+
+    @functools.cached_property
+    def groups(self) -> list[list[Parameter]]:
+        """DeepSpeed's param groups of these: ds_mofa gives each large one a group of its own."""
+        if not self.sketched:
+            return [self.trained]
+        small = [p for p in self.trained if p.numel < LARGE]
+        return [group for group in [small, *([p] for p in self.trained if p.numel >= LARGE)] if group]
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Where sketches and working copies lie."""
+        return Layout(self._places, self._rule.columns, self.setting.gpus)
+
+    @functools.cached_property
+    def state_layout(self) -> Layout:
+        """Where the fp32 state of the rule does."""
+        return Layout(self._places, self._rule.r, self.setting.gpus, self._rule.field_shapes)
+
+    @functools.cached_property
+    def _rule(self):
+        return self.setting.rule()
+
+    @property
+    def _places(self) -> list[tuple[tuple[int, int], int]]:
+        return [((p.shape[0], p.shape[1]), 0) for p in self.matrices]
+
+
+def numbers(parameters: list[Parameter]) -> int:
+    """Elements of all."""
+    return sum(p.numel for p in parameters)

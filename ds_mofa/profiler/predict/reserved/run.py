@@ -1,0 +1,42 @@
+"""What a run will reserve."""
+
+from collections.abc import Mapping
+
+from ds_mofa.adamw_8bit import moment_bytes
+from ds_mofa.profiler.predict.always import masters_are_weights, matrix_masters
+from ds_mofa.profiler.predict.plan import Plan
+from ds_mofa.profiler.predict.reserved.gathering import gathered
+from ds_mofa.profiler.predict.reserved.plain import reserved_by_plain_loop
+from ds_mofa.profiler.predict.reserved.stage3 import reserved_by_stage3
+from ds_mofa.profiler.predict.reserved.stage12 import reserved_by_stage12
+
+__all__ = ["reserved"]
+
+
+def reserved(plan: Plan, always: Mapping[str, int], process: int) -> int:
+    """Bytes on one rank, where the allocator's rules can be replayed; 0 in stage 0 and with offload.
+
+    Args:
+        always: what is there all the time, by category.
+        process: the rank.
+    """
+    setting, zero, batch = plan.setting, plan.zero, plan.batch
+    if setting.offload or setting.zero == 0:
+        return 0
+    buffers = [always[name] for name in ("sketches", "factors", "other optimizer states") if name in always]
+    buffers += [matrix_masters(plan)] if matrix_masters(plan) else []
+    if setting.zero is None:
+        moments = moment_bytes if zero.eight_bit else _in_bf16
+        held = [p for p in plan.trained if "other optimizer states" not in always or p.kind != "matrix"]
+        return reserved_by_plain_loop(batch, held, buffers, moments, setting.micro_batches)
+    if setting.zero in (1, 2):
+        own = not masters_are_weights(plan)
+        return reserved_by_stage12(
+            zero, batch, plan.groups, buffers, setting.micro_batches, rank=process, own_masters=own
+        )
+    there = reserved_by_stage3(zero, batch, plan.groups, buffers, setting.micro_batches)
+    return there + gathered(zero, batch.parameters).reserved
+
+
+def _in_bf16(elements: int) -> int:
+    return 2 * elements

@@ -1,0 +1,155 @@
+"""One micro-batch of a model under fake tensors: what forward and backward keep alive, to the byte, without memory.
+
+The model that transformers would build runs forward and backward on tensors that have shapes but no data, and
+:class:`~ds_mofa.profiler.storages.StorageTracker` keeps the history. The capture of sketches runs as it is; LoRA is the
+usual ``W x + scale B (A x)`` on every linear of the layers, in the model's dtype.
+
+The operators are the CPU's. They allocate what the CUDA ones do but for attention's row statistics and the matrix
+products' workspace (some tens of MB).
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ds_mofa.profiler.predict.simulated.model import build, one_sequence_a_row, operators
+from ds_mofa.profiler.predict.simulated.optimizer import attach
+from ds_mofa.profiler.setting import RunSetting
+from ds_mofa.profiler.storages import StorageTracker
+
+__all__ = ["MicroBatch", "Moment", "Parameter", "simulate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter. ``kind``: "matrix" (a 2-D weight of the layers), "other", "frozen" or "adapter" (LoRA's)."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """Bytes alive besides parameters, gradients and states, at some moment of a micro-batch.
+
+    Attributes:
+        activations: what forward has allocated.
+        workspace: what backward has allocated; the gradient that is just being computed is part of it.
+        completed: number of gradients that are complete.
+    """
+
+    activations: int
+    workspace: int
+    completed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward does.
+
+    Attributes:
+        parameters: of the model, in its order.
+        order: names of the parameters that get a gradient, in the order in which backward completes them.
+        peaks: between each two completions, the highest moment; the first is of forward and the loss.
+        at_completion: the moment at which each gradient of ``order`` is complete.
+        events: ("alloc", key, bytes), ("free", key, bytes) and ("complete", name, 0), in order.
+        held: bytes that the optimizer's rule keeps on every rank beside its state.
+    """
+
+    parameters: list[Parameter]
+    order: list[str]
+    peaks: list[Moment]
+    at_completion: list[Moment]
+    events: list[tuple[str, Any, int]]
+    held: int = 0
+
+
+def simulate(setting: RunSetting) -> MicroBatch:
+    """Run one micro-batch, weights and activations in bf16.
+
+    Raises:
+        PredictionError: the model cannot be built from its config, or it is not known which of its operators
+            liger-kernel would replace.
+    """
+    with FakeTensorMode(), one_sequence_a_row():
+        model = build(setting)
+        attached = attach(model, setting)
+        kinds = attached.kinds
+        for param in model.parameters():  # as in every micro-batch but the first
+            if param.requires_grad and kinds[param] != "sketched":
+                param.grad = torch.empty_like(param)
+        names = {param: name for name, param in model.named_parameters()}
+        parameters = [
+            Parameter(name, tuple(p.shape), p.numel(), {"sketched": "matrix"}.get(kinds[p], kinds[p]))
+            for p, name in names.items()
+        ]
+        ids = torch.zeros(setting.micro_batch, setting.seq, dtype=torch.long)
+        with operators(model, setting.liger, not setting.option("fused_head")):
+            order, peaks, at_completion, events = _run(model, ids, kinds, names, attached.buffers)
+    return MicroBatch(parameters, order, peaks, at_completion, events, attached.held)
+
+
+def _run(
+    model: nn.Module, ids: Tensor, kinds: dict[Tensor, str], names: dict[Tensor, str], buffers: list[Tensor]
+) -> tuple[list[str], list[Moment], list[Moment], list[tuple[str, Any, int]]]:
+    counter = itertools.count(1)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    there = [*model.parameters(), *model.buffers(), *gradients, *buffers, ids]
+    tracker = StorageTracker(there, clock=lambda: next(counter))
+    order: list[str] = []
+    ticks: list[int] = []
+
+    def complete(param: Tensor) -> None:
+        order.append(names[param])
+        ticks.append(next(counter))
+
+    for param in model.parameters():
+        if param.requires_grad and kinds[param] != "sketched":
+            param.register_post_accumulate_grad_hook(complete)
+    with tracker:
+        loss = model(input_ids=ids, labels=ids).loss
+        backward_starts = next(counter)
+        loss.backward()
+    return order, *_moments(tracker, backward_starts, ticks), _events(tracker, order, ticks)
+
+
+def _events(tracker: StorageTracker, order: list[str], ticks: list[int]) -> list[tuple[str, Any, int]]:
+    timed = [(tick, ("complete", name, 0)) for name, tick in zip(order, ticks)]
+    for key, one in enumerate(tracker.allocations):
+        timed.append((one.born, ("alloc", key, one.size)))
+        timed.append((one.died, ("free", key, one.size)))
+    return [event for _, event in sorted(timed, key=lambda item: item[0])]
+
+
+def _moments(tracker: StorageTracker, backward_starts: int, ticks: list[int]) -> tuple[list[Moment], list[Moment]]:
+    changes = sorted(
+        change
+        for one in tracker.allocations
+        if one.born
+        for change in (
+            (one.born, one.size, one.born < backward_starts),
+            (one.died, -one.size, one.born < backward_starts),
+        )
+    )
+    activations = workspace = 0
+    peaks, at_completion = [Moment(0, 0, 0)], []
+    for tick, size, forward in changes:
+        while len(at_completion) < len(ticks) and ticks[len(at_completion)] < tick:
+            done = Moment(activations, workspace, len(at_completion) + 1)
+            at_completion.append(done)
+            peaks.append(done)
+        if forward:
+            activations += size
+        else:
+            workspace += size
+        if activations + workspace > peaks[-1].activations + peaks[-1].workspace:
+            peaks[-1] = Moment(activations, workspace, len(at_completion))
+    while len(at_completion) < len(ticks):
+        at_completion.append(Moment(activations, workspace, len(at_completion) + 1))
+    return peaks, at_completion

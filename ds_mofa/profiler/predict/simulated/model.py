@@ -1,0 +1,85 @@
+"""The model that transformers would build, and the operators that it computes with."""
+
+import contextlib
+import json
+import re
+import unittest.mock
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_mofa.profiler.predict.simulated.errors import PredictionError
+from ds_mofa.profiler.predict.simulated.liger import MODELS, fused
+from ds_mofa.profiler.setting import RunSetting
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM
+except ImportError as error:
+    raise ImportError(
+        f"a prediction builds the model with transformers ({error}): pip install 'ds_mofa[train]'"
+    ) from error
+
+__all__ = ["build", "head_names", "one_sequence_a_row", "operators"]
+
+
+def build(setting: RunSetting) -> nn.Module:
+    """In bf16, in training mode, with what the setting says of checkpointing and of the embedding.
+
+    Raises:
+        PredictionError: no model can be built from its config.
+    """
+    config = AutoConfig.for_model(**_shape_in(setting.model_config))
+    config.use_cache = False
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
+    if setting.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if setting.embed == "frozen":
+        model.get_input_embeddings().weight.requires_grad_(False)
+    return model
+
+
+def _shape_in(path: str) -> dict[str, Any]:
+    try:
+        shape = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise PredictionError(f"{path}: no model shape could be read ({error}). Give one of configs/models") from error
+    if "model_type" not in shape:
+        raise PredictionError(f'{path}: no "model_type", so the architecture is unknown. Add it, such as "llama"')
+    return shape
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Patterns that name the output head, for an optimizer's ``include``."""
+    head = model.get_output_embeddings().weight
+    return tuple(f"^{re.escape(name)}$" for name, param in model.named_parameters() if param is head)
+
+
+def operators(model: nn.Module, liger: bool, loss: bool) -> contextlib.AbstractContextManager:
+    """Within: the model computes with liger-kernel's operators, with ``loss`` that of the loss too, or with its own."""
+    if not liger:
+        return contextlib.nullcontext()
+    if model.config.model_type not in MODELS:
+        raise PredictionError(
+            f'liger-kernel with a model of type "{model.config.model_type}" cannot be predicted: which of its operators '
+            f"are replaced is known of {', '.join(MODELS)}. Predict it without liger"
+        )
+    return fused(model, loss)
+
+
+@contextlib.contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Within: transformers takes each row for one sequence, as it finds real rows to be.
+
+    It looks into the position ids for packed sequences. Fake ones have no values to look into, and it would then build
+    a mask, expand keys and values to all heads, and save those.
+    """
+    try:
+        with unittest.mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None):
+            yield
+    except (ModuleNotFoundError, AttributeError) as error:
+        if "find_packed_sequence_indices" not in str(error) and "masking_utils" not in str(error):
+            raise
+        raise PredictionError(f"this version of transformers looks for packed sequences elsewhere ({error})") from error

@@ -1,0 +1,53 @@
+"""What an update rule sees of the model: batches of matrices of one shape, and nothing of ranks or buffers."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Field", "MatrixBatch", "PlaceSigns"]
+
+# Writes a batch's random signs into F (B, m, k) and E (B, n, k).
+PlaceSigns = Callable[[Tensor, Tensor], None]
+
+
+class Field(NamedTuple):
+    """One tensor of what the owner of a matrix keeps of it between steps, in fp32.
+
+    Attributes:
+        name: in a checkpoint.
+        shape: of one matrix.
+        slot: what of a :class:`MatrixBatch` holds the new value after :meth:`ds_mofa.rules.rule.Rule.update`: the step
+            copies it into the state once every rank is known to have succeeded. None: ``update`` writes the state in
+            place, and then it must not fail.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    slot: Literal["left", "right", "spectrum"] | None = None
+
+
+class MatrixBatch(NamedTuple):
+    """B matrices of one shape that one rank owns. R = r + k columns, k of random signs (:attr:`Rule.signs`).
+
+    Attributes:
+        shape: (m, n).
+        state: one (B, *shape) tensor for each :class:`Field`; empty where it was not asked for.
+        left: (B, m, R), what the sketch Z was taken with; compute dtype.
+        right: (B, n, R), what Y was taken with; compute dtype.
+        Y: (B, m, R), the mean gradient's sketch G right. ``update`` overwrites it with the new left.
+        Z: (B, n, R), G^T left. ``update`` overwrites it with the new right.
+        spectrum: (B, R), to be filled by ``update``: what :meth:`Rule.coefficients` turns into coefficients.
+        came: (B,) bool, which matrices had a gradient in this step.
+        memo: of the rule, on the host: it lives from step to step, and is empty after a start or a load.
+    """
+
+    shape: tuple[int, int]
+    state: tuple[Tensor, ...]
+    left: Tensor
+    right: Tensor
+    Y: Tensor
+    Z: Tensor
+    spectrum: Tensor
+    came: Tensor
+    memo: dict[str, Any]

@@ -1,0 +1,108 @@
+"""Columns of random signs beside the factors in the working copies, the same on every rank without a message.
+
+A sign depends on the seed, the step, and its place among those of all matrices in their order: not on who owns what.
+They are overwritten when the factors are gathered; 2 bits a sign are kept from one backward to the write, its
+counter's share and its own.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_mofa.exploring import sign_words, signs
+from ds_mofa.partition import Block, Layout
+from ds_mofa.rules.batch import PlaceSigns
+from ds_mofa.subbatches import Part, split
+from ds_mofa.weights import Rounding, rounding_key
+
+__all__ = ["SignColumns"]
+
+_SIGNS = 32  # in a word
+
+
+class SignColumns:
+    """The last k columns of left and right: F (m x k), signs / sqrt(m), and E (n x k), signs / sqrt(n).
+
+    Args:
+        layout: of the buffers that are sent, of r + k columns.
+        r: columns before the signs.
+        seed: of the run.
+        limit: bytes of temporaries, as ``update_bytes``.
+        device: of the buffers.
+    """
+
+    def __init__(self, layout: Layout, r: int, seed: int, limit: float, device: torch.device):
+        self._r, self._seed = r, seed
+        self._passes = split(layout.blocks, limit)
+        self._words: dict[Part, Tensor] = {}
+        self._parts: dict[Block, list[Part]] = {block: [] for block in layout.blocks}
+        first = _first_words(layout, r)
+        counters = [[_counters(part, first, r) for part in parts] for parts in self._passes]
+        self._counters = [torch.cat(some).to(device) for some in counters]
+        self._drawn = [torch.zeros_like(whole) for whole in self._counters]
+        for parts, some, whole in zip(self._passes, counters, self._drawn):
+            for part, own in zip(parts, whole.split([len(one) for one in some])):
+                self._words[part] = own
+                self._parts[part.block].append(part)
+
+    def parts(self, block: Block) -> list[Part]:
+        """The matrices of ``block``, so many at a time as are written together within ``limit``."""
+        return self._parts[block]
+
+    def held(self) -> list[Tensor]:
+        """The bits and their counters."""
+        return [*self._counters, *self._drawn]
+
+    def draw(self, working: Tensor, steps: int) -> None:
+        """New E and F into columns r, ... of the working copies."""
+        key = rounding_key(Rounding(False, self._seed, steps), -1)  # no matrix's own
+        for parts, counters, words in zip(self._passes, self._counters, self._drawn):
+            words.copy_(sign_words(counters, key))
+            for part, own in zip(parts, signs(words).split([_SIGNS * len(self._words[part]) for part in parts])):
+                left, right, _ = part.views(working)
+                _place(own, left[..., self._r :], right[..., self._r :])
+
+    def of(self, part: Part) -> PlaceSigns:
+        """Writes the signs of a part that were drawn last."""
+        return lambda F, E: _place(signs(self._words[part]), F, E)
+
+
+def _place(drawn: Tensor, F: Tensor, E: Tensor) -> None:
+    """F (B, m, k) and E (B, n, k) from all signs of a part."""
+    at = 0
+    for target in (F, E):
+        B, rows, k = target.shape
+        each = _SIGNS * _words(rows, k)
+        own = drawn[at : at + B * each].view(B, each)[:, : rows * k].unflatten(-1, (rows, k))
+        # A number would be taken in fp32, also beside a target of fp64.
+        wide = torch.promote_types(target.dtype, torch.float32)
+        length = torch.tensor(1 / math.sqrt(rows), dtype=wide, device="cpu")
+        torch.mul(own, length, out=target)
+        at += B * each
+
+
+def _words(rows: int, k: int) -> int:
+    return -(-rows * k // _SIGNS)
+
+
+def _first_words(layout: Layout, r: int) -> list[int]:
+    """The number of each matrix's first word."""
+    sizes = [0] * len(layout.owners)
+    for block in layout.blocks:
+        for index in block.members:
+            sizes[index] = sum(_words(rows, block.rank - r) for rows in block.shape)
+    return [0, *itertools.accumulate(sizes)]
+
+
+def _counters(part: Part, first: Sequence[int], r: int) -> Tensor:
+    """The numbers of the words of a part: of all its F, then of all its E; int32."""
+    k, found = part.block.rank - r, []
+    starts = torch.tensor([first[index] for index in part.members], device="cpu")
+    for rows in part.block.shape:
+        count = _words(rows, k)
+        found.append((starts.unsqueeze(-1) + torch.arange(count, device="cpu")).flatten())
+        starts = starts + count
+    return torch.cat(found).to(torch.int32)

@@ -1,0 +1,1 @@
+"""Commands that measure and predict memory and speed; each says what it does with --help."""

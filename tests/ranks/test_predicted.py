@@ -1,0 +1,92 @@
+"""What the profiler predicts of runs under ZeRO, and what real ranks hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed import comm as dist
+from launching import on_ranks
+
+from ds_mofa.profiler.measure.inventory import inventory, sizes
+from ds_mofa.profiler.predict.always import always
+from ds_mofa.profiler.predict.moments import candidates
+from ds_mofa.profiler.predict.prediction import plan_of
+from ds_mofa.profiler.setting import RunSetting
+from profiling import verify_worker
+from profiling.trainers import make_trainer
+
+TINY = str(Path(__file__).resolve().parents[2] / "configs/models/llama-tiny.json")
+
+
+def kept(run: str, shape: str) -> dict[str, int]:
+    """Bytes by category after two steps, of what is there between steps."""
+    setting = RunSetting.parse(run, model_config=TINY, shape=shape, gpus=dist.get_world_size())
+    trainer = make_trainer(setting, torch.device("cpu"))
+    ids = torch.randint(0, 300, (1, setting.seq), generator=torch.Generator().manual_seed(dist.get_rank()))
+    for _ in range(2):
+        for _ in range(setting.micro_batches):
+            trainer.accumulate(ids)
+        trainer.step()
+    found = sizes(inventory(trainer.model, trainer.engine.optimizer), "cpu")
+    trainer.engine.destroy()
+    return found
+
+
+def profiled(run: str, shape: str) -> list[dict[str, Any]]:
+    """profiling/verify_claim.py's worker on these ranks: of each rank the peaks of its phases."""
+    Path("predicted.json").write_text('{"error": "this is about what is measured"}')
+    words = ["--run", run, "--shape", shape, "--model_config", TINY, "--steps", "1", "--sample_hz", "20"]
+    words += ["--predicted", "predicted.json", "--output_dir", "claim", "--local_rank", str(dist.get_rank())]
+    verify_worker.main(words)
+    dist.barrier()
+    return [rank["phase_peaks"] for rank in json.loads(Path("claim/report.json").read_text())["ranks"]]
+
+
+def plan(ran):
+    return plan_of(RunSetting.parse(ran.run, model_config=TINY, shape=ran.shape, gpus=len(ran.ranks)))
+
+
+STAGES = [f"zero{stage}:{optimizer}:r=4" for optimizer in ("GaLore", "MoFaSGD") for stage in range(4)]
+
+
+@on_ranks(kept, run=[*STAGES, "zero2:MoFaSGD:r=4:explore=3", "zero3:GaLore:r=4:master_weights=1"], shape=["32x2"])
+def test_what_ranks_keep_is_what_was_predicted(ran):
+    """Every state, to the byte but for counters of the steps and a partition's padding."""
+    predicted = always(plan(ran))
+    for rank in ran.ranks:
+        for kind in ("sketches", "factors"):
+            assert rank[kind] == predicted[kind], kind
+        for kind in ("weights", "master weights", "AdamW states"):
+            assert rank.get(kind, 0) == pytest.approx(predicted.get(kind, 0), rel=0.01, abs=600), kind
+
+
+@on_ranks(
+    profiled,
+    run=[
+        "zero2:MoFaSGD:r=4:bucket=20000",
+        "zero2:MoFaSGD:r=4:explore=3:bucket=20000",
+        "zero2:GaLore:r=4:bucket=20000",
+        "zero2:AdamW:bucket=20000",
+    ],
+    shape=["8x3"],
+)
+def test_backward_in_stage_2_is_what_ranks_count(ran):
+    """Few tokens and a small bucket, so that gradients and their copies decide the peak."""
+    found = plan(ran)
+    counted = [{phase["name"]: phase for phase in phases} for phases in ran.ranks[0]]
+    moments = [candidates(found, process) for process in range(len(counted))]
+    # What gradients are kept from one micro-batch to the next: whole ones with sketches, AdamW's of a rank's partition.
+    for rank, phases in enumerate(counted):
+        (loss,) = (one for one in moments[rank] if one.when == "loss")
+        assert loss.extra["gradients"] == phases["forward"]["breakdown"]["gradients"]
+        for name in ("sketches", "factors") if found.sketched else ():
+            assert always(found)[name] == phases["backward"]["breakdown"][name]
+    if found.sketched:  # and that what is compared here tells the two ways of reducing apart
+        other = candidates(plan_of(found.setting.but(adamw_reduce="micro_batch")), 0)
+        (loss,) = (one for one in other if one.when == "loss")
+        assert loss.extra["gradients"] < 0.6 * counted[0]["forward"]["breakdown"]["gradients"]
+    highest = max(sum(one.extra.values()) for both in moments for one in both if one.when.startswith("backward"))
+    most = max(phases["backward"]["allocated"] for phases in counted)
+    assert highest + sum(always(found).values()) == pytest.approx(most, rel=0.015)
