@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import ds_mofa
+from profiling.readme_picture import peaks, speeds
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 shape = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 ids = torch.arange(32).view(2, 16) % 7
-for program in json.load(open(sys.argv[1])):
+programs, trains, predicts = json.load(open(sys.argv[1]))
+for program in programs:
     print(program)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape)
@@ -34,6 +38,16 @@ for program in json.load(open(sys.argv[1])):
     exec(program, {"torch": torch, "ds_mofa": ds_mofa, "model": model, "data": data, "dataset": dataset})
     still = [name for name, weight in model.named_parameters() if torch.equal(weight.detach().cpu(), before[name])]
     assert still == []
+
+from launch.arguments import make_parser
+
+known = make_parser()._option_string_actions
+assert [option for command in trains for option in command if option.startswith("--") and option not in known] == []
+
+from profiling import predict
+
+for command in predicts:
+    predict.make_parser().parse_args(command)
 """
 
 
@@ -64,6 +78,16 @@ def programs() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
+def commands(program: str) -> list[list[str]]:
+    """What README and the documents pass to ``program``, in shell blocks."""
+    texts = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+    fenced = [block for text in texts for block in re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)]
+    blocks = [block for language, block in fenced if not language]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if f" {program} " in line]
+    return [line[line.index(program) + 1 :] for line in words if "..." not in line]
+
+
 def test_every_link_leads_somewhere():
     assert [link for path in DOCUMENTS for link in broken_links(path)] == []
 
@@ -88,9 +112,11 @@ def test_readme_has_a_program_of_each_kind():
     assert len(programs()) == len(kinds)
 
 
-def test_readmes_programs_run_and_train_every_parameter(tmp_path):
+def test_programs_run_and_train_every_parameter_and_commands_have_such_options(tmp_path):
     """In one process: importing what they need takes longer than running them."""
-    (tmp_path / "programs.json").write_text(json.dumps(programs()))
+    shell = commands("launch/train.py"), commands("profiling/predict.py")
+    assert all(shell)
+    (tmp_path / "programs.json").write_text(json.dumps([programs(), *shell]))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -98,6 +124,23 @@ def test_readmes_programs_run_and_train_every_parameter(tmp_path):
     command = [sys.executable, "-c", RUN, "programs.json"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+
+
+def test_json_of_the_documents_is_what_the_optimizers_take():
+    texts = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+    blocks = [block for text in texts for block in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)]
+    configs = [json.loads(f"{{{block}}}") for block in blocks]
+    optimizers = [config["optimizer"] for config in configs if "optimizer" in config]
+    assert optimizers
+    for optimizer in optimizers:
+        getattr(ds_mofa, optimizer["type"]).options_class.from_config(optimizer["params"])
+
+
+def test_the_picture_says_what_was_measured():
+    said = re.search(r"!\[([^\]]*)\]\(docs/memory_and_speed.png\)", README)[1]
+    values = [f"{value:.1f} GB" for value in peaks().values()]
+    values += [f"{value:,.0f} tokens/s" for value in speeds().values() if value is not None]
+    assert [value for value in values if value not in said] == []
 
 
 def test_numbers_of_readmes_table_stand_in_the_results():
