@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from launching import on_ranks
-from test_resume import equal
+from comparing import equal
 from training import config, train
 
 from ds_mofa import Options

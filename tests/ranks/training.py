@@ -145,6 +145,8 @@ def whole_momenta(engine) -> dict[str, Tensor]:
     state = matrices.state_dict().get("matrices", {})
     if "sigma" in matrices.rule.field_names():
         return {name: one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}
+    if "m" not in matrices.rule.field_names():
+        return {}  # a rule without one
     shapes = {matrix.name: matrix.shape for matrix in matrices.members}
     return {name: like(one["P"] @ one["m"].mT, shapes[name]) for name, one in state.items()}
 
