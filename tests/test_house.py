@@ -26,7 +26,7 @@ HIDDEN = {
     "pynvml": "a machine without NVIDIA's driver does without it",
     "triton": "there is none without a GPU",
     "ds_mofa.kernels": "its files that begin with an underscore import triton",
-    "ds_mofa.profiler.callback": "imports transformers",
+    "ds_mofa.profiler.measure.callback": "imports transformers",
     "torch._dynamo": "takes a second to import, and only a compiled step needs it",
 }
 # Files that must run before torch is imported.

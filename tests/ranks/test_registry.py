@@ -3,8 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
-from launching import on_ranks
 from comparing import equal
+from launching import on_ranks
 from training import config, train
 
 from ds_mofa import Options
