@@ -8,13 +8,9 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
-<<<<<<< HEAD:ds_mofa/backends/deepspeed/backend.py
 from ds_mofa.backends.deepspeed.matrices import shard_of
-from ds_mofa.kernels.shard import Shard
-=======
 from ds_mofa.capture.sink import Gathered
-from ds_mofa.deepspeed.matrices import shard_of
->>>>>>> options:ds_mofa/deepspeed/backend.py
+from ds_mofa.kernels.shard import Shard
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition.exchange import Exchange
 from ds_mofa.weights.staging import HostMemory
