@@ -6,6 +6,7 @@ from typing import Any
 from ds_mofa.profiler.categories import IN_ALLOCATOR, gb
 from ds_mofa.profiler.layout import fullest
 from ds_mofa.profiler.measure.layers import verdict
+from ds_mofa.profiler.report.units import unit_of
 
 __all__ = ["judge"]
 
@@ -126,7 +127,8 @@ def _prediction(name: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     ):
         if seen:
             off = value / seen - 1
-            text = f"predicted {gb(value, 3)} GB, measured {gb(seen, 3)} GB, {off:+.2%}"
+            unit = unit_of((value, seen))
+            text = f"predicted {unit.number(value, 3)} {unit.name}, measured {unit.number(seen, 3)} {unit.name}, {off:+.2%}"
             late = None if abs(off) <= limit else f"off by {off:+.1%}"
             claim = f"{name}: the prediction is within {limit:.0%} of the peak {label}"
             found.append(_claim(claim, text, abs(off) <= limit, late))

@@ -8,6 +8,7 @@ from ds_mofa.partition.layout import Layout
 from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Parameter
 from ds_mofa.profiler.predict.zero import ZeroSettings
 from ds_mofa.profiler.setting import RunSetting
+from ds_mofa.rules.rule import Rule
 
 __all__ = ["Plan", "numbers"]
 
@@ -16,7 +17,7 @@ _ADAPTERS = {"LoRA": ("adapter",)}  # the kinds of parameters that a baseline tr
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run, one micro-batch of it, and ZeRO's settings; None for a plain loop and stage 0."""
+    """A run, one micro-batch of it, and the settings of its ZeRO."""
 
     setting: RunSetting
     batch: MicroBatch
@@ -48,20 +49,18 @@ class Plan:
     @functools.cached_property
     def layout(self) -> Layout:
         """Where sketches and working copies lie."""
-        return Layout(self._places, self._rule.columns, self.setting.gpus)
+        return Layout(self.batch.places, self._rule.columns, self.setting.gpus)
 
     @functools.cached_property
     def state_layout(self) -> Layout:
         """Where the fp32 state of the rule does."""
-        return Layout(self._places, self._rule.r, self.setting.gpus, self._rule.field_shapes)
+        return Layout(self.batch.places, self._rule.r, self.setting.gpus, self._rule.field_shapes)
 
     @functools.cached_property
-    def _rule(self):
-        return self.setting.rule()
-
-    @property
-    def _places(self) -> list[tuple[tuple[int, int], int]]:
-        return [((p.shape[0], p.shape[1]), 0) for p in self.matrices]
+    def _rule(self) -> Rule:
+        rule = self.setting.rule()
+        assert rule is not None, "asked of sketched runs alone"
+        return rule
 
 
 def numbers(parameters: list[Parameter]) -> int:

@@ -59,6 +59,7 @@ class MicroBatch:
         peaks: between each two completions, the highest moment; the first is of forward and the loss.
         at_completion: the moment at which each gradient of ``order`` is complete.
         events: ("alloc", key, bytes), ("free", key, bytes) and ("complete", name, 0), in order.
+        places: (shape, param group) of every matrix of the optimizer, in its order: a parameter may hold several.
         held: bytes that the optimizer's rule keeps on every rank beside its state.
     """
 
@@ -67,6 +68,7 @@ class MicroBatch:
     peaks: list[Moment]
     at_completion: list[Moment]
     events: list[tuple[str, Any, int]]
+    places: tuple[tuple[tuple[int, int], int], ...] = ()
     held: int = 0
 
 
@@ -92,7 +94,7 @@ def simulate(setting: RunSetting) -> MicroBatch:
         ids = torch.zeros(setting.micro_batch, setting.seq, dtype=torch.long)
         with operators(model, setting.liger, not setting.option("fused_head")):
             order, peaks, at_completion, events = _run(model, ids, kinds, names, attached.buffers)
-    return MicroBatch(parameters, order, peaks, at_completion, events, attached.held)
+    return MicroBatch(parameters, order, peaks, at_completion, events, attached.places, attached.held)
 
 
 def _run(
