@@ -53,8 +53,9 @@ class Masters:
             self._wanted = any(matrix.param.dtype in (torch.bfloat16, torch.float16) for matrix in self._matrices)
             if not self._wanted:
                 return None
-            self._read()
-        return [self.tensors[index] for index in indices]
+            self.tensors = self._read()
+        tensors = self.tensors
+        return [tensors[index] for index in indices]
 
     def written(self) -> None:
         """The weights are as the masters say: call it after a step."""
