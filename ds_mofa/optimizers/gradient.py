@@ -42,10 +42,10 @@ class SketchedGradient(torch.Tensor):
         self.matrix, self._index = name, index
         self._gradients = weakref.ref(gradients)  # the parameter keeps this alive, which must not keep the optimizer
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents=None):
         return f"SketchedGradient({self.matrix!r}, shape={tuple(self.shape)})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
