@@ -20,10 +20,9 @@ from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import Split, split_parameters
 from ds_mofa.phases import phase
 from ds_mofa.rules.rule import Rule
-from ds_mofa.step import claims
 from ds_mofa.step.backend import OneProcess
 from ds_mofa.step.state import adamw_misfit, whole_misfit
-from ds_mofa.step.step import MatrixStep
+from ds_mofa.step.step import MatrixStep, claims
 
 __all__ = ["MatrixOptimizer", "clip_factor"]
 

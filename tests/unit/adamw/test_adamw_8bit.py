@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_mofa import MoFaSGD, OptionError, Options, adamw_8bit
+from ds_mofa import MoFaSGD, OptionError, Options
+from ds_mofa.adamw import eight_bit as adamw_8bit
 from ds_mofa.adamw.eight_bit import BLOCK, SMALLEST, AdamW8bit, moment_bytes, rounding_seed
 
 

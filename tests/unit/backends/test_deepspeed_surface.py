@@ -21,7 +21,7 @@ from ds_mofa.backends.deepspeed.replicated import Bf16ReplicatedMixin
 from ds_mofa.backends.deepspeed.surface import ROWS, Row
 from ds_mofa.backends.deepspeed.zero import Bf16Mixin, Stage3Mixin, Stage12Mixin
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MIXINS = [
     (Stage12Mixin, surface.STAGE_1_2),
     (Stage3Mixin, surface.STAGE_3),

@@ -8,7 +8,7 @@ import torch
 
 from ds_mofa import MoFaSGD
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_it_goes_on_as_it_did(monkeypatch):
