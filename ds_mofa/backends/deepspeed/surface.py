@@ -1,9 +1,9 @@
 """The parts of DeepSpeed that this package relies on and that no documentation promises, in one table.
 
 They are DeepSpeed's private names, the methods that are wrapped or overridden here, and what the overriding methods
-read of DeepSpeed's optimizers. tests/unit/backends/test_deepspeed_surface.py compares the table with the source of the DeepSpeed
-that is installed: after an upgrade it says what has changed, and what that was needed for. It also finds names that the
-package uses and the table has not.
+read of DeepSpeed's optimizers. tests/unit/backends/test_deepspeed_surface.py compares the table with the source of
+the DeepSpeed that is installed: after an upgrade it says what has changed, and what that was needed for. It also finds
+names that the package uses and the table has not.
 """
 
 from typing import Literal, NamedTuple
