@@ -58,7 +58,7 @@ class SketchedGradient(torch.Tensor):
         """See :meth:`Gradients.begin`."""
         gradients = self._gradients()
         if gradients is not None:
-            gradients.begin(self._index, Y, Z)
+            gradients.begin(self, Y, Z)
 
     def gradients(self, func) -> "Gradients":
         gradients = self._gradients()
@@ -168,27 +168,27 @@ class Gradients:
         self._reduced: set[int] = set()  # the matrices that the pending sketches hold something of
         self._stale = False  # whether the pending sketches have changed since they were measured
         self._params = [matrix.param for matrix in matrices.members]
-        self._marks: list[SketchedGradient] = []  # the ``grad`` of each sketch
         for index, (matrix, sketch) in enumerate(zip(matrices.members, matrices.captured, strict=True)):
-            sketch.grad = mark = SketchedGradient(matrix.param, matrix.name, self, index)
-            self._marks.append(mark)
+            sketch.grad = SketchedGradient(matrix.param, matrix.name, self, index)
         matrices.on_detach(functools.partial(_take_off, self._params, matrices.captured))
 
     # ------------------------------------------------------------------ backward
 
-    def begin(self, index: int, Y: Tensor, Z: Tensor) -> None:
+    def begin(self, mark: SketchedGradient, Y: Tensor, Z: Tensor) -> None:
         """A backward is about to add to Y and Z, and ``.grad`` does not say that there is a gradient to add to.
 
         Where it was let go, what it stood for is dropped, as autograd would have it; where it holds a gradient of another
         making, this is taken in.
 
         Args:
+            mark: of the matrix.
             Y, Z: the sketch's own; in a compiled backward, what will be copied into them.
         """
-        sketch, param, mark = self._step.captured[index], self._params[index], self._marks[index]
+        index = mark._index
+        sketch, param = self._step.captured[index], self._params[index]
         grad = param.grad
         if mark.dtype != param.dtype or mark.device != param.device:
-            mark = self._renewed(index)
+            sketch.grad = mark = self._renewed(mark, param)
         if grad is None and sketch.filled and sketch.unmarked:
             raise RuntimeError(
                 f"{mark.matrix!r} has a gradient of an earlier backward, and compiled autograd does not let .grad say whether "
@@ -203,17 +203,14 @@ class Gradients:
         if grad is not None and grad is not mark:
             sketch.add_gradient(grad, Y, Z)
 
-    def _renewed(self, index: int) -> SketchedGradient:
+    def _renewed(self, mark: SketchedGradient, param: nn.Parameter) -> SketchedGradient:
         """A mark for a parameter that was cast since the last one was made."""
-        param, mark = self._params[index], self._marks[index]
         if param.device != mark.device:
             raise RuntimeError(
                 f"{mark.matrix!r} was on {mark.device} when the optimizer was built, where its sketches are, and is on "
                 f"{param.device}: move the model before the optimizer is built"
             )
-        mark = SketchedGradient(param, mark.matrix, self, index)
-        self._step.captured[index].grad = self._marks[index] = mark
-        return mark
+        return SketchedGradient(param, mark.matrix, self, mark._index)
 
     # ------------------------------------------------------------------ what .grad is asked
 
@@ -265,8 +262,8 @@ class Gradients:
         """
         if any(rates):
             return False
-        grads = [param.grad for param, mark in zip(self._params, self._marks) if param.grad is not mark]
-        given = [grad for grad in grads if grad is not None]
+        pairs = zip(self._params, self._step.captured)
+        given = [param.grad for param, sketch in pairs if param.grad is not None and param.grad is not sketch.grad]
         if len(given) < len(self._params) or any(bool(grad.any()) for grad in given):
             return False
         self.let_go()
@@ -274,10 +271,9 @@ class Gradients:
 
     def settle(self) -> None:
         """Take each ``.grad`` as it is: one that was let go is dropped, one set by hand is sketched; and reduce."""
-        for index, (sketch, mark) in enumerate(zip(self._step.captured, self._marks)):
-            param = self._params[index]
-            grad = param.grad
-            if grad is None and sketch.filled and sketch.unmarked:
+        for index, (param, sketch) in enumerate(zip(self._params, self._step.captured)):
+            grad, mark = param.grad, sketch.grad
+            if grad is None and sketch.filled and sketch.unmarked and isinstance(mark, SketchedGradient):
                 param.grad = mark
             elif grad is None:
                 self.drop(index)
