@@ -93,7 +93,7 @@ class AdamW8bit(torch.optim.Optimizer):
         members = ((group, param) for group in self.param_groups for param in group["params"])
         for index, (group, param) in enumerate(members):
             if param.grad is not None:
-                self._step(param, group, index)
+                self._step(param, param.grad, group, index)
         return loss
 
     def summary(self, params: Iterable[Tensor] | None = None) -> str:
@@ -123,8 +123,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ one parameter
 
-    def _step(self, param: Tensor, group: Mapping[str, Any], index: int) -> None:
-        if param.grad.is_sparse:
+    def _step(self, param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int) -> None:
+        if grad.is_sparse:
             raise OptionError(
                 "adamw_states='8bit' does not take sparse gradients: build the embedding without sparse=True"
             )
@@ -132,7 +132,7 @@ class AdamW8bit(torch.optim.Optimizer):
         if "step" not in state:
             state.update(_new_state(param))
         state["step"] = state["step"] + 1
-        values, grad = param.detach().view(-1), param.grad.reshape(-1)
+        values, grad = param.detach().view(-1), grad.reshape(-1)
         stochastic = self._stochastic and param.dtype == torch.bfloat16
         # On the device: numbers would be compiled in, and tensors on the host would need a host compiler.
         step, lr = (
@@ -214,7 +214,7 @@ def _coded(numel: int) -> int:
 
 def _new_state(param: Tensor) -> dict[str, Tensor]:
     numel, coded = param.numel(), _coded(param.numel())
-    fp32 = {"dtype": torch.float32, "device": param.device}
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": param.device}
     state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
     for name in _MOMENTS:
         if not coded:

@@ -289,7 +289,7 @@ class FusedHead:
 
     # ------------------------------------------------------------------ a forward, in its order
 
-    def begin(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """The model's forward begins."""
         given = dict(zip(self._arguments, args)) | kwargs
         labels = given.get("labels")
@@ -392,7 +392,8 @@ def _model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
     for module in model.modules():
         kind = type(module)  # not the module: peft's wrappers pretend to have what they are around
         if hasattr(kind, "loss_function") and hasattr(kind, "get_output_embeddings"):
-            head = module.get_output_embeddings()
+            causal: Any = module  # with Hugging Face's methods
+            head = causal.get_output_embeddings()
             if head is not None:
                 _check(module, head)
                 return module, head
@@ -420,7 +421,7 @@ def _check(model: nn.Module, head: nn.Module) -> None:
             f"fused_head computes the loss ForCausalLMLoss, and {name} has {getattr(before, '__name__', before)}: set "
             '"fused_head": false'
         )
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for change in _CHANGES:
         if getattr(config, change, None) is not None:

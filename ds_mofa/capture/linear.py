@@ -122,7 +122,7 @@ def _refuse_replaced(module: nn.Module) -> None:
 
 
 def _forward_of(module: nn.Module, param: nn.Parameter, sink: Sink, gathered: Gathered | None):
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self: nn.Linear, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         # A deep copy, made for an average or a reference, has no sketch; nor has a weight that is computed or lent.
         if self is not module or weight is not param or torch._C._get_tracing_state() is not None:
@@ -139,5 +139,5 @@ def _forward_of(module: nn.Module, param: nn.Parameter, sink: Sink, gathered: Ga
         return _sketched_linear(input, weight, bias, sink, gathered)
 
     setattr(forward, OURS, True)
-    forward.__wrapped__ = nn.Linear.forward  # whose source TorchScript compiles
+    vars(forward)["__wrapped__"] = nn.Linear.forward  # whose source TorchScript compiles
     return forward

@@ -48,7 +48,7 @@ class Sketch:
         self.filled = self.unmarked = False
         self.key = compiled.key_of(self)
         self._queue = queue
-        self._addresses = tuple(tensor.data_ptr() for tensor in (Y, Z, U, V))
+        self._addresses = Y.data_ptr(), Z.data_ptr(), U.data_ptr(), V.data_ptr()
 
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
         """Add G = dy^T x without forming it. x: (..., n), dy: (..., m), of one dtype."""
@@ -68,7 +68,8 @@ class Sketch:
     @torch.no_grad()
     def add_gradient(self, grad: Tensor, Y: Tensor | None = None, Z: Tensor | None = None) -> None:
         """Add a gradient that exists. grad: (m, n)."""
-        Y, Z = (self.Y, self.Z) if Y is None else (Y, Z)
+        if Y is None or Z is None:
+            Y, Z = self.Y, self.Z
         self.open(Y, Z)
         grad = grad.to_dense() if grad.is_sparse else grad
         add_product(Y, grad, self.V.to(grad.dtype))
@@ -78,7 +79,8 @@ class Sketch:
         """Sketch what autograd has put into ``param.grad``: at once, or where ``.grad`` is a mark, when that is begun."""
         if self.grad is None:
             self.add_gradient(grad)
-            self.param.grad = None
+            if self.param is not None:
+                self.param.grad = None
         else:
             self.open(self.Y, self.Z)
 
@@ -91,7 +93,10 @@ class Sketch:
     def open(self, Y: Tensor, Z: Tensor) -> None:
         """Before something is added to Y and Z: let ``.grad`` say that there is a gradient."""
         mark = self.grad
-        if mark is not None and not (self.filled and self.param.grad is mark):
+        if mark is None:
+            return
+        param = self.param
+        if param is None or not (self.filled and param.grad is mark):
             mark.begin(self, Y, Z)
 
     def clear(self, Y: Tensor, Z: Tensor) -> None:

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,4 +36,5 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes that one thread block may have."""
     if device.type != "cuda":  # Triton's interpreter
         return 1 << 18
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub has not all of them
+    return properties.shared_memory_per_block_optin

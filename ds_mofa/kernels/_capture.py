@@ -28,7 +28,8 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
         dtype: bfloat16 or float16.
     """
     device = work[0][1].device
-    table, most, widest, even = [], 0, 0, True
+    table: list[int] = []
+    most, widest, even = 0, 0, True
     for (Y, Z, U, V), x, dy in work:
         n, m = x.shape[-1], dy.shape[-1]
         tokens = x.numel() // n

@@ -125,7 +125,7 @@ def _turned(factors: Factors, left: Basis, right: Basis, P: Tensor, sigma: Tenso
     return Factors(torch.where(still, U, left.turned(P)), sigma, torch.where(still, V, right.turned(Q)))
 
 
-def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float) -> Factors:
+def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float | Tensor) -> Factors:
     """The first momentum, gamma G, from one look at the gradient (Tropp, Yurtsever, Udell, Cevher 2017).
 
     The first step has no U and V to sketch with, so it uses random test matrices in their place:

@@ -11,13 +11,13 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.capture.sketch import Sketch
+from ds_mofa.capture.sink import Sink
 from ds_mofa.step.step import MatrixStep
 
 __all__ = ["Gradients", "SketchedGradient"]
@@ -42,10 +42,10 @@ class SketchedGradient(torch.Tensor):
         self.matrix, self._index = name, index
         self._gradients = weakref.ref(gradients)  # the parameter keeps this alive, which must not keep the optimizer
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents=None):
         return f"SketchedGradient({self.matrix!r}, shape={tuple(self.shape)})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -54,11 +54,11 @@ class SketchedGradient(torch.Tensor):
             raise _unknown(func, args)
         return answer(func, *args, **(kwargs or {}))
 
-    def begin(self, sketch: Sketch, Y: Tensor, Z: Tensor) -> None:
+    def begin(self, sink: Sink, Y: Tensor, Z: Tensor) -> None:
         """See :meth:`Gradients.begin`."""
         gradients = self._gradients()
         if gradients is not None:
-            gradients.begin(self._index, Y, Z)
+            gradients.begin(self, Y, Z)
 
     def gradients(self, func) -> "Gradients":
         gradients = self._gradients()
@@ -167,25 +167,28 @@ class Gradients:
         self._fresh = False  # whether a backward has added something since the last reduce
         self._reduced: set[int] = set()  # the matrices that the pending sketches hold something of
         self._stale = False  # whether the pending sketches have changed since they were measured
+        self._params = [matrix.param for matrix in matrices.members]
         for index, (matrix, sketch) in enumerate(zip(matrices.members, matrices.captured, strict=True)):
             sketch.grad = SketchedGradient(matrix.param, matrix.name, self, index)
-        matrices.on_detach(functools.partial(_take_off, matrices.captured))
+        matrices.on_detach(functools.partial(_take_off, self._params, matrices.captured))
 
     # ------------------------------------------------------------------ backward
 
-    def begin(self, index: int, Y: Tensor, Z: Tensor) -> None:
+    def begin(self, mark: SketchedGradient, Y: Tensor, Z: Tensor) -> None:
         """A backward is about to add to Y and Z, and ``.grad`` does not say that there is a gradient to add to.
 
         Where it was let go, what it stood for is dropped, as autograd would have it; where it holds a gradient of another
         making, this is taken in.
 
         Args:
+            mark: of the matrix.
             Y, Z: the sketch's own; in a compiled backward, what will be copied into them.
         """
-        sketch = self._step.captured[index]
-        grad, mark = sketch.param.grad, sketch.grad
-        if mark.dtype != sketch.param.dtype or mark.device != sketch.param.device:
-            mark = self._renewed(sketch, mark)
+        index = mark._index
+        sketch, param = self._step.captured[index], self._params[index]
+        grad = param.grad
+        if mark.dtype != param.dtype or mark.device != param.device:
+            sketch.grad = mark = self._renewed(mark, param)
         if grad is None and sketch.filled and sketch.unmarked:
             raise RuntimeError(
                 f"{mark.matrix!r} has a gradient of an earlier backward, and compiled autograd does not let .grad say whether "
@@ -195,21 +198,19 @@ class Gradients:
             if sketch.filled:
                 sketch.clear(Y, Z)
             self._drop_reduced(index)
-            sketch.param.grad = mark
+            param.grad = mark
         sketch.filled = self._fresh = True
         if grad is not None and grad is not mark:
             sketch.add_gradient(grad, Y, Z)
 
-    def _renewed(self, sketch: Sketch, mark: SketchedGradient) -> SketchedGradient:
+    def _renewed(self, mark: SketchedGradient, param: nn.Parameter) -> SketchedGradient:
         """A mark for a parameter that was cast since the last one was made."""
-        param = sketch.param
         if param.device != mark.device:
             raise RuntimeError(
                 f"{mark.matrix!r} was on {mark.device} when the optimizer was built, where its sketches are, and is on "
                 f"{param.device}: move the model before the optimizer is built"
             )
-        sketch.grad = SketchedGradient(param, mark.matrix, self, mark._index)
-        return sketch.grad
+        return SketchedGradient(param, mark.matrix, self, mark._index)
 
     # ------------------------------------------------------------------ what .grad is asked
 
@@ -230,8 +231,8 @@ class Gradients:
 
     def scale_all(self, factor: Tensor | float) -> None:
         """Multiply every matrix's gradient as it stands."""
-        for index, sketch in enumerate(self._step.captured):
-            if sketch.param.grad is not None:
+        for index, param in enumerate(self._params):
+            if param.grad is not None:
                 self.scale(index, factor)
 
     def add(self, index: int, grad: Tensor) -> None:
@@ -259,22 +260,24 @@ class Gradients:
         """Whether this is the step of torch.distributed.checkpoint that is to bring the state about: every rate 0, and
         every ``.grad`` set to zeros. Then they are let go.
         """
-        if any(rates) or any(_is_own(sketch) or sketch.param.grad is None for sketch in self._step.captured):
+        if any(rates):
             return False
-        if any(bool(sketch.param.grad.any()) for sketch in self._step.captured):
+        pairs = zip(self._params, self._step.captured)
+        given = [param.grad for param, sketch in pairs if param.grad is not None and param.grad is not sketch.grad]
+        if len(given) < len(self._params) or any(bool(grad.any()) for grad in given):
             return False
         self.let_go()
         return True
 
     def settle(self) -> None:
         """Take each ``.grad`` as it is: one that was let go is dropped, one set by hand is sketched; and reduce."""
-        for index, sketch in enumerate(self._step.captured):
-            grad = sketch.param.grad
-            if grad is None and sketch.filled and sketch.unmarked:
-                sketch.param.grad = sketch.grad
+        for index, (param, sketch) in enumerate(zip(self._params, self._step.captured)):
+            grad, mark = param.grad, sketch.grad
+            if grad is None and sketch.filled and sketch.unmarked and isinstance(mark, SketchedGradient):
+                param.grad = mark
             elif grad is None:
                 self.drop(index)
-            elif grad is not sketch.grad:
+            elif grad is not mark:
                 sketch.open(sketch.Y, sketch.Z)
         self.reduce()
 
@@ -296,9 +299,7 @@ class Gradients:
 
     def clip(self) -> Tensor | float:
         """The factor on every gradient; where factors differ they are folded into the sketches, and it is 1."""
-        chains = [
-            self._factors.get(i, ()) for i, sketch in enumerate(self._step.captured) if sketch.param.grad is not None
-        ]
+        chains = [self._factors.get(i, ()) for i, param in enumerate(self._params) if param.grad is not None]
         if any(not _same(chains[0], chain) for chain in chains):
             self._fold()
             self.reduce()
@@ -319,20 +320,16 @@ class Gradients:
         """Set every ``.grad`` to None and drop what they stand for."""
         self._step.clear()
         self._step.drop_pending()
-        for sketch in self._step.captured:
-            sketch.param.grad, sketch.filled, sketch.unmarked = None, False, False
+        for param, sketch in zip(self._params, self._step.captured):
+            param.grad, sketch.filled, sketch.unmarked = None, False, False
         self._fresh = False
         self.forget()
 
 
-def _is_own(sketch: Sketch) -> bool:
-    return sketch.param.grad is sketch.grad
-
-
-def _take_off(sketches: list[Sketch]) -> None:
-    for sketch in sketches:
-        if _is_own(sketch):
-            sketch.param.grad = None
+def _take_off(params: Sequence[nn.Parameter], sinks: Sequence[Sink]) -> None:
+    for param, sink in zip(params, sinks):
+        if param.grad is sink.grad:
+            param.grad = None
 
 
 def _same(one: tuple, other: tuple) -> bool:

@@ -43,7 +43,7 @@ class Exchange:
 
     def gather(self, part: Tensor) -> list[Tensor] | None:
         """Every rank's ``part``, on the group's rank 0; None elsewhere."""
-        if self.world_size == 1:
+        if self.group is None or self.world_size == 1:
             return [part]
         parts = [torch.empty_like(part) for _ in range(self.world_size)] if self.rank == 0 else None
         dist.gather(part, parts, dst=dist.get_global_rank(self.group, 0), group=self.group)
@@ -51,5 +51,5 @@ class Exchange:
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """``source`` is a rank of the group."""
-        if self.world_size > 1:
+        if self.group is not None and self.world_size > 1:
             dist.broadcast(tensor, dist.get_global_rank(self.group, source), group=self.group)

@@ -93,7 +93,7 @@ class Layout:
         tensors: Callable[[int, int, int], Shapes] = exchanged,
     ):
         self.owners = _balance([shape for shape, _ in places], world_size)
-        by_owner = [defaultdict(list) for _ in range(world_size)]
+        by_owner: list[dict[tuple[tuple[int, int], int], list[int]]] = [defaultdict(list) for _ in range(world_size)]
         for index, (place, owner) in enumerate(zip(places, self.owners)):
             by_owner[owner][place].append(index)
 

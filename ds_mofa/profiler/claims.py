@@ -21,6 +21,8 @@ MOFASGD = {
     "torch:MoFaSGD:r=8:liger=1": "liger-kernel's layers and loss",
 }
 
+_NOT_RUN = {"error": "it was not run"}
+
 
 def judge(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A verdict for each claim that the runs can be asked about.
@@ -60,16 +62,16 @@ def _paper(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     claims = []
     for run, layers in MOFASGD.items():
         text = f"MoFaSGD, rank 8, fine-tunes LLaMA-3.1-8B in 29.0 GB allocated or less, with {layers}"
-        claims.append(_at_most_the_limit(text, run, runs.get(run)))
+        claims.append(_at_most_the_limit(text, run, runs.get(run, _NOT_RUN)))
     text = "AdamW takes about 70 GB in the same setting"
-    report = runs.get("torch:AdamW")
+    report = runs.get("torch:AdamW", _NOT_RUN)
     claims.append(_not_there(text, "torch:AdamW", report) or _about_seventy(text, fullest(report)))
     return claims
 
 
-def _not_there(claim: str, run: str, report: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _not_there(claim: str, run: str, report: Mapping[str, Any]) -> dict[str, Any] | None:
     """Why a claim cannot be judged; None where it can."""
-    if report is None or "error" in report:
+    if "error" in report:
         return _claim(claim, f"{run} was not run", None, "not measured")
     setting = report["setting"]
     here = (setting["model_config"].rsplit("/", 1)[-1].removesuffix(".json"), setting["shape"])
@@ -80,7 +82,7 @@ def _not_there(claim: str, run: str, report: Mapping[str, Any] | None) -> dict[s
     return None
 
 
-def _at_most_the_limit(claim: str, run: str, report: Mapping[str, Any] | None) -> dict[str, Any]:
+def _at_most_the_limit(claim: str, run: str, report: Mapping[str, Any]) -> dict[str, Any]:
     missing = _not_there(claim, run, report)
     if missing is not None:
         return missing

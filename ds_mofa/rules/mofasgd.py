@@ -112,7 +112,8 @@ class MoFaSGDRule(Rule):
 
     def resized(self, saved: Sequence[State], ranks: set[int]) -> tuple[list[State], str]:
         """See :func:`ds_mofa.linalg.factors.resized`."""
-        new, kept = [], torch.zeros(2, dtype=torch.float64, device="cpu")  # squares of sigma: after and before
+        new: list[State] = []
+        kept = torch.zeros(2, dtype=torch.float64, device="cpu")  # squares of sigma: after and before
         for U, V, sigma in saved:
             one = resized(Factors(U, sigma, V), self.r)
             kept += torch.stack([one.sigma.double().square().sum(), sigma.double().square().sum()])

@@ -137,8 +137,8 @@ def wait_for_step(own: Claim, holders: Mapping[nn.Parameter, nn.Module], options
 def waiting(params: Iterable[nn.Parameter]) -> Any | None:
     """The options of an optimizer that waits for its first step on one of ``params``."""
     for param in params:
-        module, options = _waiting.get(id(param), (lambda: None, None))
-        module = module()
+        holder, options = _waiting.get(id(param), (lambda: None, None))
+        module = holder()
         if module is not None and any(param is other for other in module.parameters(recurse=False)):
             return options
     return None

@@ -101,7 +101,8 @@ class RuleDriver:
         """:meth:`squared_norm` of each matrix, (B,) for each of the owner's pieces. Call it after that method."""
         if step == 0:
             sketches = (self._sketches(piece) for piece in self._owner.pieces(pending))
-            return [sum(sketch.double().square().sum((-2, -1)) for sketch in pair) / 2 for pair in sketches]
+            return [(_squares(Y) + _squares(Z)) / 2 for Y, Z in sketches]
+        assert self._measured is not None  # squared_norm has measured
         return self._measured.squares
 
     def update(self, pending: SketchSegment, step: int, clip: float | Tensor) -> FactorSegment:
@@ -116,8 +117,8 @@ class RuleDriver:
         reused = iter(known.reused if known is not None else ())
         self._came = []
         for pieces in self._passes(pending, step):
-            arrived = [next(came, None) for _ in pieces]
-            arrived = [gradient_came(p.Y, p.Z) if one is None else one for p, one in zip(pieces, arrived)]
+            found = [next(came, None) for _ in pieces]
+            arrived = [gradient_came(p.Y, p.Z) if one is None else one for p, one in zip(pieces, found)]
             batches = [self._batch(piece, one) for piece, one in zip(pieces, arrived)]
             self.rule.update(batches, [next(reused, None) for _ in pieces], step=step, clip=clip)
             self._came += arrived
@@ -151,12 +152,14 @@ class RuleDriver:
 
     def roll_back(self) -> None:
         """After :meth:`failed`: :meth:`publish` once more, from the state before the step. Collective."""
-        kept = torch.zeros(self._layout.segment, dtype=self._owner.state.dtype, device=self._working.device)
+        segment = self._layout.segment
+        kept = FactorSegment(torch.zeros(segment, dtype=self._owner.state.dtype, device=self._working.device))
         for piece in itertools.chain.from_iterable(self._owner.passes(kept)):
             for value, slot in zip(piece.state, self._slots(piece), strict=True):
+                assert slot is not None  # every field of a rule that can fail has one
                 slot.copy_(value)
         self._came = None
-        self.publish(FactorSegment(kept))
+        self.publish(kept)
 
     def commit(self, new: FactorSegment) -> None:
         """The step is certain: store what belongs to the state."""
@@ -280,3 +283,8 @@ class RuleDriver:
                 for view in views:
                     drawn = torch.randn(view[i].shape, generator=generator, dtype=torch.float32, device="cpu")
                     view[i].copy_(drawn / math.sqrt(self.rule.r))
+
+
+def _squares(sketches: Tensor) -> Tensor:
+    """Squared norm of each of (B, ., r) sketches, (B,), float64."""
+    return sketches.double().square().sum((-2, -1))

@@ -121,7 +121,7 @@ class Owner:
         whole = self.state.new_empty(world, segment, device="cpu") if self._exchange.rank == 0 else None
         for first in range(0, segment, _SLICE):
             parts = self._exchange.gather(self.state[first : first + _SLICE].to(self._device))
-            if parts is not None:
+            if whole is not None and parts is not None:
                 whole[:, first : first + _SLICE] = torch.stack([part.cpu() for part in parts])
         return None if whole is None else whole.view(-1)
 
@@ -129,7 +129,7 @@ class Owner:
         """This rank's segment of what :meth:`whole` has given."""
         self.state.copy_(whole.narrow(0, self._state_start, self.state_layout.segment))
 
-    def _states_here(self, back: bool) -> Iterator[list[Sequence[Tensor]]]:
+    def _states_here(self, back: bool) -> Iterator[Sequence[Sequence[Tensor]]]:
         """The state of each part of each sub-batch, on the device."""
         views = [[part.views(self.state, self._state_start) for part in parts] for parts in self._states]
         if self._host is None:

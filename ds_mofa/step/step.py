@@ -159,12 +159,14 @@ class MatrixStep:
         reduced = self.exchange.reduce_scatter(self.sketches, self.layout.segment)
         reduced.mul_(self.exchange.mean_scale / loss_scale)
         self.sketches.zero_()
-        self._pending = reduced.add_(self._pending) if beside else reduced
+        if beside:
+            reduced.add_(self._reduced)
+        self._pending = reduced
         self.measure()
 
     def measure(self) -> None:
         """Take the norm of the pending gradients. Collective."""
-        norm = self.exchange.sum(self.driver.squared_norm(self._pending, self.steps)).sqrt()
+        norm = self.exchange.sum(self.driver.squared_norm(self._reduced, self.steps)).sqrt()
         self._norm, self._finite = torch.where(norm < _LARGEST_NORM, norm, math.inf), None
 
     @property
@@ -174,33 +176,34 @@ class MatrixStep:
         In the first step an unbiased estimate of the whole gradient's norm. Inf if any sketch on any rank holds a
         NaN or Inf, or where it would be above 1e18.
         """
+        assert self._norm is not None  # reduce has taken it
         return self._norm
 
     def norms(self) -> Tensor:
         """Norm of each matrix's pending gradient, (matrices,), fp32 or better. In one process."""
-        squares = self.driver.squared_norms(self._pending, self.steps)
+        squares = self.driver.squared_norms(self._reduced, self.steps)
         if self._places is None:  # once: the host waits for the copy
-            members = itertools.chain.from_iterable(piece.part.members for piece in self.owner.pieces(self._pending))
+            members = itertools.chain.from_iterable(piece.part.members for piece in self.owner.pieces(self._reduced))
             places = {index: place for place, index in enumerate(members)}
             self._places = torch.tensor([places[i] for i in range(len(self.members))], device=self._device)
-        return torch.cat([square.double() for square in squares]).sqrt().to(self._pending.dtype)[self._places]
+        return torch.cat([square.double() for square in squares]).sqrt().to(self._reduced.dtype)[self._places]
 
     def scale_pending(self, factors: Mapping[int, Sequence[Tensor | float]]) -> None:
         """Multiply the pending gradient of each of these matrices by its factors; :meth:`measure` then. In one process."""
         for index, some in factors.items():
-            for view, factor in itertools.product(self.layout.views(self._pending, index)[:2], some):
+            for view, factor in itertools.product(self.layout.views(self._reduced, index)[:2], some):
                 view.mul_(factor)
 
     def drop_pending_of(self, index: int) -> None:
         """Forget the pending gradient of one matrix; :meth:`measure` then. In one process."""
-        for view in self.layout.views(self._pending, index):
+        for view in self.layout.views(self._reduced, index):
             view.zero_()
 
     @property
     def finite(self) -> bool:
         """Whether the reduced sketches can be used, the same on every rank; the host waits for it once a step."""
         if self._finite is None:
-            self._finite = bool(torch.isfinite(self._norm))
+            self._finite = bool(torch.isfinite(self.norm))
         return self._finite
 
     @property
@@ -219,7 +222,7 @@ class MatrixStep:
             clip: factor on the gradient, <= 1, from clipping by the global norm.
         """
         with phase("factor update"), full_fp32():
-            new = self._updated(self._pending, clip)
+            new = self._updated(self._reduced, clip)
             self.driver.publish(new)
         self._pending = None
         with phase("gather"):
@@ -228,6 +231,7 @@ class MatrixStep:
                 self._roll_back()
                 self.discard(_NO_FACTORS)
                 return
+            assert new is not None  # else the owner's update has failed, and every rank has seen it
             report = self._report(new, clip) if self._reports_now() else None
             self.driver.forget()
             self.driver.commit(new)
@@ -312,6 +316,12 @@ class MatrixStep:
         return self.driver.held()
 
     # ------------------------------------------------------------------ parts
+
+    @property
+    def _reduced(self) -> SketchSegment:
+        """What the last :meth:`reduce` has given, and nothing has used or discarded yet."""
+        assert self._pending is not None
+        return self._pending
 
     def _updated(self, pending: SketchSegment, clip: float | Tensor) -> FactorSegment | None:
         """Have the rule turn the pending sketches into factors, in their memory.

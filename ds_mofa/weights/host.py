@@ -55,7 +55,7 @@ def write_wherever(
 
 def _write_through(staging, away, shards, U, V, coefficients, *, indices, masters, **how) -> None:
     weights = [shard.flat for shard in shards]
-    kinds = [weights, masters]
+    kinds = [weights] if masters is None else [weights, masters]
     moving = [tensors for tensors, is_away in zip(kinds, away) if is_away]
     bytes_each = sum(tensors[0].element_size() for tensors in moving)
     places = list(chunks(len(shards), shards[0].start, weights[0].numel(), bytes_each))
@@ -63,7 +63,7 @@ def _write_through(staging, away, shards, U, V, coefficients, *, indices, master
     for (some, low, high), staged in zip(places, staging.passes(pieces, back=True), strict=True):
         arrived = iter(staged)
         here = [
-            None if kind is None else [next(arrived) if is_away else tensor[low:high] for tensor in kind[some]]
+            [next(arrived) if is_away else tensor[low:high] for tensor in kind[some]]
             for kind, is_away in zip(kinds, away)
         ]
         write_updates(
@@ -72,7 +72,7 @@ def _write_through(staging, away, shards, U, V, coefficients, *, indices, master
             V[some],
             coefficients[some],
             indices=indices[some],
-            masters=here[1],
+            masters=None if masters is None else here[1],
             **how,
         )
 

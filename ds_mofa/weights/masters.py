@@ -49,12 +49,13 @@ class Masters:
         """Those of these matrices, made where there are none yet."""
         if not self._wanted:
             return None
-        if self.tensors is None:
+        tensors = self.tensors
+        if tensors is None:
             self._wanted = any(matrix.param.dtype in (torch.bfloat16, torch.float16) for matrix in self._matrices)
             if not self._wanted:
                 return None
-            self._read()
-        return [self.tensors[index] for index in indices]
+            tensors = self._read()
+        return [tensors[index] for index in indices]
 
     def written(self) -> None:
         """The weights are as the masters say: call it after a step."""
@@ -91,8 +92,7 @@ class Masters:
         """
         if not self._wanted:
             return
-        self._read()
-        for matrix, master in zip(self._matrices, self.tensors):
+        for matrix, master in zip(self._matrices, self._read()):
             if matrix.name in saved:
                 master.copy_(saved[matrix.name])
             if self._is_whole(matrix):
@@ -101,12 +101,14 @@ class Masters:
                 master.copy_(whole)
         self._versions = []
 
-    def _read(self) -> None:
+    def _read(self) -> list[Tensor]:
+        """Make them where there are none yet, and copy the weights into them."""
         weights = [self._shard_of(matrix).flat for matrix in self._matrices]
         if self.tensors is None:
             self.tensors = [self._zeros(flat.numel(), torch.float32, flat.device) for flat in weights]
         for master, flat in zip(self.tensors, weights):
             master.copy_(flat)
+        return self.tensors
 
     def _is_whole(self, matrix: Matrix) -> bool:
         return self._shard_of(matrix).flat.numel() == math.prod(matrix.shape)

@@ -8,6 +8,7 @@ current stream computes. On a CPU the same code copies at once. What a copy may 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,9 +58,9 @@ class Staging:
     def __init__(self, device: torch.device):
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._in, self._out = (torch.cuda.Stream(device) if self._on_gpu else _Immediate() for _ in range(2))
+        self._in, self._out = self._new_stream(), self._new_stream()
         self._sent: list[Tensor] = []
-        self._last = None  # the event after the last copy out
+        self._last: Any = None  # the event after the last copy out
         self.peak = 0
 
     def passes(self, pieces: Sequence[Sequence[Tensor]], *, back: bool = False) -> Iterator[list[Tensor]]:
@@ -75,19 +76,19 @@ class Staging:
         # The buffers' last user may still read them in its stream, and the host tensors may still be being written.
         self._in.wait_stream(compute)
         self._in.wait_stream(self._out)
-        left = [None, None]  # for each buffer the event after which it may be filled again
+        left: list[Any] = [None, None]  # for each buffer the event after which it may be filled again
 
-        def fetch(number: int):
+        def fetch(number: int) -> tuple[list[Tensor], Any]:
             staged = _views(buffers[number % 2], pieces[number])
             return staged, self._copy(self._in, pieces[number], staged, after=left[number % 2])
 
         try:
-            coming = fetch(0) if pieces else None
+            coming = [fetch(0)] if pieces else []
             for number, piece in enumerate(pieces):
-                staged, arrived = coming
+                staged, arrived = coming.pop()
                 compute.wait_event(arrived)
                 if number + 1 < len(pieces):
-                    coming = fetch(number + 1)
+                    coming.append(fetch(number + 1))
                 yield staged
                 left[number % 2] = compute.record_event()
                 if back:
@@ -126,11 +127,24 @@ class Staging:
                 target.copy_(source, non_blocking=self._on_gpu)
             return stream.record_event()
 
-    def _current(self):
+    def _new_stream(self) -> "_Stream":
+        return torch.cuda.Stream(self._device) if self._on_gpu else _Immediate()
+
+    def _current(self) -> "_Stream":
         return torch.cuda.current_stream(self._device) if self._on_gpu else _Immediate()
 
     def _within(self, stream) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(stream) if self._on_gpu else contextlib.nullcontext()
+
+
+class _Stream(Protocol):
+    """What is asked of a stream of a GPU."""
+
+    def record_event(self) -> Any: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
 
 
 class _Immediate:
@@ -138,9 +152,9 @@ class _Immediate:
 
     def record_event(self) -> None: ...
 
-    def wait_event(self, event) -> None: ...
+    def wait_event(self, event: None) -> None: ...
 
-    def wait_stream(self, stream) -> None: ...
+    def wait_stream(self, stream: "_Immediate") -> None: ...
 
 
 def _room(tensor: Tensor) -> int:

@@ -41,15 +41,15 @@ def account(
     """
     parts = dict(at_peak if at_peak is not None else known)
     if not cuda:
-        total, meter = peaks["host"], "resident set of the process"
+        total, meter = _of(peaks, "host"), "resident set of the process"
         parts["process base"] = base_host
     else:
-        counted = sum(parts.values())
-        parts["unexplained"] = parts.get("unexplained", 0) + peaks["allocated"] - counted
-        parts["allocator slack"] = peaks["reserved"] - peaks["allocated"]
-        total, meter = peaks["reserved"], "PyTorch's allocator, reserved"
-        if peaks["nvml_device"] is not None:
-            total, meter = peaks["nvml_device"], "NVML, in use on the device"
+        allocated, reserved, nvml = _of(peaks, "allocated"), _of(peaks, "reserved"), peaks["nvml_device"]
+        parts["unexplained"] = parts.get("unexplained", 0) + allocated - sum(parts.values())
+        parts["allocator slack"] = reserved - allocated
+        total, meter = reserved, "PyTorch's allocator, reserved"
+        if nvml is not None:
+            total, meter = nvml, "NVML, in use on the device"
             parts["CUDA context"] = context or 0
             parts["before this process"] = before or 0
             if communication:
@@ -72,14 +72,17 @@ def thin_samples(samples: Sequence[Sample], index: int | None) -> dict[str, Any]
     start = samples[0].time
     bins = _bins(len(samples))
 
+    def here(used: Mapping[int, int]) -> int | None:
+        return None if index is None else used.get(index)
+
     def largest(values: list[int | None]) -> list[int | None]:
         rows = ([v for v in values[low:high] if v is not None] for low, high in bins)
         return [max(row, default=None) for row in rows]
 
     return {
         "seconds": [round((samples[low].time - start) / 1e9, 4) for low, _ in bins],
-        "nvml_device": largest([s.device_used.get(index) for s in samples]),
-        "nvml_process": largest([s.process_used.get(index) for s in samples]),
+        "nvml_device": largest([here(s.device_used) for s in samples]),
+        "nvml_process": largest([here(s.process_used) for s in samples]),
         "allocated": largest([s.allocator[0] if s.allocator else None for s in samples]),
         "reserved": largest([s.allocator[1] if s.allocator else None for s in samples]),
         "host": largest([s.host for s in samples]),
@@ -107,6 +110,13 @@ def thin_curve(curve: Curve, spans: Sequence[Span], inner: Sequence[Span]) -> di
             for span in (*spans, *shown)
         ],
     }
+
+
+def _of(peaks: Mapping[str, int | None], meter: str) -> int:
+    """The peak of a meter that this kind of device always has."""
+    peak = peaks[meter]
+    assert peak is not None
+    return peak
 
 
 def _bins(count: int) -> list[tuple[int, int]]:

@@ -87,7 +87,7 @@ def label(
 def curve(allocations: Sequence[Allocation], start: int = 0, end: int = FOREVER) -> Curve:
     """Add up labelled allocations over [start, end)."""
     changes = []
-    level = Counter()
+    level: Counter[str] = Counter()
     for one in allocations:
         if one.died <= start or one.born >= end:
             continue

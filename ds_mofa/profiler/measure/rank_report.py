@@ -37,14 +37,14 @@ def rank_report(
     nvml = [s.device_used[index] for s in samples if index is not None and index in s.device_used]
     process = [s.process_used[index] for s in samples if index is not None and index in s.process_used]
     curve = recorded.curve(recorder.spans)
-    peaks = {
+    peaks: dict[str, int | None] = {
         "allocated": meters.allocated_peak if cuda else None,
         "allocated_while_building": meters.building_peak if cuda else None,
         "reserved": meters.reserved_peak if cuda else None,
         "traced": sum(curve.peak.values()) if curve is not None else None,
         "nvml_device": max(nvml, default=None),
         "nvml_process": max(process, default=None),
-        "host": max(max(s.host for s in samples), *(e["peak_host"] for e in recorder.statistics.values()), 0),
+        "host": max(max(s.host for s in samples), *(int(e["peak_host"]) for e in recorder.statistics.values()), 0),
     }
     breakdown = account(
         cuda=cuda,

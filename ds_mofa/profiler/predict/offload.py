@@ -59,10 +59,11 @@ def offloaded_candidates(
         there += waiting() if lives and mine.keys() & set(bucket) else 0
         bucket.clear()
 
-    for peak, name, moment in zip(batch.peaks, [*batch.order, None], [*batch.at_completion, None]):
+    for peak, completion in batch.stretches():
         candidate("backward" if peak.completed else "loss", peak, whole + there + waiting())
-        if name not in trained:
+        if completion is None or completion[0] not in trained:
             continue
+        name, moment = completion
         if straight and trained[name].numel > zero.reduce_bucket_size:
             own, passing = 2 * trained[name].numel, _passing(zero, mine[name])
             candidate(f"backward, straight to the host ({name})", moment, own, passing)

@@ -45,11 +45,12 @@ def stage12_candidates(
 
     waiting = leaving = elements = filled = 0
     reduces_mine = False
-    for peak, name, moment in zip(batch.peaks, [*batch.order, None], [*batch.at_completion, None]):
+    for peak, completion in batch.stretches():
         candidate("backward" if peak.completed else "loss", peak, before + filled + waiting)
-        param = trained.get(name)
-        if param is None:
+        if completion is None or completion[0] not in trained:
             continue
+        name, moment = completion
+        param = trained[name]
         size = 2 * param.numel
         own = 0 if zero.reduces_once else size  # or it is added to one that is there
         moved = size - own if zero.contiguous_gradients else 0

@@ -1,7 +1,8 @@
 """A report as a tree of sections, which the Markdown and the page both show."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ds_mofa.profiler.report.charts import Chart
 
@@ -60,7 +61,7 @@ class Table:
 class Claims:
     """Verdicts: for each ``claim``, ``measured``, ``verdict``, and ``holds``, which is None where nobody can say."""
 
-    claims: Sequence[dict]
+    claims: Sequence[Mapping[str, Any]]
     kind: str = "claims"
 
 

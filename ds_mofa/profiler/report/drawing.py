@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -21,10 +22,10 @@ __all__ = ["draw", "finish", "handle_of", "plot_line", "save_png", "svg"]
 # Inches. Of a page's figure they are the width of a phone's screen, so that its text is not shrunk there.
 WIDE, NARROW = 9.2, 5.6
 _DPI = 130
-_SIZES = {"font.size": 9, "axes.titlesize": 10.5, "axes.labelsize": 9}
+_SIZES: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10.5, "axes.labelsize": 9}
 _LABEL = 8  # points
 # Ids from the content alone, and text as text: the same chart gives the same bytes, and a page's font.
-_SVG = {"svg.hashsalt": "ds_mofa", "svg.fonttype": "none"}
+_SVG: dict[Any, Any] = {"svg.hashsalt": "ds_mofa", "svg.fonttype": "none"}
 
 
 def draw(chart: Chart, width: float = WIDE) -> Figure:
@@ -104,9 +105,10 @@ def _lines(chart: Lines, width: float) -> Figure:
     bottom, top = axes.get_ylim()
     ends = [(series.mean[-1] - bottom) / (top - bottom) for series in chart.series]
     for series, place in zip(chart.series, _apart(ends, pitch / (height - 0.9))):
-        leader = {"arrowstyle": "-", "color": series.style.color, "linewidth": 0.7, "alpha": 0.7}
+        leader: dict[str, Any] = {"arrowstyle": "-", "color": series.style.color, "linewidth": 0.7, "alpha": 0.7}
         leader |= {"shrinkA": 0, "shrinkB": 2}
-        end, beside = (series.x[-1], series.mean[-1]), {"textcoords": "axes fraction", "annotation_clip": False}
+        end = series.x[-1], series.mean[-1]
+        beside: dict[str, Any] = {"textcoords": "axes fraction", "annotation_clip": False}
         axes.annotate("", end, (1.012, place), arrowprops=leader, **beside)
         ink = INK if series.style.strong else SOFT
         axes.annotate(series.label, end, (1.032, place), va="center", fontsize=_LABEL, color=ink, **beside)

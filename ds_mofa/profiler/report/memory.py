@@ -102,7 +102,7 @@ def _document(runs: Runs, data: Mapping[str, Any], claims: Sequence[Mapping[str,
 
 def _subtitle(good: Runs, data: Mapping[str, Any]) -> str:
     devices = sorted({rank["device"] for report in good.values() for rank in report["ranks"]})
-    versions = next((report["environment"] for report in good.values()), {})
+    versions: Mapping[str, Any] = next((report["environment"] for report in good.values()), {})
     known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "deepspeed", "transformers") if name in versions)
     date = str(data.get("created") or "")[:10]
     said = [", ".join(devices), known, date, "bytes of the fullest rank, a GB being 1e9 of them"]

@@ -12,7 +12,7 @@ __all__ = ["NO_MATPLOTLIB", "drawing_or_none", "html", "markdown", "markdown_tab
 NO_MATPLOTLIB = "No figures: matplotlib is missing. Install it with: pip install 'ds_mofa[profile]'"
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
-    autoescape=lambda name: name.endswith(".html.jinja"),
+    autoescape=lambda name: name is None or name.endswith(".html.jinja"),
     undefined=StrictUndefined,
     keep_trailing_newline=True,
 )

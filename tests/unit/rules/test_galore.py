@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from ds_mofa import GaLore, MoFaSGD, OptionError, step
+from ds_mofa import GaLore, MoFaSGD, OptionError
 from ds_mofa.optimizers.gradient import SketchedGradient
 from ds_mofa.options import GaLoreOptions, GaLoreRuleOptions, MoFaSGDRuleOptions, OptimizerOptions
 from ds_mofa.rules import galore as rule
 from ds_mofa.rules.galore import basis_of
+from ds_mofa.step import step
 from experiments.baselines import galore as baseline
 from experiments.baselines import state_bytes
 from experiments.baselines.orientation import wide

@@ -37,7 +37,7 @@ class CachingAllocator:
         peak: the largest of those.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reserved = self.allocated = self.peak = 0
         self._address = 0
         self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}

@@ -117,7 +117,8 @@ class _Coordinator:
         self._gather(chosen)
 
     def _release(self, step: int, call: "_Call") -> None:
-        soon, distance = set(), 0
+        soon: set[str] = set()
+        distance = 0
         for later in self.order[step:]:
             if distance >= self.zero.stage3_max_reuse_distance:
                 break
@@ -151,14 +152,14 @@ def _order(names: Sequence[str], zero: ZeroSettings) -> list[_Call]:
     """The modules that forward and then backward enter; the halves are equally long."""
     if not zero.leaf_module:
         # A module without weights prefetches too, and there is at least one before each with some.
-        modules = [_Call([name], [name]) for name in names]
-        return [call for module in [*modules, *reversed(modules)] for call in (_Call(), module)]
+        calls = [_Call([name], [name]) for name in names]
+        return [call for one in [*calls, *reversed(calls)] for call in (_Call(), one)]
     modules: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         modules.setdefault(name if number is None else ".".join(parts[: number + 1]), []).append(name)
-    head: list[str] = []
+    head: Sequence[str] = []
     if zero.head_read_outside and names:
         last = list(modules)[-1]
         head = modules.pop(last) if last in names else names[:1]  # else it is tied to the embedding

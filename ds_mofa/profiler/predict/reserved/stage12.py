@@ -2,6 +2,7 @@
 replayed. Each stream has blocks of its own: the reduction's are counted here beside the default stream's.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 from ds_mofa.profiler.predict.reserved.allocator import CachingAllocator, Handle, play
@@ -9,6 +10,23 @@ from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Parameter
 from ds_mofa.profiler.predict.zero import ZeroSettings, norm_bytes, partitioned, scattered
 
 __all__ = ["reserved_by_stage12"]
+
+
+@dataclasses.dataclass
+class _Reduction:
+    """Where the reduction of one micro-batch's gradients stands.
+
+    Attributes:
+        elements: in the bucket.
+        buckets: the buckets themselves, from the first gradient on where they are contiguous.
+        filled: the flat buffer of the gradients that this rank's partitions touch.
+        mine: whether the bucket holds any of those.
+    """
+
+    elements: int = 0
+    buckets: list[Handle] | None = None
+    filled: Handle | None = None
+    mine: bool = False
 
 
 def reserved_by_stage12(
@@ -64,7 +82,7 @@ def reserved_by_stage12(
         count = min(micro_batches, 3)
         for number in range(count):
             last = number == count - 1
-            state = {"elements": 0, "buckets": None, "filled": None, "mine": False}
+            state = _Reduction()
             waiting: list[Handle] = []
             sent: list[Handle] = []  # still read by the stream that reduces
 
@@ -74,8 +92,8 @@ def reserved_by_stage12(
                 if name not in numels:
                     return
                 numel = numels[name]
-                if contiguous and state["buckets"] is None:
-                    state["buckets"] = [allocator.alloc(2 * bucket) for _ in range(2)]
+                if contiguous and state.buckets is None:
+                    state.buckets = [allocator.alloc(2 * bucket) for _ in range(2)]
                 if not reduces_once:
                     fresh = allocator.alloc(2 * numel)
                 elif name not in whole:
@@ -86,29 +104,29 @@ def reserved_by_stage12(
                         parts[name] = allocator.alloc(2 * numel // zero.world_size)
                         sent.append(whole.pop(name) if reduces_once else fresh)
                     return
-                if reduces and state["elements"] and state["elements"] + numel > bucket:
-                    if contiguous and state["mine"] and state["filled"] is None:
-                        state["filled"] = aside.alloc(kept_whole)
+                if reduces and state.elements and state.elements + numel > bucket:
+                    if contiguous and state.mine and state.filled is None:
+                        state.filled = aside.alloc(kept_whole)
                     while waiting:
                         allocator.free(waiting.pop())
-                    state["elements"] = 0
-                state["elements"] += numel
-                state["mine"] |= name in mine
+                    state.elements = 0
+                state.elements += numel
+                state.mine |= name in mine
                 if not reduces_once and numel > bucket:
                     waiting.append(fresh)
                 elif not reduces_once:
                     allocator.free(fresh)
 
             play(allocator, batch, complete)
-            if contiguous and state["filled"] is None and (last or not reduces_once):
-                state["filled"] = aside.alloc(kept_whole)
-            for handle in [*waiting, *sent, *(state["buckets"] or [])]:
+            if contiguous and state.filled is None and (last or not reduces_once):
+                state.filled = aside.alloc(kept_whole)
+            for handle in [*waiting, *sent, *(state.buckets or [])]:
                 allocator.free(handle)
-            if state["filled"] is not None:
+            if state.filled is not None:
                 if kept:
-                    aside.free(state["filled"])  # added to the first one's
+                    aside.free(state.filled)  # added to the first one's
                 else:
-                    kept.append(state["filled"])
+                    kept.append(state.filled)
         if contiguous:  # copied into the flat buffer, in whole
             for handle in whole.values():
                 allocator.free(handle)

@@ -16,6 +16,7 @@ import sys
 import types
 import unittest.mock
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def _norm(module: nn.Module, x: Tensor) -> Tensor:
     return _RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
 
-def _gated(module: nn.Module, x: Tensor) -> Tensor:
+def _gated(module: Any, x: Tensor) -> Tensor:
     return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
 
 
@@ -65,7 +66,7 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     return _Rotary.apply(q, k, cos, sin)
 
 
-def _loss_only(model: nn.Module, input_ids: Tensor, labels: Tensor) -> types.SimpleNamespace:
+def _loss_only(model: Any, input_ids: Tensor, labels: Tensor) -> types.SimpleNamespace:
     hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids).last_hidden_state
     targets = nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:].contiguous().view(-1)
     loss = _LinearCrossEntropy.apply(hidden.view(-1, hidden.shape[-1]), model.lm_head.weight, targets)

@@ -10,6 +10,7 @@ products' workspace (some tens of MB).
 
 import dataclasses
 import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +72,10 @@ class MicroBatch:
     places: tuple[tuple[tuple[int, int], int], ...] = ()
     held: int = 0
 
+    def stretches(self) -> Iterator[tuple[Moment, tuple[str, Moment] | None]]:
+        """Each of ``peaks``, with the name and the moment of the completion that ends its stretch; None for the last."""
+        yield from zip(self.peaks, [*zip(self.order, self.at_completion), None])
+
 
 def simulate(setting: RunSetting) -> MicroBatch:
     """Run one micro-batch, weights and activations in bf16.
@@ -98,7 +103,11 @@ def simulate(setting: RunSetting) -> MicroBatch:
 
 
 def _run(
-    model: nn.Module, ids: Tensor, kinds: dict[Tensor, str], names: dict[Tensor, str], buffers: list[Tensor]
+    model: nn.Module,
+    ids: Tensor,
+    kinds: Mapping[nn.Parameter, str],
+    names: Mapping[nn.Parameter, str],
+    buffers: list[Tensor],
 ) -> tuple[list[str], list[Moment], list[Moment], list[tuple[str, Any, int]]]:
     counter = itertools.count(1)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -107,7 +116,7 @@ def _run(
     order: list[str] = []
     ticks: list[int] = []
 
-    def complete(param: Tensor) -> None:
+    def complete(param: nn.Parameter) -> None:
         order.append(names[param])
         ticks.append(next(counter))
 
@@ -122,7 +131,7 @@ def _run(
 
 
 def _events(tracker: StorageTracker, order: list[str], ticks: list[int]) -> list[tuple[str, Any, int]]:
-    timed = [(tick, ("complete", name, 0)) for name, tick in zip(order, ticks)]
+    timed: list[tuple[int, tuple[str, Any, int]]] = [(tick, ("complete", name, 0)) for name, tick in zip(order, ticks)]
     for key, one in enumerate(tracker.allocations):
         timed.append((one.born, ("alloc", key, one.size)))
         timed.append((one.died, ("free", key, one.size)))
@@ -140,7 +149,7 @@ def _moments(tracker: StorageTracker, backward_starts: int, ticks: list[int]) ->
         )
     )
     activations = workspace = 0
-    peaks, at_completion = [Moment(0, 0, 0)], []
+    peaks, at_completion = [Moment(0, 0, 0)], list[Moment]()
     for tick, size, forward in changes:
         while len(at_completion) < len(ticks) and ticks[len(at_completion)] < tick:
             done = Moment(activations, workspace, len(at_completion) + 1)

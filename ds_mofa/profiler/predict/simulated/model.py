@@ -53,7 +53,8 @@ def _shape_in(path: str) -> dict[str, Any]:
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Patterns that name the output head, for an optimizer's ``include``."""
-    head = model.get_output_embeddings().weight
+    causal: Any = model  # with Hugging Face's methods
+    head = causal.get_output_embeddings().weight
     return tuple(f"^{re.escape(name)}$" for name, param in model.named_parameters() if param is head)
 
 
@@ -61,9 +62,10 @@ def operators(model: nn.Module, liger: bool, loss: bool) -> contextlib.AbstractC
     """Within: the model computes with liger-kernel's operators, with ``loss`` that of the loss too, or with its own."""
     if not liger:
         return contextlib.nullcontext()
-    if model.config.model_type not in MODELS:
+    config: Any = model.config
+    if config.model_type not in MODELS:
         raise PredictionError(
-            f'liger-kernel with a model of type "{model.config.model_type}" cannot be predicted: which of its operators '
+            f'liger-kernel with a model of type "{config.model_type}" cannot be predicted: which of its operators '
             f"are replaced is known of {', '.join(MODELS)}. Predict it without liger"
         )
     return fused(model, loss)

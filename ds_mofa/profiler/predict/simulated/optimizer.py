@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import warnings
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ class Attached:
         optimizer: attached for as long as it is kept.
     """
 
-    kinds: dict[Tensor, str]
+    kinds: dict[nn.Parameter, str]
     buffers: list[Tensor]
     places: tuple[tuple[tuple[int, int], int], ...] = ()
     held: int = 0
@@ -48,8 +49,9 @@ def attach(model: nn.Module, setting: RunSetting) -> Attached:
     if setting.entry is not None:
         return _sketched(model, setting, setting.entry)
     # Any of the optimizers that train matrices says which those are.
-    alike = RunSetting.of(rank=1)
-    split = split_parameters(model, model.parameters(), alike.parsed)
+    alike = RunSetting.of(rank=1).parsed
+    assert alike is not None  # the default is one of them
+    split = split_parameters(model, model.parameters(), alike)
     matrices = {matrix.param for matrix in split.matrices}
     if setting.optimizer == "LoRA":
         return _adapted(model, setting.rank, matrices)
@@ -73,7 +75,7 @@ def _sketched(model: nn.Module, setting: RunSetting, entry: Entry) -> Attached:
     return Attached(kinds, [step.sketches, step.working, step.factors], places, held, optimizer)
 
 
-def _adapted(model: nn.Module, rank: int, matrices: set[Tensor]) -> Attached:
+def _adapted(model: nn.Module, rank: int, matrices: set[nn.Parameter]) -> Attached:
     frozen = set(model.parameters())
     for p in frozen:
         p.requires_grad_(False)
@@ -92,7 +94,7 @@ class _LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
         self.base = base
-        options = {"bias": False, "dtype": base.weight.dtype, "device": base.weight.device}
+        options: dict[str, Any] = {"bias": False, "dtype": base.weight.dtype, "device": base.weight.device}
         self.A, self.B = nn.Linear(base.in_features, rank, **options), nn.Linear(rank, base.out_features, **options)
 
     def forward(self, x: Tensor) -> Tensor:
