@@ -19,7 +19,7 @@ RESULTS = ROOT / "profiling/results"
 # As the memory reports colour them.
 COLOURS = {"AdamW": "#8c8c8c", "LoRA": "#c9a227", "MoFaSGD": "#2b6cb0"}
 # One file of one day, where all were run one after the other on one machine: hosts differ (benchmarks/README.md).
-SPEED = "strips_llama-3.1-8b_1xH200_2026-11-22.jsonl"
+SPEED = "house_llama-3.1-8b_1xH200_2026-11-26.jsonl"
 SHAPE = "4096x2"
 
 

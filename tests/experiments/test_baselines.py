@@ -511,7 +511,7 @@ def assert_same_weights(model, other):
 
 
 def test_every_peer_is_tried_here():
-    assert baselines.names() == list(SETTINGS)
+    assert [name for name in baselines.names() if name != "Toy"] == list(SETTINGS)  # which tests/extending registers
 
 
 @NAMES

@@ -202,6 +202,7 @@ def test_without_a_gpu_that_a_fork_can_use_processes_are_started_anew_and_that_i
     assert "so each run imports everything anew" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_runs_at_once_are_those_of_one_at_a_time_and_end_together(tmp_path, monkeypatch, capsys):
     path, out = language_comparison(tmp_path), tmp_path / "out"
     words = [str(path), "--output_dir", str(out), "--device", "cpu", "--jobs", "2"]
@@ -255,6 +256,7 @@ def test_a_kept_model_is_what_another_comparison_starts_from(tmp_path, capsys):
     assert load_plan(path, pretrained=str(moved)).runs[0].key == run.key, "its content decides, not its place"
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on(tmp_path, capsys):
     plan, out = language_comparison(tmp_path), tmp_path / "out"
     words = [str(plan), "--output_dir", str(out), "--device", "cpu"]

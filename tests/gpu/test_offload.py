@@ -259,7 +259,7 @@ def test_state_goes_from_the_host_to_the_gpu_and_back():
     _, back = _steps(HostMemory(False), torch.bfloat16, steps=1)
     back.load_state_dict(here.state_dict())
     assert torch.equal(back.factors, there.factors)
-    for matrix in back.matrices:  # the third has coefficients after a step, and nothing that counts before the next
+    for matrix in back.members:  # the third has coefficients after a step, and nothing that counts before the next
         for a, b in zip(
             back.layout.views(back.working, matrix.index)[:2], there.layout.views(there.working, matrix.index)
         ):
@@ -360,7 +360,7 @@ def _run(deepspeed, stage, zero, *, init=False, look=None, **options):
 
 def _places(engine):
     step = engine.basic_optimizer.matrices
-    shards = [getattr(matrix.param, "ds_tensor", matrix.param) for matrix in step.matrices]
+    shards = [getattr(matrix.param, "ds_tensor", matrix.param) for matrix in step.members]
     return (step.factors.device.type, step.factors.is_pinned()), [(s.device.type, s.is_pinned()) for s in shards]
 
 

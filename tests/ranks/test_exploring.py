@@ -30,7 +30,7 @@ def drawn(stage: int) -> dict:
         for batch in batches(2):
             train_step(engine, batch)
         step = engine.basic_optimizer.matrices
-        views = [step.layout.views(step.working, index)[:2] for index in range(len(step.matrices))]
+        views = [step.layout.views(step.working, index)[:2] for index in range(len(step.members))]
         return {"columns": [view[:, OPTIONS["rank"] :].clone() for pair in views for view in pair]}
 
 

@@ -8,6 +8,7 @@ import pytest
 from ds_mofa.profiler.predict import predict, prediction
 from ds_mofa.profiler.setting import RunSetting
 from profiling import capacity
+from tests.slow_but import slow_but
 
 ROOT = Path(__file__).resolve().parents[3]
 LLAMA = str(ROOT / "configs/models/llama-3.1-8b.json")
@@ -39,7 +40,9 @@ def patched(monkeypatch, **flags):
 
 
 @pytest.mark.usefixtures("norm_of_a_copy")
-@pytest.mark.parametrize(("seq", "micro_batches", "gb"), [(1024, 8, 23.04), (2048, 4, 23.32)])
+@pytest.mark.parametrize(
+    ("seq", "micro_batches", "gb"), slow_but(lambda seq, *_: seq == 2048, [(1024, 8, 23.04), (2048, 4, 23.32)])
+)
 def test_the_gpu_with_an_offloaded_optimizer(seq, micro_batches, gb):
     found = predict(STAGE2.but(seq=seq, micro_batches=micro_batches))
     assert found["allocated"] == pytest.approx(gb * 1e9, rel=0.001)
@@ -80,7 +83,10 @@ def test_the_gpu_with_the_norm_in_pieces(seq, micro_batches, gb):
 @pytest.mark.usefixtures("whole_to_host")
 @pytest.mark.parametrize(
     ("seq", "micro_batches", "head", "gb"),
-    [(1024, 8, "adamw", 20.94), (2048, 4, "adamw", 21.22), (1024, 8, "matrix", 20.69), (2048, 4, "matrix", 20.69)],
+    slow_but(
+        lambda seq, _, head, gb: (seq, head) == (2048, "matrix"),
+        [(1024, 8, "adamw", 20.94), (2048, 4, "adamw", 21.22), (1024, 8, "matrix", 20.69), (2048, 4, "matrix", 20.69)],
+    ),
 )
 def test_the_gpu_with_a_fused_head_and_with_a_head_that_is_a_matrix(seq, micro_batches, head, gb):
     """profiling/results/benchmarks/head_*."""
@@ -91,13 +97,16 @@ def test_the_gpu_with_a_fused_head_and_with_a_head_that_is_a_matrix(seq, micro_b
 @pytest.mark.usefixtures("kept_until_backward_ends")
 @pytest.mark.parametrize(
     ("seq", "micro_batches", "choice", "gb"),
-    [
-        (1024, 8, {}, 19.75),
-        (2048, 4, {}, 19.80),
-        (1024, 8, {"head": "matrix"}, 18.73),
-        (2048, 4, {"head": "matrix"}, 18.77),
-        (2048, 4, {"embed": "frozen"}, 19.17),
-    ],
+    slow_but(
+        lambda seq, _, choice, gb: seq == 1024,
+        [
+            (1024, 8, {}, 19.75),
+            (2048, 4, {}, 19.80),
+            (1024, 8, {"head": "matrix"}, 18.73),
+            (2048, 4, {"head": "matrix"}, 18.77),
+            (2048, 4, {"embed": "frozen"}, 19.17),
+        ],
+    ),
 )
 def test_pieces_on_the_way_take_it_further_down(seq, micro_batches, choice, gb):
     """benchmarks/pieces_*: what the host has of the head's gradient is there when the embedding's is copied."""
@@ -128,6 +137,7 @@ def test_adamw_leaves_only_weights_and_what_passes():
     assert off["host"] > moved and off["allocated"] < on["allocated"] - moved
 
 
+@pytest.mark.slow
 def test_the_table_of_capacities_is_what_the_command_prints(capsys):
     capacity.main(["--model_configs", LLAMA, "--optimizers", "MoFaSGD"])
     printed = capsys.readouterr().out

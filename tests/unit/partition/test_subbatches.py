@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ds_mofa import MoFaSGD, step
+from ds_mofa import MoFaSGD
 from ds_mofa.linalg.factors import Factors, gram_matrices, start_factors, update_many
 from ds_mofa.options import Options
 from ds_mofa.partition.layout import Layout
 from ds_mofa.partition.subbatches import Part, split, temporaries
+from ds_mofa.step import step
 from tests.live_bytes import LiveBytes
 
 LLAMA_8B = 32 * [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]

@@ -250,7 +250,7 @@ def test_the_momentum_moves_bit_for_bit_as_without_exploring():
     _, plain, groups = _step(0, seed=3)
     _, joined, _ = _step(5, seed=3)
     for _ in range(4):
-        for index in range(len(plain.matrices)):
+        for index in range(len(plain.members)):
             (mine, theirs), (own, wide) = (
                 [step.layout.views(buffer, index)[:2] for step, buffer in ((plain, one), (joined, other))]
                 for one, other in ((plain.working, joined.working), (plain.sketches, joined.sketches))
@@ -374,13 +374,13 @@ def test_the_state_has_rank_r_and_what_is_sent_r_plus_k_columns():
     _, plain, _ = _step(0)
     assert step.factors.numel() == plain.factors.numel()
     assert step.sketches.numel() == step.working.numel() == step.layout.numel
-    F = sum((8 + 5) * (m + n + 1) for m, n in (matrix.shape for matrix in step.matrices))
+    F = sum((8 + 5) * (m + n + 1) for m, n in (matrix.shape for matrix in step.members))
     assert F <= step.layout.numel < F + 256
 
 
 def test_the_signs_are_two_bits_each_and_counted():
     (_, step, _), (_, plain, _) = _step(5), _step(0)
-    sides = sum(-(-5 * rows // 32) for matrix in step.matrices for rows in matrix.shape)
+    sides = sum(-(-5 * rows // 32) for matrix in step.members for rows in matrix.shape)
     assert sum(tensor.nbytes for tensor in step.held()) == 8 * sides and plain.held() == []
 
 
