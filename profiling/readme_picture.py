@@ -53,7 +53,7 @@ def draw(memory: dict[str, float], speed: dict[str, float | None], path: Path) -
         _bars(right, speed, "{:,.0f} tokens/s", "Speed: more is better", 18500)
         left.invert_yaxis()  # and the other's, which is shared
         left.set_xlabel("r = 8, 1024 tokens x 8 micro-batches", fontsize=10, color="#555555")
-        right.set_xlabel("r = 32, 4096 tokens x 2 micro-batches", fontsize=10, color="#555555")
+        right.set_xlabel("MoFaSGD r = 32, LoRA r = 8; 4096 tokens x 2 micro-batches", fontsize=10, color="#555555")
         figure.savefig(path)
         plt.close(figure)
 
