@@ -113,9 +113,9 @@ def outcome(plan: Plan, row: dict) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path, help="YAML of the comparison; see experiments/configs/comparisons")
-    parser.add_argument("--data_dir", type=Path, help="folder of the data, in the place of the YAML's")
+    parser.add_argument("--data_dir", type=Path, help="folder of the data; overrides the YAML's")
     parser.add_argument("--output_dir", type=Path, help="default: out/comparisons/NAME, by the YAML's file name")
-    parser.add_argument("--pretrained", help="model to start from, a folder or Hub name, in the place of the YAML's")
+    parser.add_argument("--pretrained", help="model to start from, a folder or Hub name; overrides the YAML's")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these of the YAML's")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these of the YAML's")
     parser.add_argument(

@@ -123,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
             "plans", nargs="*", type=Path, default=plans, metavar="PLAN", help="YAMLs of experiments/configs/studies"
         )
         study.add_argument("--data_dir", nargs="*", type=folder_by_name, default=[], metavar="NAME=FOLDER")
-        study.add_argument("--steps", type=positive, help="of training, in the place of the YAMLs'")
+        study.add_argument("--steps", type=positive, help="of training; overrides the YAMLs'")
         study.add_argument("--every", type=positive, default=every, help="steps between two looks at the momentum")
         study.add_argument("--output_dir", type=Path, default=ROOT / "experiments/results")
         study.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")

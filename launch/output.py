@@ -49,7 +49,7 @@ def writing(folder: str, what: str) -> Iterator[None]:
     """Within: a full disk or a failed write is an error that says what was being written, and how to go on.
 
     Raises:
-        RankError: in the place of what the libraries raise.
+        RankError: instead of what the libraries raise.
     """
     try:
         yield

@@ -83,7 +83,7 @@ class SaveOnSigterm(TrainerCallback):
 def _ranks_here(group: dist.ProcessGroup | None) -> list[psutil.Process | None]:
     """The processes of the other ranks on this machine, None for one that has gone. Collective.
 
-    Not the launcher's children: in the place of a launcher there may be a shell, or a container's first process, with
+    Not the launcher's children: instead of a launcher there may be a shell, or a container's first process, with
     others that come and go.
     """
     if group is None:

@@ -55,7 +55,7 @@ class FineTuner(SFTTrainer):
         return loader
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """HF's, and what the checkpoint puts in force in the place of what the command says is said, or put back."""
+        """HF's, and what the checkpoint puts in force instead of what the command says is said, or put back."""
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)

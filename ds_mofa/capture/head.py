@@ -212,7 +212,7 @@ class _Call:
 class FusedHead:
     """Has a model of Hugging Face's compute its loss in its head.
 
-    In training mode, in a forward with ``labels``, the head returns the loss in the place of logits, the model's
+    In training mode, in a forward with ``labels``, the head returns the loss instead of logits, the model's
     ``loss_function`` hands it out, and the ``logits`` of the output are None. Any other forward is the model's own.
 
     Args:
@@ -300,7 +300,7 @@ class FusedHead:
 
     @torch.compiler.disable
     def compute(self, x: Tensor) -> Tensor | None:
-        """What the head returns in the place of logits; None where it must return these."""
+        """What the head returns instead of logits; None where it must return these."""
         call = self._call
         if call is None or call.loss is not None:
             return None

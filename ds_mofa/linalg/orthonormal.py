@@ -168,7 +168,7 @@ def _joined(*parts: Tensor) -> Tensor:
 
 
 def _with_room(side: Side) -> Side:
-    """The side itself or, where it has fewer than c + k rows, the whole complement of span U in the place of X.
+    """The side itself or, where it has fewer than c + k rows, the whole complement of span U instead of X.
 
     Any basis of it will do. Generic columns would not: where U was filled up with the same ones, none is left of them.
     """

@@ -1,6 +1,6 @@
 """GaLore's rule (arXiv 2403.03507) without a gradient: Adam on P^T G, which is a sketch, in a basis from another one.
 
-Seen wide (G s x l, s <= l; a tall or square matrix transposed), the basis P (s x r) stands in the place of U, so that
+Seen wide (G s x l, s <= l; a tall or square matrix transposed), the basis P (s x r) stands where U does in MoFaSGD, so that
 the sketch of the long side is the projected gradient; Adam's direction of it stands in that of V in the write:
 
     R^T = G^T P    (l x r)      m' = b1 m + (1 - b1) R^T      v' = b2 v + (1 - b2) R^T^2      elementwise
@@ -15,8 +15,8 @@ That step still moves by the old P, whose R it has; P' is published with it and 
 gradient is kept, and no collective is added. As in GaLore a refresh changes neither m nor v, and the vectors have
 GaLore's order and sign: Adam is elementwise, and other axes of one subspace would be another method.
 
-A matrix' first gradient has no P to be projected by. It chooses one, and moves nothing (but for weight decay); t
-counts the matrix' gradients from the second on. A matrix without a gradient does nothing in that step, and before its
+A matrix's first gradient has no P to be projected by. It chooses one, and moves nothing (but for weight decay); t
+counts the matrix's gradients from the second on. A matrix without a gradient does nothing in that step, and before its
 first one the test matrices Psi and Omega stay in its working copies.
 
 A one-pass estimate of P^T G in the first step would need half of the columns for its own conditioning
@@ -205,5 +205,5 @@ def _is_wide(shape: tuple[int, int]) -> bool:
 
 
 def _sides(shape: tuple[int, int], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """(short, long) of an m x n matrix' two sides."""
+    """(short, long) of an m x n matrix's two sides."""
     return (left, right) if _is_wide(shape) else (right, left)

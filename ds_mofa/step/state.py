@@ -150,7 +150,7 @@ def _other_matrices(saved: Mapping[str, Any], matrices: Sequence[Matrix]) -> str
 
 
 def _not_the_tensors(saved: Any, matrix: Matrix, rule: Rule) -> str | None:
-    """Why these are not a matrix' tensors, of any rank."""
+    """Why these are not a matrix's tensors, of any rank."""
     lacking = [
         key for key in rule.field_names() if not isinstance(saved, Mapping) or not isinstance(saved.get(key), Tensor)
     ]

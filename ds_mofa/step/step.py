@@ -56,7 +56,7 @@ class MatrixStep:
     Memory on each of N ranks, with F = sum of r (m + n + 1) over the matrices: sketches 4 F bytes, working copies
     2 F (4 F for fp32 weights), and of the rule's fp32 state, which for MoFaSGD is 4 F bytes, an N-th. During a step
     another 4 F / N for the reduced sketches, over which the rule works, and at most ``options.update_bytes`` of
-    temporaries. With ``options.explore`` = k all but the state has r + k columns in the place of r, and k (m + n) / 4
+    temporaries. With ``options.explore`` = k all but the state has r + k columns, not r, and k (m + n) / 4
     bytes a matrix hold the random signs.
 
     With ``backend.host`` the fp32 state and masters lie there. The state of one sub-batch after the other is read through two

@@ -45,7 +45,7 @@ def write_updates(
         step_size: lr times the factor by shape.
         decay: 1 - lr * weight_decay.
         rounding: of 16-bit weights; with masters, always to nearest.
-        masters: fp32 copies of the shards' elements, updated in the place of the weights, which follow them.
+        masters: fp32 copies of the shards' elements, updated instead of the weights, which follow them.
     """
     if masters is not None:
         rounding = dataclasses.replace(rounding, stochastic=False)

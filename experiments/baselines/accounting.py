@@ -14,7 +14,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors that the optimizer keeps from step to step, besides weights and gradients.
 
     Of MoFaSGD these are factors, working copies, the signs of ``explore``, masters and AdamW's moments; its sketches
-    stand in the place of gradients.
+    stand instead of gradients.
     """
     return sum(tensor.numel() * tensor.element_size() for tensor in _kept(optimizer))
 

@@ -87,4 +87,4 @@ class Baseline(torch.optim.Optimizer):
         for part, saved in zip(self.parts, state_dict["parts"]):
             part.load_state_dict(saved)
         self.steps = state_dict["steps"]
-        self.param_groups = self._groups_of_parts()  # loading has put new dicts in the place of the old
+        self.param_groups = self._groups_of_parts()  # loading has put new dicts instead of the old

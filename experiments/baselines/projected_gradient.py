@@ -1,7 +1,7 @@
 """Capture for methods that see the gradient through a projector: P^T G from x and dY, without G.
 
 For y = x W^T the gradient is G = dY^T x, so P^T G = (dY P)^T x, or for a tall W, whose smaller dimension is the other,
-(G P)^T = (x P)^T dY: one thin product and one of r rows in the place of the weight-gradient GEMM. That is what
+(G P)^T = (x P)^T dY: one thin product and one of r rows instead of the weight-gradient GEMM. That is what
 MoFaSGD's linear (:mod:`ds_mofa.capture`) does on both sides; this is its one-sided sketch, filled by the same linear and
 the same hook.
 """
@@ -42,7 +42,7 @@ class ProjectedGradient:
     """
 
     param: nn.Parameter | None = None
-    grad = None  # as ds_mofa.capture.sketch.Sketch has them: here the matrix' .grad stays None
+    grad = None  # as ds_mofa.capture.sketch.Sketch has them: here the matrix's .grad stays None
 
     def __init__(self, shape: tuple[int, int], projector: Callable[[], Tensor | None]):
         self.value: Tensor | None = None

@@ -124,7 +124,7 @@ def load_plan(
         data_dir: folder of the data; None: the one that the YAML names.
         labels: optimizers to keep, by the YAML's names for them; None: all.
         seeds: seeds to keep; None: all.
-        pretrained: the model to start from, in the place of the one that the YAML names.
+        pretrained: the model to start from, instead of the one that the YAML names.
         identify: read the task's data, which the keys of the runs depend on. Without, the keys fit no results.
 
     Raises:

@@ -49,7 +49,7 @@ def measure(sequence: Iterable[Gradients], ranks: Sequence[int], beta: float, ev
 
     Args:
         sequence: gradients by name, step after step.
-        ranks: of the momentum; none larger than a matrix' smaller side.
+        ranks: of the momentum; none larger than a matrix's smaller side.
         beta: decay of the momentum, which starts as (1 - beta) G at the first step.
         every: steps between two looks at the momentum.
 

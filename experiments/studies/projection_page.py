@@ -67,7 +67,7 @@ def sections(result: Mapping[str, Any], figures: Sequence[str]) -> list[str]:
         _MOMENTUM,
         markdown_table(_momenta(result)),
         _picture(figures[1]),
-        "## The tangent's residual by the matrix' role",
+        "## The tangent's residual by the matrix's role",
         markdown_table(_roles(result)),
     ]
 

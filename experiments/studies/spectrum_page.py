@@ -26,7 +26,7 @@ matrix at any look. "80 %" is how many directions hold that much, in the mean. "
 same shapes: a momentum without structure.
 """
 _ROLES = """
-The same means, by role; the side is the smaller of a matrix' two, and so the number of its directions.
+The same means, by role; the side is the smaller of a matrix's two, and so the number of its directions.
 """
 _COST = """
 Each rank trains anew, at several learning rates of which the best counts; a star marks one at the end of its grid.
@@ -44,7 +44,7 @@ def sections(result: Mapping[str, Any], figures: Sequence[str]) -> list[str]:
         _SHARES,
         markdown_table(_overall(result, tops)),
         f"![energy over the steps]({figures[0]})",
-        "## By the matrix' role",
+        "## By the matrix's role",
         _ROLES,
         markdown_table(_by_role(result, tops)),
         "## Over the training",

@@ -35,7 +35,7 @@ class LanguageModelling(Task):
 
     Attributes:
         model_config: JSON with a model's shape (configs/models): random weights, one token per byte.
-        pretrained: a folder or Hub name, in the place of ``model_config``; comes with its tokenizer.
+        pretrained: a folder or Hub name, instead of ``model_config``; comes with its tokenizer.
         data_dir: folder with train.txt and eval.txt; null: sources of Python's standard library.
         corpus_bytes: how many bytes of those to train on, at most.
         length: tokens of an example.
