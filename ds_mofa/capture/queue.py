@@ -43,24 +43,24 @@ class Queue:
             return
         backward = torch._C._current_graph_task_id()
         if not self._waiting or backward != self._backward:
-            self.take()  # left by a backward that raised: autograd keeps what such a one has added
+            self.flush()  # left by a backward that raised: autograd keeps what such a one has added
             self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self.take)
+            torch.autograd.Variable._execution_engine.queue_callback(self.flush)
         self._waiting.append((addresses, x, dy))
         self._bytes += (x.numel() + dy.numel()) * x.element_size()
         if len(self._waiting) >= self.COUNT or self._bytes >= self.BYTES:
-            self.take()
+            self.flush()
 
-    def take(self) -> None:
+    def flush(self) -> None:
         """Take the sketches of all that wait."""
         if self._waiting:
             from ds_mofa.kernels import _capture
 
             waiting = self._waiting
-            self.forget()
+            self.clear()
             with phase("capture"):
                 _capture.launch(waiting, self._rank, self._dtype)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop what waits."""
         self._waiting, self._bytes = [], 0

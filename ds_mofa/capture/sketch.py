@@ -102,7 +102,7 @@ class Sketch:
     def clear(self, Y: Tensor, Z: Tensor) -> None:
         """Drop what Y and Z hold, and what waits to be added to them since a backward that raised."""
         if self._queue is not None:
-            self._queue.take()
+            self._queue.flush()
         Y.zero_()
         Z.zero_()
 

@@ -164,7 +164,7 @@ class RuleDriver:
     def commit(self, new: FactorSegment) -> None:
         """The step is certain: store what belongs to the state."""
         if self._committed_whole:
-            self._owner.keep(new)
+            self._owner.store(new)
         elif any(field.slot is not None for field in self._fields):
             for piece in itertools.chain.from_iterable(self._owner.passes(new, back=True)):
                 for value, slot in zip(piece.state, self._slots(piece), strict=True):

@@ -106,7 +106,7 @@ class Owner:
             for part, state in zip(parts, states):
                 yield part, state.views(flat, self._state_start)
 
-    def keep(self, new: Tensor) -> None:
+    def store(self, new: Tensor) -> None:
         """Let ``new``, of the state's layout, be the state. Neither may be written before the staging has finished."""
         if self._host is None:
             self.state.copy_(new)
@@ -125,7 +125,7 @@ class Owner:
                 whole[:, first : first + _SLICE] = torch.stack([part.cpu() for part in parts])
         return None if whole is None else whole.view(-1)
 
-    def take(self, whole: Tensor) -> None:
+    def load(self, whole: Tensor) -> None:
         """This rank's segment of what :meth:`whole` has given."""
         self.state.copy_(whole.narrow(0, self._state_start, self.state_layout.segment))
 

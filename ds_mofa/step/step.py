@@ -155,7 +155,7 @@ class MatrixStep:
 
     def _reduce(self, loss_scale: float, beside: bool) -> None:
         if self._queue is not None:
-            self._queue.take()
+            self._queue.flush()
         reduced = self.exchange.reduce_scatter(self.sketches, self.layout.segment)
         reduced.mul_(self.exchange.mean_scale / loss_scale)
         self.sketches.zero_()
@@ -260,7 +260,7 @@ class MatrixStep:
     def clear(self) -> None:
         """Forget what the micro-batches since the last :meth:`reduce` have added."""
         if self._queue is not None:
-            self._queue.forget()
+            self._queue.clear()
         self.sketches.zero_()
 
     def on_detach(self, undo: Callable[[], Any]) -> None:
@@ -306,7 +306,7 @@ class MatrixStep:
         self.steps, self.skipped = (int(value) for value in counters)
         self.drop_pending()
         self.clear()
-        self.owner.take(flat)
+        self.owner.load(flat)
         if self.steps > 0:
             self.driver.restore(layout, flat, self.steps)
         self.driver.prepare(self.steps)

@@ -552,5 +552,5 @@ def test_taking_an_earlier_attachment_off_leaves_a_later_one_on():
 def test_a_linear_without_tokens_does_not_wait():
     queue = Queue(2, torch.bfloat16)
     queue.add((0, 0, 0, 0), torch.empty(0, 6), torch.empty(0, 5))
-    queue.take()
+    queue.flush()
     assert not queue._waiting
