@@ -79,7 +79,7 @@ test test-fast test-slow test-long test-gpu: export PYTHONPATH := $(abspath $(TO
 OPERATORS := $(VENV)/torch_extensions/.compiled
 $(OPERATORS): $(STAMP) tests/compile_operators.py
 	@mkdir -p "$(@D)"
-	DS_ACCELERATOR=cpu python tests/compile_operators.py && touch "$@" || echo "DeepSpeed's operators were not compiled"
+	@DS_ACCELERATOR=cpu python tests/compile_operators.py && touch "$@" || echo "DeepSpeed's operators were not compiled"
 
 test test-slow test-long: $(OPERATORS)
 test test-slow test-long: export TORCH_EXTENSIONS_DIR := $(abspath $(VENV)/torch_extensions)
@@ -89,7 +89,7 @@ $(OPERATORS): export TORCH_EXTENSIONS_DIR := $(abspath $(VENV)/torch_extensions)
 # halves run, whatever the first one says; stopped by hand, neither goes on.
 test: $(STAMP)
 	@trap 'exit 130' INT TERM; without=0; ranks=0; \
-	python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/ranks || without=$$?; \
+	python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/ranks || without=$$?; \
 	python -m pytest tests/ranks || ranks=$$?; \
 	say() { case $$2 in 0) echo "$$1: passed";; 5) echo "$$1: FAILED, no test was collected";; \
 	        *) echo "$$1: FAILED, pytest exit $$2";; esac; }; \
@@ -97,7 +97,7 @@ test: $(STAMP)
 	[ $$without = 0 ] && [ $$ranks = 0 ]
 
 test-fast: $(STAMP)
-	python -m pytest --numprocesses $(JOBS) --dist loadfile tests/unit
+	python -m pytest --numprocesses $(JOBS) --dist loadfile tests/unit tests/extending
 
 test-slow: $(STAMP)
 	python -m pytest -m slow

@@ -1,7 +1,9 @@
 """`make test`: both halves run and are told of, whatever the first one says."""
 
+import functools
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -38,7 +40,11 @@ def make(
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     environment |= {"ASKED": str(asked), "WITHOUT": str(without), "RANKS": str(ranks)}
     command = ["make", "-C", str(ROOT), f"VENV={venv}", target]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    # Whoever runs the tests in the background ignores SIGINT, which children inherit and a shell cannot trap.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, preexec_fn=listening
+    )
     lines = [line for line in run.stdout.splitlines() if not line.startswith("make")]
     return run.returncode, lines, asked.read_text().splitlines()
 
