@@ -227,6 +227,7 @@ def test_several_runs_at_once_are_those_of_one_at_a_time_and_end_together(tmp_pa
     assert "seconds of training after the second step, up to 2 runs at once" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_kept_model_is_what_another_comparison_starts_from(tmp_path, capsys):
     optimizers = {"AdamW": {"lr": 1e-3}, "LoRA": {"lr": 1e-2, "rank": 2}}
     path, out = language_comparison(tmp_path, seeds=[0], optimizers=optimizers), tmp_path / "out"

@@ -67,6 +67,7 @@ def test_sigterm_to_one_rank_saves_on_all(stopped):
     assert not (folder / "model/model.safetensors").exists()  # nothing that looks like a finished model
 
 
+@pytest.mark.slow  # in every run tests/ranks/test_train_command.py resumes, in processes that are there
 def test_the_same_command_goes_on_and_ends_well(stopped):
     folder, _ = stopped
     output = succeeded(train(folder, "--output_dir", "model", "--resume_from_checkpoint", "last"))
