@@ -1,6 +1,6 @@
 # From a fresh clone, `make train` and `make test` do everything: environment, pinned dependencies, data, run.
 #
-#   make train                    fine-tune a tiny LLaMA on two ranks (or on all GPUs) with MoFaSGD: 3 to 4 minutes on a CPU
+#   make train                    fine-tune a tiny LLaMA on two ranks (or on all GPUs) with MoFaSGD: 5 minutes on two cores
 #   make train OPTIMIZER=AdamW    the same run with AdamW
 #   make test                     the tests that need no GPU: without ranks, then on ranks
 #   make test-fast                of them, those of the parts: minutes less, for between two commits

@@ -4,6 +4,7 @@ import copy
 import difflib
 import functools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,8 +123,8 @@ class ChatTemplate:
                 return self.rendered([], tools, add_generation_prompt=True)[0]
             except Exception:
                 answers = [{**messages[0], "content": words} for words in ("First.", "Other.")]
-                first, other = (self.render([answer], where, tools)[0] for answer in answers)
-                return first[: next((i for i, (a, b) in enumerate(zip(first, other)) if a != b), len(first))]
+                rendered = [self.render([answer], where, tools)[0] for answer in answers]
+                return os.path.commonprefix(rendered)  # noqa: RUF071  of strings, which is what it is here for
         return self.render(messages[:number], where, tools, add_generation_prompt=True)[0]
 
     def fit(self, messages: list[dict], where: str, tools: list | None) -> list[dict]:

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Field", "MatrixBatch", "PlaceSigns"]
+__all__ = ["Field", "MatrixBatch", "PlaceSigns", "Published"]
 
 # Writes a batch's random signs into F (B, m, k) and E (B, n, k).
 PlaceSigns = Callable[[Tensor, Tensor], None]
@@ -51,3 +51,23 @@ class MatrixBatch(NamedTuple):
     spectrum: Tensor
     came: Tensor
     memo: dict[str, Any]
+
+
+class Published(NamedTuple):
+    """What every rank has of a step for B matrices of one shape, in the compute dtype, when their weights are written.
+
+    Attributes:
+        shape: (m, n).
+        left: (B, m, R), as ``update`` has made it.
+        right: (B, n, R), likewise.
+        coefficients: (B, R); all zero for a matrix that stays.
+        previous: what :meth:`Rule.previous` returned before the update.
+        signs: writes the signs that the step's sketches were taken with, where :attr:`Rule.signs` is not 0.
+    """
+
+    shape: tuple[int, int]
+    left: Tensor
+    right: Tensor
+    coefficients: Tensor
+    previous: Tensor | None
+    signs: PlaceSigns | None

@@ -48,7 +48,7 @@ from torch import Tensor
 from ds_mofa.linalg.factors import leading_svd
 from ds_mofa.linalg.orthonormal import Side, complements
 from ds_mofa.options import GaLoreOptions
-from ds_mofa.rules.batch import Field, MatrixBatch, PlaceSigns
+from ds_mofa.rules.batch import Field, MatrixBatch, Published
 from ds_mofa.rules.rule import Rule, State
 
 __all__ = ["GaLoreRule", "basis_of"]
@@ -125,16 +125,8 @@ class GaLoreRule(Rule):
         """The P that a refreshing step still moves by."""
         return _sides(shape, left, right)[0] if step > 0 and self._refreshes(step) else None
 
-    def written(
-        self,
-        shape: tuple[int, int],
-        left: Tensor,
-        right: Tensor,
-        coefficients: Tensor,
-        *,
-        previous: Tensor | None,
-        signs: PlaceSigns | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def written(self, published: Published) -> tuple[Tensor, Tensor, Tensor]:
+        shape, left, right, coefficients, previous, _ = published
         if previous is None:
             return left, right, coefficients
         return *((previous, right) if _is_wide(shape) else (left, previous)), coefficients

@@ -21,7 +21,7 @@ from ds_mofa.linalg.factors import (
     waiting_factors,
 )
 from ds_mofa.options import OptionError, Options
-from ds_mofa.rules.batch import Field, MatrixBatch, PlaceSigns
+from ds_mofa.rules.batch import Field, MatrixBatch, Published
 from ds_mofa.rules.diagnostics import measure
 from ds_mofa.rules.exploration import explore, stay, with_signs
 from ds_mofa.rules.rule import Rule, State
@@ -93,19 +93,9 @@ class MoFaSGDRule(Rule):
         old = state[2].to(spectrum.device)
         return measure(old, *reused, spectrum[..., : self.r], beta=beta, gamma=gamma)
 
-    def written(
-        self,
-        shape: tuple[int, int],
-        left: Tensor,
-        right: Tensor,
-        coefficients: Tensor,
-        *,
-        previous: Tensor | None,
-        signs: PlaceSigns | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if signs is None:
-            return left, right, coefficients
-        return with_signs(left, right, coefficients, self.r, signs)
+    def written(self, published: Published) -> tuple[Tensor, Tensor, Tensor]:
+        _, left, right, coefficients, _, signs = published
+        return (left, right, coefficients) if signs is None else with_signs(left, right, coefficients, self.r, signs)
 
     def lr_factor(self, m: int, n: int) -> float:
         return self._options.shape_factor(m, n)

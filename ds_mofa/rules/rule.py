@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ds_mofa.rules.batch import Field, MatrixBatch, PlaceSigns
+from ds_mofa.rules.batch import Field, MatrixBatch, Published
 
 __all__ = ["Rule", "State"]
 
@@ -132,7 +132,7 @@ class Rule(abc.ABC):
             spectrum: (B, R).
             came: (B,), which matrices had a gradient.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name}: write summary(), or leave summaries at 0")
 
     def coefficients(self, spectrum: Tensor, total: Tensor | None) -> Tensor:
         """What each published column is multiplied by in the update, (B, R).
@@ -152,30 +152,15 @@ class Rule(abc.ABC):
             reused: what :meth:`squared_norm` returned.
             spectrum: (B, R), of the update.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name}: write measures(), or leave diagnostics_every at 0")
 
     def previous(self, shape: tuple[int, int], left: Tensor, right: Tensor, step: int) -> Tensor | None:
         """What of the working copies before the update :meth:`written` needs; None where it needs nothing."""
         return None
 
-    def written(
-        self,
-        shape: tuple[int, int],
-        left: Tensor,
-        right: Tensor,
-        coefficients: Tensor,
-        *,
-        previous: Tensor | None,
-        signs: PlaceSigns | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """left (B, m, c), right (B, n, c) and coefficients (B, c) of the update of W, for any c.
-
-        Args:
-            left: (B, m, R), as published; the others likewise.
-            previous: what :meth:`previous` returned.
-            signs: writes the signs that the step's sketches were taken with, where :attr:`signs` is not 0.
-        """
-        return left, right, coefficients
+    def written(self, published: Published) -> tuple[Tensor, Tensor, Tensor]:
+        """left (B, m, c), right (B, n, c) and coefficients (B, c) of the update of W, for any c."""
+        return published.left, published.right, published.coefficients
 
     @abc.abstractmethod
     def lr_factor(self, m: int, n: int) -> float:

@@ -40,11 +40,12 @@ class Backend(Protocol):
         """This process's part of a matrix. It is asked anew in every step, since an engine may move the weights."""
 
     def norms(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """2-norm of each of AdamW's gradients over all processes, 0-dim plain tensors."""
+        """2-norm of each of AdamW's gradients over all processes, 0-dim plain tensors. This one: of whole gradients."""
+        return [torch.linalg.vector_norm(grad) for grad in grads]
 
 
 @dataclasses.dataclass
-class OneProcess:
+class OneProcess(Backend):
     """All weights whole, in this process alone."""
 
     device: torch.device
@@ -54,9 +55,6 @@ class OneProcess:
 
     def shard_of(self, matrix: Matrix) -> Shard:
         return whole_matrix(matrix)
-
-    def norms(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.linalg.vector_norm(grad) for grad in grads]
 
 
 def whole_matrix(matrix: Matrix) -> Shard:

@@ -19,7 +19,7 @@ from ds_mofa.linalg.factors import gradient_came
 from ds_mofa.partition.exchange import Exchange
 from ds_mofa.partition.layout import Block, FactorSegment, Layout, SketchSegment
 from ds_mofa.partition.subbatches import Part
-from ds_mofa.rules.batch import MatrixBatch
+from ds_mofa.rules.batch import MatrixBatch, Published
 from ds_mofa.rules.diagnostics import MEASURES
 from ds_mofa.rules.rule import Rule
 from ds_mofa.step.owner import Owner, Piece
@@ -54,6 +54,9 @@ class RuleDriver:
         working: the working copies of all matrices, flat.
         exchange: the collectives.
         update_bytes: bound on temporaries.
+
+    Raises:
+        TypeError: the rule may fail, and writes state in place, which could not be rolled back.
     """
 
     def __init__(self, rule: Rule, owner: Owner, working: Tensor, exchange: Exchange, update_bytes: float):
@@ -61,6 +64,10 @@ class RuleDriver:
         self._layout = owner.layout
         self._fields = rule.fields(1, 1, 1)
         self._in_place = any(field.slot is None for field in self._fields)
+        if rule.can_fail and self._in_place:
+            raise TypeError(
+                f"{rule.name}: give every field a slot, or set can_fail to False: state in place stays as it is"
+            )
         self._committed_whole = rule.signs == 0 and [f.slot for f in self._fields] == ["left", "right", "spectrum"]
         self._memos: dict[Part, dict[str, Any]] = {}
         self._measured: _Measured | None = None
@@ -198,13 +205,12 @@ class RuleDriver:
         """left (B, m, c), right (B, n, c) and coefficients (B, c) of the update of W, on every rank. The coefficients of
         a matrix that stays are all zero.
         """
+        left, right, coefficients = part.views(self._working)
         previous = self._previous.get(part.block.offset)
-        return self.rule.written(
-            part.block.shape,
-            *part.views(self._working),
-            previous=None if previous is None else previous[part.first : part.last],
-            signs=None if self._signs is None else self._signs.of(part),
-        )
+        if previous is not None:
+            previous = previous[part.first : part.last]
+        signs = None if self._signs is None else self._signs.of(part)
+        return self.rule.written(Published(part.block.shape, left, right, coefficients, previous, signs))
 
     # ------------------------------------------------------------------ the working copies of the next backward
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ds_mofa.optimizers.registry import entry_of
-from tests.extending.toy_rule import Toy
+from ds_mofa.rules.batch import Field
+from tests.extending.toy_rule import Toy, ToyRule
 
 
 def _model():
@@ -89,3 +90,11 @@ def test_a_matrix_without_a_gradient_stays_and_another_rank_is_refused():
 
 def test_it_has_a_name_like_the_others():
     assert entry_of("toy").optimizer is Toy
+
+
+def test_a_rule_that_may_fail_keeps_nothing_in_place(monkeypatch):
+    monkeypatch.setattr(ToyRule, "can_fail", True)
+    Toy(_model(), rank=4).detach()  # its field has a slot
+    monkeypatch.setattr(ToyRule, "fields", staticmethod(lambda m, n, r: (Field("Psi", (m, r)),)))
+    with pytest.raises(TypeError, match="give every field a slot, or set can_fail to False"):
+        Toy(_model(), rank=4)

@@ -5,7 +5,6 @@ the elements, and the barrier of the next collective lets the other see them.
 """
 
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from ds_mofa.kernels.shard import Shard
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition.exchange import Exchange
 from ds_mofa.partition.layout import SketchSegment
+from ds_mofa.step.backend import Backend
 
 __all__ = ["ThreadBackend", "ThreadExchange", "World"]
 
@@ -60,8 +60,8 @@ class ThreadExchange(Exchange):
         tensor.copy_(self._all(tensor)[source])
 
 
-class ThreadBackend:
-    """One rank's view: a :class:`ds_mofa.step.backend.Backend`."""
+class ThreadBackend(Backend):
+    """One rank's view."""
 
     host = gathered = None
     device = torch.device("cpu")
@@ -74,6 +74,3 @@ class ThreadBackend:
         size = -(-flat.numel() // self.exchange.world_size)  # a half may begin inside a row
         start = min(flat.numel(), self.exchange.rank * size)
         return Shard(flat[start : start + size], start)
-
-    def norms(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.linalg.vector_norm(grad) for grad in grads]

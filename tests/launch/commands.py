@@ -20,6 +20,11 @@ MODEL = {
 }  # fmt: skip
 LENGTH = 64
 STEPS = 6
+# One uninterrupted run, with a checkpoint half way.
+WITH_A_CHECKPOINT = (
+    *("--output_dir", "model", "--save_strategy", "steps", "--save_steps", str(STEPS // 2)),
+    *("--report_to", "tensorboard"),
+)
 
 
 def command_environment(folder: Path) -> dict[str, str]:

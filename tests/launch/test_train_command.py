@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.launch.commands import (
     ROOT,
     STEPS,
+    WITH_A_CHECKPOINT,
     answer_loss,
     assert_same_model,
     command_environment,
@@ -36,19 +37,7 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     """One uninterrupted run of two ranks, with a checkpoint half way; (folder, what it printed)."""
     folder = tmp_path_factory.mktemp("run")
     make_inputs(folder)
-    output = succeeded(
-        train(
-            folder,
-            "--output_dir",
-            "model",
-            "--save_strategy",
-            "steps",
-            "--save_steps",
-            str(STEPS // 2),
-            "--report_to",
-            "tensorboard",
-        )
-    )
+    output = succeeded(train(folder, *WITH_A_CHECKPOINT))
     return folder, output
 
 

@@ -1,6 +1,5 @@
 """DeepSpeed's engine as the step sees it: its process group, where it keeps weights, how it gathers a released one."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,16 @@ from ds_mofa.capture.sink import Gathered
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition.exchange import Exchange
+from ds_mofa.step.backend import Backend
 from ds_mofa.weights.staging import HostMemory
 
 __all__ = ["EngineBackend", "GatheredWeight"]
 
 
-class EngineBackend:
-    """A :class:`ds_mofa.step.backend.Backend` of a DeepSpeed engine, at every ZeRO stage."""
+class EngineBackend(Backend):
+    """A DeepSpeed engine at every ZeRO stage. ``norms`` serves stage 0, where every rank has whole gradients; at the others
+    DeepSpeed clips.
+    """
 
     def __init__(self, engine: Any):
         self.exchange = _exchange(engine)
@@ -29,10 +31,6 @@ class EngineBackend:
 
     def shard_of(self, matrix: Matrix) -> Shard:
         return shard_of(matrix)
-
-    def norms(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Of whole gradients: at stage 0 every rank has the same. At the others DeepSpeed clips."""
-        return [torch.linalg.vector_norm(grad) for grad in grads]
 
 
 class GatheredWeight:

@@ -69,7 +69,7 @@ def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
         EngineBackend(engine),
         head=head,
     )
-    matrices.on_report = functools.partial(_write_to_monitor, engine)
+    matrices.on_report = functools.partial(_write_to_monitor, engine, options.title)
     mark_matrices(split.matrices)
     matrices.on_detach(functools.partial(forget, split.matrices))
     if dist.get_rank() == 0:
@@ -150,14 +150,14 @@ def _large_ones_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return apart
 
 
-def _write_to_monitor(engine, report: Report) -> None:
+def _write_to_monitor(engine, title: str, report: Report) -> None:
     """The report in DeepSpeed's TensorBoard, wandb, Comet or CSV, by samples as its own events are."""
     if not engine.monitor.enabled or dist.get_rank() != 0:
         return
     samples = engine.global_samples + engine.train_batch_size()  # the step that is under way included
-    events = [(f"MoFaSGD/{name}", value, samples) for name, value in report.summary().items()]
+    events = [(f"{title}/{name}", value, samples) for name, value in report.summary().items()]
     for matrix, values in report.by_matrix().items():
-        events += [(f"MoFaSGD/{name}/{matrix}", value, samples) for name, value in values.items()]
+        events += [(f"{title}/{name}/{matrix}", value, samples) for name, value in values.items()]
     engine.monitor.write_events(events)
 
 

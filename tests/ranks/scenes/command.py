@@ -73,16 +73,7 @@ def saved_model(folder: str) -> dict[str, torch.Tensor]:
 def finished() -> dict:
     """One uninterrupted run, with a checkpoint half way."""
     make_inputs()
-    run = command(
-        "--output_dir",
-        "model",
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        str(STEPS // 2),
-        "--report_to",
-        "tensorboard",
-    )
+    run = command(*commands.WITH_A_CHECKPOINT)
     if dist.get_rank() == 0:
         history = json.loads(Path(f"model/checkpoint-{STEPS}/trainer_state.json").read_text())["log_history"]
         run["history"] = [{key: float(value) for key, value in entry.items()} for entry in history]
