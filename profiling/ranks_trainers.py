@@ -14,6 +14,7 @@ from profiling.trainers import TorchTrainer, build_model
 
 __all__ = ["DDPTrainer", "FSDP2Trainer"]
 
+
 def join(device: torch.device) -> None:
     """The ranks that torchrun has started; a run of one rank needs none to start it."""
     if dist.is_initialized():

@@ -288,14 +288,18 @@ class RunSetting:
         if self.gpus % self.replicas:
             raise SettingError(f"replicas is {self.replicas} on {self.gpus} GPUs: give a divisor of {self.gpus}")
         if self.backend in ("ddp", "fsdp2") and self.optimizer in _NEVER_OFFLOADED:
-            raise SettingError(f"{self.optimizer} with {self.backend}: known of AdamW and {', '.join(OPTIMIZERS)} alone")
+            raise SettingError(
+                f"{self.optimizer} with {self.backend}: known of AdamW and {', '.join(OPTIMIZERS)} alone"
+            )
         able = ", ".join(name for name in known_optimizers() if name not in _NEVER_OFFLOADED)
         if self.offload and (self.optimizer in _NEVER_OFFLOADED or not (self.sharded or self.zero in (1, 2, 3))):
             raise SettingError(f"offload is known of {able} in ZeRO stages 1 to 3 and FSDP2: give one of these")
         if self.offload == "param" and self.zero in (1, 2):
             raise SettingError(f"offload is 'param' at ZeRO stage {self.zero}: it needs stage 3, or give optimizer")
         if self.offload == "optimizer" and self.sharded:
-            raise SettingError("offload is 'optimizer' with fsdp2: its CPUOffloadPolicy takes the weights too. Give param")
+            raise SettingError(
+                "offload is 'optimizer' with fsdp2: its CPUOffloadPolicy takes the weights too. Give param"
+            )
 
 
 _FIELDS: dict[str, Any] = {

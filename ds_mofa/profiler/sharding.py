@@ -36,10 +36,10 @@ def shard(
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if setting.offload == "param" and mesh.device_type != "cpu":  # on a CPU there is nowhere to go
         options["offload_policy"] = CPUOffloadPolicy()
-    classes = tuple(model._no_split_modules or ())
+    causal: Any = model  # with Hugging Face's attributes
+    classes = tuple(causal._no_split_modules or ())
     for layer in [module for module in model.modules() if type(module).__name__ in classes]:
         prepare(layer)
         fully_shard(layer, reshard_after_forward=setting.reshard, **options)
     prepare(model)
     fully_shard(model, **options)
-

@@ -8,6 +8,7 @@ figures by module rather than a history, takes one iteration, and is ten times s
 import dataclasses
 import sys
 import time
+import types
 import unittest.mock
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -136,7 +137,7 @@ class StorageTracker(TorchDispatchMode):
 
 def _fsdp2_frames() -> Iterator[str]:
     """Those of FSDP2 on the stack, innermost first, as the allocator's history writes them."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if _FSDP2 in frame.f_code.co_filename:
             yield f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"

@@ -1,6 +1,6 @@
 """What PyTorch's caching allocator will reserve in a plain loop, under DDP and under FSDP2: two steps, replayed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ds_mofa.profiler.predict.reserved.allocator import CachingAllocator, Handle, play
 from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch
