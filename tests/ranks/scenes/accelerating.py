@@ -68,7 +68,6 @@ def restored() -> Iterator[None]:
 
 def plain_names(weights: dict[str, Any]) -> dict[str, Any]:
     """By the names that the bare model has."""
-    around = ("module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-    for part in around:
-        weights = {name.replace(part, ""): value for name, value in weights.items()}
+    for around in ("_checkpoint_wrapped_module.", "_orig_mod."):
+        weights = {name.removeprefix("module.").replace(around, ""): value for name, value in weights.items()}
     return weights
