@@ -14,7 +14,7 @@ from training import OPTIONS, mean_over_ranks, toy
 
 import ds_mofa
 
-__all__ = ["DATA", "built", "full", "lessons", "momenta", "run", "weights"]
+__all__ = ["CHOSEN", "DATA", "Seen", "built", "full", "lessons", "momenta", "run", "weights"]
 
 
 def lessons(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -23,17 +23,27 @@ def lessons(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 
 
 DATA = lessons(6)
+
+
+class Seen(Toy):
+    """With a buffer that a checkpoint holds too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.randint(1 << 40, (2,)))
+
+
 CHOSEN = {key: value for key, value in OPTIONS.items() if key != "torch_adam"}  # which is DeepSpeed's
 
 
-def built(engine: str, *, seed: int = 0, dtype: str = "float32", model: type[nn.Module] = Toy, **options: Any) -> tuple:
+def built(engine: str, *, seed: int = 0, dtype: str = "float32", **options: Any) -> tuple:
     """The model, as ``engine`` has it, and its optimizer.
 
     Args:
         engine: ``"fsdp2"``, ``"hsdp"`` (two shards of each replica), ``"ddp"`` or ``"one"``, a process that trains alone.
         seed: of the first weights.
     """
-    whole = toy(model, seed=seed).to(getattr(torch, dtype))
+    whole = toy(Seen, seed=seed).to(getattr(torch, dtype))
     chosen = {**CHOSEN, **options}
     if engine == "one":
         return whole, ds_mofa.MoFaSGD(whole, **chosen)
