@@ -3,19 +3,23 @@
 import contextlib
 import functools
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from comparing import TOLERANCE, equal
 from launching import on_ranks
 from scenes.accelerating import accelerator_for, plain_names, restored
 from scenes.huggingface import llama, sentences
 from scenes.plain_torch import weights
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from transformers.optimization import get_linear_schedule_with_warmup
 
 import ds_mofa
+from ds_mofa.to_universal import read_torch
 
 STEPS, BATCH, CLIP = 6, 12, 0.5
 OPTIONS = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_lr": 1e-3, "adamw_eps": 1e-6}
@@ -38,6 +42,7 @@ def accelerated(engine: str, dtype: str = "float32", precision: str = "no", **pl
         model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
         norms = go(accelerator, model, optimizer, schedule, range(3))
         accelerator.save_state("state")
+        read = is_read(model, optimizer) if engine == "fsdp2" else None
         norms += go(accelerator, model, optimizer, schedule, range(3, STEPS))
         ended, steps = plain_names(weights(model)), [optimizer.optimizer.matrices.steps]
         accelerator.load_state("state")
@@ -53,7 +58,16 @@ def accelerated(engine: str, dtype: str = "float32", precision: str = "no", **pl
             "dtypes": [str(ended["model.layers.0.mlp.up_proj.weight"].dtype), working],
             "model": type(model).__name__,
             "output": printed.getvalue(),
+            "read": read,
         }
+
+
+def is_read(model: Any, optimizer: Any) -> bool:
+    """Whether to_universal finds in the folder what the run has. Collective."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    held = get_model_state_dict(model, options=whole), get_optimizer_state_dict(model, optimizer, options=whole)
+    found = read_torch(Path("state")) if dist.get_rank() == 0 else {}
+    return not found or equal(found["model"], held[0]) and equal(found["optim"]["state"], held[1]["state"])
 
 
 def go(accelerator: Any, model: Any, optimizer: Any, schedule: Any, numbers: range) -> list[float]:
@@ -99,6 +113,7 @@ def test_it_is_the_run_of_one_process_and_resumes_bit_for_bit(ran, alone):
         assert max(far.values()) < TOLERANCE, far
         assert result["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
         assert_resumed(result)
+        assert result["read"] is not False
 
 
 @on_ranks(accelerated, {"engine": "fsdp2", "dtype": "bfloat16", "precision": "bf16"})
