@@ -92,10 +92,13 @@ class WholeModels(Engine):
         if not (dist.is_available() and dist.is_initialized()):
             return None
         before = getattr(model, _IGNORED, None)
-        names = [name for matrix in matrices for name in _names(matrix.name)]
+        ours = {matrix.param for matrix in matrices}
+        # Each name of a shared one: DDP would reduce it under any that it does not know.
+        every = [name for name, param in model.named_parameters(remove_duplicate=False) if param in ours]
+        names = [known for name in every for known in _names(name)]
         # DDP's own way of setting them; it marks the parameters as well.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*(before or ()), *names])
-        return functools.partial(_take_back, weakref.ref(model), before, [matrix.name for matrix in matrices])
+        return functools.partial(_take_back, weakref.ref(model), before, every)
 
     def connect(
         self, model: nn.Module | None, matrices: Sequence[Matrix], group: dist.ProcessGroup | None
@@ -123,7 +126,7 @@ def _take_back(reference: "weakref.ref[nn.Module]", before: list[str] | None, na
         vars(model).pop(_IGNORED, None)
     else:
         setattr(model, _IGNORED, before)
-    params = dict(model.named_parameters())
+    params = dict(model.named_parameters(remove_duplicate=False))
     for name in names:
         vars(params.get(name, model)).pop("_ddp_ignored", None)
 
