@@ -13,13 +13,16 @@ __all__ = [
     "Sometimes",
     "Resting",
     "Late",
+    "Layers",
     "batches",
     "micro_batches",
+    "plenty",
     "SEQUENCES",
 ]
 
 VOCABULARY, WIDTH, HIDDEN = 37, 35, 53  # odd and not divisible by 3: shards of 2 and of 3 ranks end inside a row
 SEQUENCES = 18  # in a global batch: divides by 1, 2, 3 ranks times 1, 3 micro-batches
+LENGTH = 6  # of a sequence
 
 
 class Toy(nn.Module):
@@ -175,11 +178,75 @@ class Sliver(Toy):
         return F.pad(torch.tanh(self.sliver(x[..., :2])), (0, WIDTH - 2))
 
 
-def batches(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Global batches of ``SEQUENCES`` sequences: tokens, and targets that follow from them."""
+class Layers(nn.Module):
+    """Toy in modules of its own, for engines that shard by modules.
+
+    place   a matrix whose input requires no gradient     gate    4 rows: the third of three ranks holds none
+    mix     a matrix that is no nn.Linear                 feed    two linears, one with a bias, and a norm
+    pair    two linears of one matrix, and a frozen one   embed, norm, head   for AdamW
+    """
+
+    MATRICES = ("place.weight", "mix.kernel", "feed.up.weight", "feed.down.weight", "pair.twin.weight", "gate.weight")
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.place = nn.Linear(LENGTH, WIDTH, bias=False)
+        self.mix, self.feed, self.pair = Mix(), Feed(), Pair()
+        self.gate = nn.Linear(WIDTH, 4, bias=False)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.place(torch.eye(LENGTH, dtype=x.dtype, device=x.device))
+        for block in (self.mix, self.feed, self.pair):
+            x = x + block(x)
+        x = x + F.pad(torch.tanh(self.gate(x)), (0, WIDTH - 4))
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, -2).float(), targets.flatten())
+
+
+class Mix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.kernel)
+
+
+class Feed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.twin, self.echo, self.frozen = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.echo.weight = self.twin.weight
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.echo(torch.tanh(self.twin(x))) + self.frozen(x)
+
+
+def batches(steps: int, seed: int = 0, sequences: int = SEQUENCES) -> list[tuple[Tensor, Tensor]]:
+    """Global batches: tokens, and targets that follow from them."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(VOCABULARY, (steps, SEQUENCES, 6), generator=generator)
+    tokens = torch.randint(VOCABULARY, (steps, sequences, LENGTH), generator=generator)
     return [(t, (5 * t + 3) % VOCABULARY) for t in tokens]
+
+
+def plenty(steps: int) -> list[tuple[Tensor, Tensor]]:
+    """Global batches for four ranks too."""
+    return batches(steps, sequences=2 * SEQUENCES)
 
 
 def micro_batches(batch, rank: int, world: int, count: int):

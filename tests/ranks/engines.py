@@ -1,0 +1,131 @@
+"""What the scenes of a plain loop share: an optimizer of one's own over a model that is sharded, wrapped, or neither."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from comparing import STEPS
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from toys import Layers, micro_batches, plenty
+from training import OPTIONS, mean_over_ranks, toy
+
+from ds_mofa import MoFaSGD
+
+__all__ = ["SETTINGS", "built", "layers", "line", "mofasgd", "shard", "square", "step_on", "train", "whole"]
+
+SETTINGS = {key: value for key, value in OPTIONS.items() if key != "torch_adam"}  # which is DeepSpeed's
+
+
+def layers() -> Layers:
+    return toy(Layers)
+
+
+def mofasgd(model: nn.Module, **options: Any) -> MoFaSGD:
+    return MoFaSGD(model, **{**SETTINGS, **options})
+
+
+@functools.cache
+def line() -> DeviceMesh:
+    """All ranks, one after the other."""
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+@functools.cache
+def square() -> DeviceMesh:
+    """Four ranks: two replicas of two shards each."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+
+
+def shard(model: Layers, cut: str = "blocks", mesh: DeviceMesh | None = None, **switches: Any) -> Layers:
+    """Call ``fully_shard``.
+
+    Args:
+        cut: "blocks", "whole", or "each", where each linear is a root of its own and those of one matrix are one.
+    """
+    mesh = line() if mesh is None else mesh
+    units: dict[str, list] = {
+        "whole": [],
+        "blocks": [model.mix, model.feed, model.pair],
+        "each": [model.place, model.feed.up, model.feed.down, [model.pair.twin, model.pair.echo], model.gate],
+    }
+    for unit in units[cut]:
+        fully_shard(unit, mesh=mesh, **switches)
+    return fully_shard(model, mesh=mesh, **switches)
+
+
+def built(cut: str = "blocks", mesh: DeviceMesh | None = None, options: dict | None = None, **switches: Any):
+    """A sharded model and its optimizer."""
+    model = shard(layers(), cut, mesh, **switches)
+    return model, mofasgd(model, **(options or {}))
+
+
+def step_on(
+    model: nn.Module,
+    optimizer: MoFaSGD,
+    batch,
+    *,
+    micro: int = 1,
+    clip: Callable[[], Any] | None = None,
+    sync: Callable[[bool], Any] | None = None,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+) -> tuple[float, float]:
+    """Train on a global batch: its mean loss before the step, and what ``clip`` has returned.
+
+    Args:
+        clip: called after the last backward.
+        sync: called before each, with whether it is the last.
+        backward: takes a micro-batch's part of the loss.
+    """
+    optimizer.zero_grad()
+    total, norm = torch.zeros(()), 0.0
+    for i, part in enumerate(micro_batches(batch, dist.get_rank(), dist.get_world_size(), micro)):
+        if sync is not None:
+            sync(i == micro - 1)
+        loss = model(*part) / micro
+        backward(loss)
+        total += loss.detach().float()
+    if clip is not None:
+        norm = clip()
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    optimizer.step()
+    return mean_over_ranks(total), norm
+
+
+def train(model: nn.Module, optimizer: MoFaSGD, steps: int = STEPS, *, data=plenty, **how: Any) -> dict[str, Any]:
+    """Train on ``steps`` batches and evaluate one more; ``how`` as for :func:`step_on`. As ``training.train`` returns it."""
+    *batches, last = data(steps + 1)
+    results = [step_on(model, optimizer, batch, **how) for batch in batches]
+    weights = whole(model)  # before a forward without a backward, which leaves a root gathered
+    with torch.no_grad():
+        (part,) = micro_batches(last, dist.get_rank(), dist.get_world_size(), 1)
+        loss = mean_over_ranks(model(*part).float())
+    return {
+        "losses": [*(loss for loss, _ in results), loss],
+        "norms": [norm for _, norm in results],
+        "weights": weights,
+        "momenta": momenta(optimizer),
+        "working": optimizer.matrices.working.clone(),
+    }
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, gathered where it is sharded, by its name in the model that nothing has wrapped."""
+    wrappers = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+    found = {}
+    for name, param in model.named_parameters():
+        for wrapper in wrappers:
+            name = name.replace(wrapper, "")
+        tensor = param.full_tensor() if isinstance(param, DTensor) else param
+        found[name] = tensor.detach().clone()
+    return found
+
+
+def momenta(optimizer: MoFaSGD) -> dict[str, Tensor]:
+    """The momentum of every matrix, whole, on the first rank at least. Collective."""
+    state = optimizer.matrices.state_dict().get("matrices", {})
+    return {name: one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}
