@@ -92,7 +92,10 @@ class WholeModels(Engine):
         if not (dist.is_available() and dist.is_initialized()):
             return None
         before = getattr(model, _IGNORED, None)
-        names = [name for matrix in matrices for name in _names(matrix.name)]
+        ours = {matrix.param for matrix in matrices}
+        # A tied weight has several names, each of which DDP looks at.
+        shared = [name for name, param in model.named_parameters(remove_duplicate=False) if param in ours]
+        names = [name for each in shared for name in _names(each)]
         # DDP's own way of setting them; it marks the parameters as well.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*(before or ()), *names])
         return functools.partial(_take_back, weakref.ref(model), before, [matrix.name for matrix in matrices])
@@ -134,7 +137,7 @@ def _refuse_wrapped(matrices: Sequence[Matrix]) -> None:
     for found in gc.get_objects():
         if not issubclass(type(found), DistributedDataParallel):
             continue
-        for name, param in found.module.named_parameters():
+        for name, param in found.module.named_parameters(remove_duplicate=False):
             if param in ours and name not in found.parameters_to_ignore:
                 raise OptionError(
                     f"DistributedDataParallel reduces {name!r}, of which there are sketches alone: it would send zeros. Build "

@@ -12,11 +12,25 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from toys import Layers, micro_batches, plenty
-from training import OPTIONS, mean_over_ranks, toy
+from training import OPTIONS, TIGHT, mean_over_ranks, toy
 
 from ds_mofa import MoFaSGD
 
-__all__ = ["SETTINGS", "built", "layers", "line", "mofasgd", "shard", "square", "step_on", "train", "whole"]
+__all__ = [
+    "SETTINGS",
+    "alone",
+    "built",
+    "clipping",
+    "layers",
+    "line",
+    "mofasgd",
+    "number",
+    "shard",
+    "square",
+    "step_on",
+    "train",
+    "whole",
+]
 
 SETTINGS = {key: value for key, value in OPTIONS.items() if key != "torch_adam"}  # which is DeepSpeed's
 
@@ -33,6 +47,12 @@ def mofasgd(model: nn.Module, **options: Any) -> MoFaSGD:
 def line() -> DeviceMesh:
     """All ranks, one after the other."""
     return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+@functools.cache
+def alone() -> dist.ProcessGroup:
+    """This rank."""
+    return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
 
 
 @functools.cache
@@ -73,16 +93,19 @@ def step_on(
     clip: Callable[[], Any] | None = None,
     sync: Callable[[bool], Any] | None = None,
     backward: Callable[[Tensor], Any] = Tensor.backward,
-) -> tuple[float, float]:
+    zero: Callable[[], Any] | None = None,
+    move: Callable[[], Any] | None = None,
+) -> tuple[float, list[float]]:
     """Train on a global batch: its mean loss before the step, and what ``clip`` has returned.
 
     Args:
         clip: called after the last backward.
         sync: called before each, with whether it is the last.
         backward: takes a micro-batch's part of the loss.
+        zero, move: in the place of the optimizer's ``zero_grad`` and ``step``.
     """
-    optimizer.zero_grad()
-    total, norm = torch.zeros(()), 0.0
+    (zero or optimizer.zero_grad)()
+    total, norms = torch.zeros(()), []
     for i, part in enumerate(micro_batches(batch, dist.get_rank(), dist.get_world_size(), micro)):
         if sync is not None:
             sync(i == micro - 1)
@@ -90,27 +113,52 @@ def step_on(
         backward(loss)
         total += loss.detach().float()
     if clip is not None:
-        norm = clip()
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    optimizer.step()
-    return mean_over_ranks(total), norm
+        found = clip()
+        norms = [number(norm) for norm in (found if isinstance(found, tuple) else [found])]
+    (move or optimizer.step)()
+    return mean_over_ranks(total), norms
 
 
-def train(model: nn.Module, optimizer: MoFaSGD, steps: int = STEPS, *, data=plenty, **how: Any) -> dict[str, Any]:
-    """Train on ``steps`` batches and evaluate one more; ``how`` as for :func:`step_on`. As ``training.train`` returns it."""
+def number(norm: Tensor) -> float:
+    """Of a norm that torch has computed."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def train(
+    model: nn.Module, optimizer: MoFaSGD, steps: int = STEPS, *, data=plenty, before=lambda step: None, **how: Any
+) -> dict[str, Any]:
+    """Train on ``steps`` batches and evaluate one more.
+
+    Args:
+        data: makes the batches.
+        before: called with the number of each step, from 1.
+        **how: as for :func:`step_on`.
+
+    Returns:
+        The losses, one more than steps; of each step the norm that ``clip`` has returned, or a list of several; at the end
+        the weights, the momenta (on rank 0 at least) and the broadcast factors.
+    """
     *batches, last = data(steps + 1)
-    results = [step_on(model, optimizer, batch, **how) for batch in batches]
+    results = []
+    for step, batch in enumerate(batches, 1):
+        before(step)
+        results.append(step_on(model, optimizer, batch, **how))
     weights = whole(model)  # before a forward without a backward, which leaves a root gathered
     with torch.no_grad():
         (part,) = micro_batches(last, dist.get_rank(), dist.get_world_size(), 1)
         loss = mean_over_ranks(model(*part).float())
     return {
         "losses": [*(loss for loss, _ in results), loss],
-        "norms": [norm for _, norm in results],
+        "norms": [norms[0] if len(norms) == 1 else norms for _, norms in results],
         "weights": weights,
         "momenta": momenta(optimizer),
         "working": optimizer.matrices.working.clone(),
     }
+
+
+def clipping(model: nn.Module, foreach: bool | None = None) -> Callable[[], Tensor]:
+    """torch's own, by the norm of all parameters."""
+    return lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), TIGHT, foreach=foreach)
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
