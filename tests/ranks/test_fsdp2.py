@@ -3,7 +3,6 @@
 from unittest import mock
 
 import pytest
-import torch
 from comparing import assert_same, dense, distances, equal
 from engines import built, train
 from launching import on_ranks

@@ -45,7 +45,16 @@ def reported(run: str, shape: str) -> list[dict[str, Any]]:
     """The same: of each rank its report."""
     Path("predicted.json").write_text('{"error": "this is about what is measured"}')
     words = ["--run", run, "--shape", shape, "--model_config", TINY, "--steps", "1", "--sample_hz", "20"]
-    words += ["--gpus", str(dist.get_world_size()), "--predicted", "predicted.json", "--output_dir", "claim", "--local_rank", str(dist.get_rank())]
+    words += [
+        "--gpus",
+        str(dist.get_world_size()),
+        "--predicted",
+        "predicted.json",
+        "--output_dir",
+        "claim",
+        "--local_rank",
+        str(dist.get_rank()),
+    ]
     verify_worker.main(words)
     dist.barrier()
     return json.loads(Path("claim/report.json").read_text())["ranks"]
@@ -115,7 +124,13 @@ def test_what_torchs_ranks_keep_is_what_was_predicted(ran):
 
 @on_ranks(
     reported,
-    run=["fsdp2:AdamW", "fsdp2:AdamW:weights=fp32", "fsdp2:AdamW:reshard=0", "fsdp2:AdamW:checkpointing=1", "ddp:AdamW"],
+    run=[
+        "fsdp2:AdamW",
+        "fsdp2:AdamW:weights=fp32",
+        "fsdp2:AdamW:reshard=0",
+        "fsdp2:AdamW:checkpointing=1",
+        "ddp:AdamW",
+    ],
     shape=["256x2", "64x1", "8x2"],
 )
 def test_torchs_ranks_peak_where_it_was_predicted(ran):
