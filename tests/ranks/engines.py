@@ -163,17 +163,21 @@ def clipping(model: nn.Module, foreach: bool | None = None) -> Callable[[], Tens
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter, gathered where it is sharded, by its name in the model that nothing has wrapped."""
-    wrappers = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
-    found = {}
-    for name, param in model.named_parameters():
-        for wrapper in wrappers:
-            name = name.replace(wrapper, "")
-        tensor = param.full_tensor() if isinstance(param, DTensor) else param
-        found[name] = tensor.detach().clone()
-    return found
+    params = {bare(name): param for name, param in model.named_parameters()}
+    return {
+        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        for name, param in params.items()
+    }
+
+
+def bare(name: str) -> str:
+    """A parameter's name without those of wrappers."""
+    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod.", "module."):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def momenta(optimizer: MoFaSGD) -> dict[str, Tensor]:
     """The momentum of every matrix, whole, on the first rank at least. Collective."""
     state = optimizer.matrices.state_dict().get("matrices", {})
-    return {name: one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}
+    return {bare(name): one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}

@@ -13,8 +13,13 @@ __all__ = [
     "Sometimes",
     "Resting",
     "Late",
+    "Idle",
     "Layers",
+    "Marked",
+    "Napping",
+    "Tied",
     "batches",
+    "marked",
     "micro_batches",
     "plenty",
     "SEQUENCES",
@@ -200,10 +205,76 @@ class Layers(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embed(tokens)
         x = x + self.place(torch.eye(LENGTH, dtype=x.dtype, device=x.device))
-        for block in (self.mix, self.feed, self.pair):
+        for block in self.blocks():
             x = x + block(x)
-        x = x + F.pad(torch.tanh(self.gate(x)), (0, WIDTH - 4))
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, -2).float(), targets.flatten())
+
+    def blocks(self):
+        return [self.mix, self.feed, self.pair, self.narrow]
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return F.pad(torch.tanh(self.gate(x)), (0, WIDTH - 4))
+
+
+class Tied(Layers):
+    """Embedding and head are one weight."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.normal_(self.embed.weight, std=WIDTH**-0.5)
+        self.head.weight = self.embed.weight
+
+
+class Napping(Layers):
+    """Whose gate is not trained in the third and fourth step; a step is one forward with gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        self.steps += torch.is_grad_enabled()
+        return super().forward(tokens, targets)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        weight = self.gate.weight.detach() if self.steps in (3, 4) else self.gate.weight
+        return F.pad(torch.tanh(F.linear(x, weight)), (0, WIDTH - 4))
+
+
+class Marked(Layers):
+    """With a linear that marked sequences alone go through."""
+
+    MATRICES = (*Layers.MATRICES, "spare.weight")
+
+    def __init__(self):
+        super().__init__()
+        self.spare, head = nn.Linear(WIDTH, WIDTH, bias=False), self.head
+        del self.head
+        self.head = head  # last
+
+    def forward(self, tokens: Tensor, targets: Tensor, marks: Tensor) -> Tensor:
+        self.marks = marks
+        return super().forward(tokens, targets)
+
+    def blocks(self):
+        return [*super().blocks(), self.detour]
+
+    def detour(self, x: Tensor) -> Tensor:
+        mask = self.marks.view(-1, 1, 1)
+        return torch.where(mask, torch.tanh(self.spare(x)), 0) if mask.any() else torch.zeros_like(x)
+
+
+class Idle(Layers):
+    """Whose feed has a second output, which the loss does not use."""
+
+    MATRICES = (*Layers.MATRICES[:4], "feed.aside.weight", *Layers.MATRICES[4:])
+
+    def __init__(self):
+        super().__init__()
+        self.feed = TwoOutputs()
+
+    def blocks(self):
+        return [self.mix, lambda x: self.feed(x)[0], self.pair, self.narrow]
 
 
 class Mix(nn.Module):
@@ -226,6 +297,15 @@ class Feed(nn.Module):
         return self.down(torch.tanh(self.up(self.norm(x))))
 
 
+class TwoOutputs(Feed):
+    def __init__(self):
+        super().__init__()
+        self.aside = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.aside(x)
+
+
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()
@@ -242,6 +322,16 @@ def batches(steps: int, seed: int = 0, sequences: int = SEQUENCES) -> list[tuple
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCABULARY, (steps, sequences, LENGTH), generator=generator)
     return [(t, (5 * t + 3) % VOCABULARY) for t in tokens]
+
+
+def marked(steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of :class:`Marked`: the last sequence is, so the last rank alone has one, but in the second batch."""
+    found = []
+    for step, (tokens, targets) in enumerate(plenty(steps)):
+        marks = torch.zeros(len(tokens), dtype=torch.bool)
+        marks[-1] = step != 1
+        found.append((tokens, targets, marks))
+    return found
 
 
 def plenty(steps: int) -> list[tuple[Tensor, Tensor]]:
