@@ -22,9 +22,9 @@ SEAL = "complete.json"
 STATE = "trainer_state.json"
 
 _FILES = {
-    Engine.DEEPSPEED.value: ("global_step*",),
-    Engine.FSDP2.value: ("pytorch_model_fsdp*",),
-    Engine.DDP.value: ("optimizer.pt",),
+    Engine.DEEPSPEED: ("global_step*",),
+    Engine.FSDP2: ("pytorch_model_fsdp*",),
+    Engine.DDP: ("optimizer.pt",),
 }
 
 
@@ -56,7 +56,7 @@ def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
     return asked
 
 
-def written_by(folder: str | Path) -> str | None:
+def written_by(folder: str | Path) -> Engine | None:
     """Which engine's checkpoint a folder is, by its files: DDP's is also one process's. None for no checkpoint."""
     for engine, files in _FILES.items():
         if any(next(Path(folder).glob(pattern), None) is not None for pattern in files):
@@ -72,10 +72,10 @@ def check_written_by(checkpoint: str | None, engine: Engine) -> None:
     """
     writer = written_by(checkpoint) if checkpoint is not None else None
     own = Engine.DDP if engine is Engine.ONE else engine
-    if writer is not None and writer != own.value:
+    if writer is not None and writer is not own:
         raise UserError(
-            f"{checkpoint}: a checkpoint of a run under {writer}, and this one is under {engine.value}. Resume it under "
-            f"{writer}; or start anew from a saved model, with --model_name_or_path."
+            f"{checkpoint}: a checkpoint of a run under {writer.value}, and this one is under {engine.value}. Resume it under "
+            f"{writer.value}; or start anew from a saved model, with --model_name_or_path."
         )
 
 

@@ -43,7 +43,7 @@ def join_ranks(argv: list[str], engine: Engine) -> None:
             unlink_shared_buffer()
     elif engine is Engine.ONE:
         check_one_gpu(torch.cuda.device_count())
-    elif not dist.is_initialized():
+    else:
         join_torch(timedelta(seconds=seconds))
 
 
@@ -64,11 +64,11 @@ def join_torch(timeout: timedelta) -> None:
     """Both backends where there are GPUs: states are gathered on the host too."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     else:
-        # By itself Accelerate counts CPUs, and what it saves on "cpu:1" torch.load does not find again.
+        # By itself Accelerate counts CPUs, and HF has torch.load put a state on "cpu:1", which it does not know.
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-        dist.init_process_group("gloo", timeout=timeout)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
 def from_first_rank(work: Callable[[], Any]) -> Any:
