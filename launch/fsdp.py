@@ -39,7 +39,8 @@ def check_fsdp(argv: Sequence[str], wanted: bool) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--fsdp", nargs="?", const="true")
     parser.add_argument("--fsdp_config")
-    parser.add_argument("--use_cpu", nargs="?", const="true", default="false")
+    for flag in ("--use_cpu", "--gradient_checkpointing"):
+        parser.add_argument(flag, nargs="?", const="true", default="false")
     given = parser.parse_known_args(argv)[0]
     if given.fsdp_config is not None and not given.fsdp:
         raise UserError("--fsdp_config: without --fsdp nobody reads it. Add --fsdp.")
@@ -50,11 +51,13 @@ def check_fsdp(argv: Sequence[str], wanted: bool) -> None:
         raise UserError(
             f"FSDP version {config['version']}: ds_mofa knows FSDP2. Write fsdp_version: 2 (as configs/fsdp2.yaml does)."
         )
+    if _is_true(given.gradient_checkpointing) and _is_true(config.get("activation_checkpointing")):
+        raise UserError("--gradient_checkpointing: FSDP's activation_checkpointing is on already. Keep one of them.")
     offloads = _is_true(config.get("cpu_offload")) or "offload" in str(given.fsdp).split()
     if not torch.cuda.is_available():
         if offloads:
             raise UserError("cpu_offload: it is for the weights of a GPU, and there is none. Leave it out.")
-    elif given.use_cpu.lower() in ("true", "1"):
+    elif _is_true(given.use_cpu):
         raise UserError(
             "--fsdp with --use_cpu: FSDP2 would take the GPUs that there are. Hide them: CUDA_VISIBLE_DEVICES= in front."
         )
@@ -85,7 +88,11 @@ def _config(text: str | None) -> dict[str, Any]:
 
 def _config_of_accelerate() -> dict[str, Any]:
     """Of an FSDP config of ``accelerate launch``, which it hands on in the environment, what is asked about here."""
-    read = {"version": "FSDP_VERSION", "cpu_offload": "FSDP_OFFLOAD_PARAMS"}
+    read = {
+        "version": "FSDP_VERSION",
+        "cpu_offload": "FSDP_OFFLOAD_PARAMS",
+        "activation_checkpointing": "FSDP_ACTIVATION_CHECKPOINTING",
+    }
     return {"version": "1"} | {key: os.environ[name] for key, name in read.items() if name in os.environ}
 
 

@@ -13,7 +13,7 @@ from launch.fsdp import FULL, SHARDED, check_fsdp, describe_fsdp, state_dict_typ
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("FSDP_VERSION", "FSDP_OFFLOAD_PARAMS"):
+    for name in ("FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -42,6 +42,7 @@ def test_what_can_be_passes(words):
         (with_config(reshard_after_foward=False), "unknown key 'reshard_after_foward'.*'reshard_after_forward'"),
         (with_config(fsdp_forward_prefetch=True), "'forward_prefetch' is of FSDP1"),
         (with_config(xla=True), "'xla' is for TPUs"),
+        ([*with_config(activation_checkpointing=True), "--gradient_checkpointing"], "Keep one of them"),
         (["--fsdp", "--fsdp_config", "nowhere.json"], "nowhere.json: no such file"),
         (["--fsdp", "--fsdp_config", "{version: 2}"], "--fsdp_config: not valid JSON"),
     ],

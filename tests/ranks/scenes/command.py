@@ -29,7 +29,7 @@ def make_inputs() -> None:
 
 
 # What configs/zero2_mofasgd.json says, by flags.
-_BY_FLAGS = ["--optimizer", "AdamW", "--learning_rate", "6e-3"]
+_BY_FLAGS = ["--optimizer", "MoFaSGD", "--rank", "32", "--optimizer_args", '{"adamw_lr": 2e-4}', "--adam_beta2", "0.95"]
 ENGINES = {
     "zero2": ["--deepspeed", str(ROOT / "configs/zero2_mofasgd.json")],
     "ddp": _BY_FLAGS,
