@@ -51,6 +51,12 @@ class Matrix:
         return 0 if self.part is None else self.part * math.prod(self.shape)
 
     @property
+    def slots(self) -> list[tuple[nn.Module, str]]:
+        """Where its modules hold the parameter, by the name that it has in them."""
+        name = self.name.rpartition(".")[2]
+        return [(module, name) for module in self.modules if name in module._parameters]
+
+    @property
     def map_shape(self) -> tuple[int, int]:
         """(outputs, inputs) of the linear map. One that no module tells apart is taken for y = x W^T."""
         m, n = self.shape

@@ -121,6 +121,22 @@ class AdamW8bit(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[param][name] = value.to("cpu" if name == "step" else param.device, copy=True)
 
+    def check_whole(self) -> None:
+        """Refuse sharded parameters.
+
+        Raises:
+            OptionError: there is one.
+        """
+        if any(hasattr(param, "placements") for param in self._params()):
+            raise OptionError(
+                "adamw_states='8bit' is not served under fully_shard: set adamw_states='full', or use DeepSpeed's ZeRO"
+            )
+
+    @staticmethod
+    def new_state(param: Tensor) -> dict[str, Tensor]:
+        """Of a parameter before its first step."""
+        return _new_state(param)
+
     # ------------------------------------------------------------------ one parameter
 
     def _step(self, param: Tensor, grad: Tensor, group: Mapping[str, Any], index: int) -> None:
@@ -130,7 +146,7 @@ class AdamW8bit(torch.optim.Optimizer):
             )
         state = self.state[param]
         if "step" not in state:
-            state.update(_new_state(param))
+            state.update(self.new_state(param))
         state["step"] = state["step"] + 1
         values, grad = param.detach().view(-1), grad.reshape(-1)
         stochastic = self._stochastic and param.dtype == torch.bfloat16

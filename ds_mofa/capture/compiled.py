@@ -30,8 +30,11 @@ def add_linear(Y: Tensor, Z: Tensor, x: Tensor, dy: Tensor, key: Tensor) -> None
     the weight's gradient is known only when it runs.
     """
     sketch = _sketches[int(key)]
-    if sketch.param is not None:
-        answer = wanted(leaf_node(sketch.param))
+    leaf = sketch.param
+    if leaf is not None and sketch.leaf is not None:
+        leaf = sketch.leaf(leaf)
+    if leaf is not None:
+        answer = wanted(leaf_node(leaf))
         if answer is None:
             raise RuntimeError(
                 "autograd.grad asks for the gradient of a matrix through a compiled forward, which has sketches of it "

@@ -27,7 +27,7 @@ import functools
 import inspect
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -220,19 +220,19 @@ class FusedHead:
 
     Raises:
         OptionError: the model is not of a kind that this can be done with.
-
-    Attributes:
-        weight: the head's.
     """
 
     def __init__(self, model: nn.Module):
         self._model, self._head = _model_and_head(model)
-        self.weight = self._head.weight
         self._arguments = list(inspect.signature(self._model.forward).parameters)
         self._sketch: Sketch | None = None
         self._call: _Call | None = None
         self._warned = False
         self._undo = contextlib.ExitStack()
+
+    def is_held_by(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether the head is one of these modules."""
+        return any(module is self._head for module in modules)
 
     def attach(self, sketch: Sketch | None) -> None:
         """Change the model.

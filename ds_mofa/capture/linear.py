@@ -7,8 +7,11 @@ are two thin products each, and replace the weight-gradient GEMM. Where the modu
 for the gradient itself, G is computed and goes the way of every gradient.
 """
 
+import functools
 import types
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: F401  what TorchScript finds in nn.Linear's forward
@@ -94,15 +97,20 @@ class LinearCapture:
     """Replaces the ``forward`` of each plain ``nn.Linear``."""
 
     def serves(self, module: nn.Module, matrix: Matrix) -> bool:
-        return type(module) is nn.Linear and module._parameters.get("weight") is matrix.param
+        # Not the module's class: fully_shard makes one of its own, with the same forward, of a linear that is a root.
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            return False
+        weight = module._parameters.get("weight")
+        if weight is None or weight is matrix.param:
+            return weight is not None
+        return _is_sharded(matrix.param) and not _is_sharded(weight) and tuple(weight.shape) == matrix.shape
 
     def attach(self, module: nn.Module, matrix: Matrix, sink: Sink, gathered: Gathered | None) -> Callable[[], None]:
         """See :class:`ds_mofa.capture.sink.Capture`."""
         _refuse_replaced(module)
-        forward = types.MethodType(
-            _forward_of(module, matrix.param, sink, gathered), module
-        )  # its pickle is nn.Linear's
+        forward = types.MethodType(_forward_of(module, sink, gathered), module)  # its pickle is nn.Linear's
         module.forward = forward
+        sink.leaf = functools.partial(_leaf, weakref.ref(module))
 
         def undo() -> None:
             if vars(module).get("forward") is forward:  # a later optimizer's stays
@@ -121,11 +129,28 @@ def _refuse_replaced(module: nn.Module) -> None:
         )
 
 
-def _forward_of(module: nn.Module, param: nn.Parameter, sink: Sink, gathered: Gathered | None):
+def _leaf(module: "weakref.ref[nn.Module]", param: Tensor) -> Tensor | None:
+    """The tensor that a backward accumulates into: what the module holds by then, where the parameter is sharded."""
+    here = module()
+    return here._parameters.get("weight") if here is not None and _is_sharded(param) else param
+
+
+def _is_sharded(param: Any) -> bool:
+    return hasattr(
+        param, "placements"
+    )  # of a DTensor; isinstance would have every process import torch.distributed.tensor
+
+
+def _forward_of(module: nn.Module, sink: Sink, gathered: Gathered | None):
+    param = sink.param
+    sharded = _is_sharded(param)
+
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        # A deep copy, made for an average or a reference, has no sketch; nor has a weight that is computed or lent.
-        if self is not module or weight is not param or torch._C._get_tracing_state() is not None:
+        # A deep copy, made for an average or a reference, has no sketch; nor has a weight that is computed or lent. What
+        # FSDP2 has gathered stands in the place of the parameter.
+        own = weight is self._parameters.get("weight") and not _is_sharded(weight) if sharded else weight is param
+        if self is not module or not own or torch._C._get_tracing_state() is not None:
             return nn.Linear.forward(self, input)
         if not torch.is_grad_enabled() or not weight.requires_grad:
             return plain_linear(input, weight, bias)

@@ -2,23 +2,32 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from ds_mofa.parameters import Matrix
 
-__all__ = ["Capture", "Gathered", "Mark", "Sink"]
+__all__ = ["Arrived", "Begin", "Capture", "Gathered", "Sink"]
 
 # From a weight to the whole of it, where a backend releases weights between forward and backward.
 Gathered = Callable[[Tensor], AbstractContextManager[Tensor]]
+# Something is about to be added to Y and Z, and ``.grad`` does not say so yet.
+Begin = Callable[[Tensor, Tensor], None]
 
 
-class Mark(Protocol):
-    """What ``.grad`` is while a matrix has a gradient that exists as a sketch alone."""
+class Arrived(NamedTuple):
+    """A gradient as a process has it.
 
-    def begin(self, sink: "Sink", Y: Tensor, Z: Tensor) -> None:
-        """Something is about to be added to Y and Z, and ``.grad`` does not say so yet."""
+    Attributes:
+        rows: (k, n), on the device of the sketches.
+        first: row of the matrix that the first of them is.
+        weight: what they count in the sum over all processes.
+    """
+
+    rows: Tensor
+    first: int
+    weight: float
 
 
 class Sink(Protocol):
@@ -26,11 +35,14 @@ class Sink(Protocol):
 
     Attributes:
         param: the matrix, from :func:`ds_mofa.capture.attach.attach` on.
+        leaf: set by a capture: from ``param`` to the tensor whose gradient the module's backward accumulates, where a
+            backend puts another in its place for forward and backward.
         grad: what ``param.grad`` is while it has a gradient; None where ``.grad`` stays None.
     """
 
     param: nn.Parameter | None
-    grad: Mark | None
+    leaf: Callable[[Tensor], Tensor | None] | None
+    grad: Tensor | None
 
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
         """Add G = dy^T x. x: (..., n), dy: (..., m), of one dtype."""

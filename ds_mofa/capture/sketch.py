@@ -1,12 +1,14 @@
 """The sketches of one matrix: every backward adds to Y = G V and Z = G^T U, and G is never kept."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ds_mofa.capture import compiled
 from ds_mofa.capture.products import add_product
 from ds_mofa.capture.queue import Queue
-from ds_mofa.capture.sink import Mark
+from ds_mofa.capture.sink import Arrived, Begin
 from ds_mofa.phases import phase
 
 __all__ = ["Sketch"]
@@ -21,7 +23,10 @@ class Sketch:
         U: (m, r), working copy in the compute dtype; before the first step the test matrix Psi.
         V: (n, r), likewise; before the first step Omega.
         param: the matrix, from :func:`ds_mofa.capture.attach.attach` on.
+        leaf: from ``param`` to the tensor whose gradient a backward accumulates: FSDP2 gathers another.
+        arrived: what this process has of a gradient that exists; None: all of it.
         grad: what ``param.grad`` is while it has a gradient; None where ``.grad`` stays None.
+        begin: with a ``grad``: lets ``param.grad`` say so.
         filled: with a ``grad``: whether Y and Z hold anything.
         unmarked: they do, and ``.grad`` could not be made to say so.
     """
@@ -32,7 +37,10 @@ class Sketch:
         "U",
         "V",
         "param",
+        "leaf",
+        "arrived",
         "grad",
+        "begin",
         "filled",
         "unmarked",
         "key",
@@ -44,7 +52,10 @@ class Sketch:
     def __init__(self, Y: Tensor, Z: Tensor, U: Tensor, V: Tensor, queue: Queue | None = None):
         self.Y, self.Z, self.U, self.V = Y, Z, U, V
         self.param: nn.Parameter | None = None
-        self.grad: Mark | None = None
+        self.leaf: Callable[[Tensor], Tensor | None] | None = None
+        self.arrived: Callable[[Tensor], Arrived] | None = None
+        self.grad: Tensor | None = None
+        self.begin: Begin | None = None
         self.filled = self.unmarked = False
         self.key = compiled.key_of(self)
         self._queue = queue
@@ -67,13 +78,18 @@ class Sketch:
 
     @torch.no_grad()
     def add_gradient(self, grad: Tensor, Y: Tensor | None = None, Z: Tensor | None = None) -> None:
-        """Add a gradient that exists. grad: (m, n)."""
+        """Add a gradient that exists. grad: (m, n); of a sharded matrix its DTensor, or this process's rows of it."""
         if Y is None or Z is None:
             Y, Z = self.Y, self.Z
         self.open(Y, Z)
+        U, weight = self.U, 1.0
         grad = grad.to_dense() if grad.is_sparse else grad
-        add_product(Y, grad, self.V.to(grad.dtype))
-        add_product(Z, grad.mT, self.U.to(grad.dtype))
+        if self.arrived is not None:
+            grad, first, weight = self.arrived(grad)
+            Y, U = Y[first : first + len(grad)], U[first : first + len(grad)]
+        if len(grad):
+            add_product(Y, grad, self.V.to(grad.dtype), weight)
+            add_product(Z, grad.mT, U.to(grad.dtype), weight)
 
     def take(self, grad: Tensor) -> None:
         """Sketch what autograd has put into ``param.grad``: at once, or where ``.grad`` is a mark, when that is begun."""
@@ -93,11 +109,11 @@ class Sketch:
     def open(self, Y: Tensor, Z: Tensor) -> None:
         """Before something is added to Y and Z: let ``.grad`` say that there is a gradient."""
         mark = self.grad
-        if mark is None:
+        if mark is None or self.begin is None:
             return
         param = self.param
         if param is None or not (self.filled and param.grad is mark):
-            mark.begin(self, Y, Z)
+            self.begin(Y, Z)
 
     def clear(self, Y: Tensor, Z: Tensor) -> None:
         """Drop what Y and Z hold, and what waits to be added to them since a backward that raised."""

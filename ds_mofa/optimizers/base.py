@@ -1,10 +1,13 @@
 """The base of what users construct and learning-rate schedulers see: a rule for the matrices, AdamW for the rest."""
 
 import contextlib
+import dataclasses
 import inspect
+import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,22 +17,17 @@ from torch import Tensor, nn
 from ds_mofa.adamw.eight_bit import AdamW8bit, check_states
 from ds_mofa.capture.head import FusedHead
 from ds_mofa.groups import check_rates
+from ds_mofa.optimizers import binding, torch_state
 from ds_mofa.optimizers.absentees import Absentees
 from ds_mofa.optimizers.gradient import Gradients
 from ds_mofa.options import OptimizerOptions, OptionError
-from ds_mofa.parameters import Split, split_parameters
+from ds_mofa.parameters import Frozen, Matrix, Split, split_parameters
 from ds_mofa.phases import phase
 from ds_mofa.rules.rule import Rule
-from ds_mofa.step.backend import OneProcess
 from ds_mofa.step.state import adamw_misfit, whole_misfit
 from ds_mofa.step.step import MatrixStep, claims
 
 __all__ = ["MatrixOptimizer", "clip_factor"]
-
-_NO_TORCH_STATE = (
-    "torch.distributed.checkpoint asks {title} for a state by parameter, which it does not have in one process: save "
-    "optimizer.state_dict() and load it with optimizer.load_state_dict()"
-)
 
 _NO_COPY = (
     "{title} cannot be copied or pickled: it is part of its model's forward and backward. Save state_dict(); for a copy of "
@@ -46,10 +44,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
             :func:`ds_mofa.groups.check_group`.
         model: the model that owns the parameters; which module holds a parameter tells an embedding from a
             matrix.
+        process_group: all processes that see different data. By default those of the mesh that ``fully_shard`` was given,
+            or all there are.
         **options: see ``options_class``, where each has its range, unit and source.
 
     Raises:
-        OptionError: an option or a group's value out of range, or nothing to train.
+        OptionError: an option or a group's value out of range, nothing to train, or a model that is wrapped already in what
+            would have to be told of the optimizer first.
+
+    One process, several, DistributedDataParallel (build it before the model is wrapped), ``fully_shard`` (after; or before
+    Accelerate's or the HF Trainer's ``prepare``): it is *bound* to its parameters at once, or where they may still be
+    sharded, wrapped or moved, before the first forward. All processes come there together.
 
     Of the matrices, ``param_groups`` come first, then AdamW's. One schedule moves them all: AdamW's groups
     carry the matrices' ``lr`` and step at ``lr * lr_scale``, lr_scale = adamw_lr / lr of the options. A group's own
@@ -63,13 +68,24 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     adamw_gradients: Any  # of a backend where a script can drop AdamW's gradients, and the sketches must follow
 
+    _matrices: MatrixStep | None = None
+    _gradients: Gradients | None = None  # None where a backend has its own
+    _waits: binding.FirstForward | None = None
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show each option in ``inspect.signature(cls)``, and so in help() and notebooks: from the options' class."""
         super().__init_subclass__(**kwargs)
         if "options_class" in vars(cls):
             cls.__signature__ = _signature(cls)
 
-    def __init__(self, params: nn.Module | Iterable[Any], *, model: nn.Module | None = None, **options: Any):
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        *,
+        model: nn.Module | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ):
         if isinstance(params, nn.Module):
             model = params
             params = model.parameters()
@@ -79,7 +95,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"{title} needs the model, to tell an embedding from a matrix: {title}(model, ...) or "
                 f"{title}(param_groups, model=model, ...)"
             )
-        _refuse_several_processes(title)
         if any(hasattr(param, "ds_tensor") for param in model.parameters()):
             raise OptionError(
                 f"ZeRO stage 3 holds this model's weights in partitions, which {title} can train in an engine of that stage "
@@ -87,20 +102,69 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
         parsed, _ = self.options_class.from_config(options)
         split = split_parameters(model, params, parsed)
-        claims.release((matrix.param for matrix in split.matrices), to=f"another {title}")
-        head = FusedHead(model) if parsed.fused_head else None
-        adamw = None
-        device = split.matrices[0].param.device
-        if split.adamw_groups:
-            adamw = _plain_adamw(split.adamw_groups, parsed, device)
-        rule = self.rule_class(parsed)
-        matrices = MatrixStep(split.matrices, parsed, rule, OneProcess(device), head=head)
-        self._assemble(split, parsed, adamw, matrices, Gradients(matrices))
-        self._model = weakref.ref(model)
-        self._absentees.begin(model)
-        print(f"ds_mofa: {split.summary()}", flush=True)
-        holders = {matrix.param: matrix.modules[0] for matrix in split.matrices}
-        claims.wait_for_step(matrices.claim, holders, parsed)
+        taken = [matrix.param for matrix in split.matrices]
+        claims.release(taken, to=f"another {title}")
+        self._head = FusedHead(model) if parsed.fused_head else None
+        adamw = _plain_adamw(split.adamw_groups, parsed, taken[0].device) if split.adamw_groups else None
+        self._assemble(split, parsed, adamw)
+        self._model, self._process_group = weakref.ref(model), process_group
+        self._take_back = binding.announce(model, split.matrices)
+        if binding.settled(taken):
+            self.bind()
+        else:
+            claims.wait_for_step(None, {matrix.param: matrix.modules[0] for matrix in split.matrices}, parsed)
+            self._waits = binding.FirstForward(model, split.matrices, self.bind)
+            weakref.finalize(self, self._waits.remove).atexit = False
+            weakref.finalize(self, self._take_back).atexit = False
+            for matrix in split.matrices:
+                matrix.param = _PLACEHOLDER  # sharding frees a whole weight when nobody refers to it
+            split.frozen.clear()
+        _say(f"ds_mofa: {split.summary()}")
+
+    def bind(self) -> None:
+        """Bind the optimizer to the parameters that stand in its ``param_groups`` by now; it is bound once. Collective.
+
+        Raises:
+            OptionError: the model cannot be trained right as it is.
+        """
+        if self._matrices is not None:
+            return
+        split, model = self.split, self._model()
+        params = itertools.chain.from_iterable(group["params"] for group in self._matrix_groups)
+        members = []
+        for matrix, param in zip(split.matrices, params, strict=True):
+            if tuple(param.shape) != matrix.shape:
+                raise OptionError(
+                    f"{matrix.name!r} was {matrix.shape} when the optimizer was built and is {tuple(param.shape)} now: "
+                    "build it after the model has its shape"
+                )
+            members.append(dataclasses.replace(matrix, param=param))
+        backend = binding.connect(model, members, self._process_group)
+        if isinstance(self.adamw, AdamW8bit):
+            self.adamw.check_whole()
+        split.matrices[:] = members
+        if self._waits is not None:
+            self._waits.remove()
+            trained = {param for group in self.param_groups for param in group["params"]}
+            named = model.named_parameters() if model is not None else ()
+            split.frozen.extend(Frozen(name, p) for name, p in named if not p.requires_grad and p not in trained)
+            _fuse(self.adamw_groups, backend.device)
+        self._matrices = MatrixStep(members, self.options, self.rule_class(self.options), backend, head=self._head)
+        self._matrices.on_detach(self._take_back)
+        claims.wait_for_step(self._matrices.claim, {m.param: m.modules[0] for m in members}, self.options)
+        self._gradients = Gradients(self._matrices)
+        self._absentees = Absentees(split, self.adamw_groups)
+        if model is not None:
+            self._absentees.begin(model)
+        _say_of_upcast(self._dtypes, members)
+
+    @property
+    def matrices(self) -> MatrixStep:
+        """The step of the matrices. Collective where the optimizer has still to be bound."""
+        if self._matrices is None:
+            self.bind()
+        assert self._matrices is not None  # bind has made it
+        return self._matrices
 
     @classmethod
     def from_parts(
@@ -108,22 +172,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
     ) -> "MatrixOptimizer":
         """An optimizer around an AdamW and a :class:`MatrixStep` that a backend has built."""
         self = cls.__new__(cls)
-        self._assemble(split, options, adamw, matrices)
+        self._matrices = matrices
+        self._assemble(split, options, adamw)
         return self
 
-    def _assemble(
-        self,
-        split: Split,
-        options: OptimizerOptions,
-        adamw: torch.optim.Optimizer | None,
-        matrices: MatrixStep,
-        gradients: Gradients | None = None,
-    ) -> None:
-        self.options, self.split, self.adamw, self.matrices = options, split, None, matrices
-        self._gradients = gradients  # None where a backend has its own
+    def _assemble(self, split: Split, options: OptimizerOptions, adamw: torch.optim.Optimizer | None) -> None:
+        self.options, self.split, self.adamw = options, split, None
+        self._dtypes = {matrix.name: matrix.param.dtype for matrix in split.matrices}
         self._matrix_groups: list[dict[str, Any]] = []
         self._clip: Tensor | float = 1.0
-        self._built = self._looked_for_state = False
+        self._built = False
         super().__init__(split.matrix_groups, {"lr": options.lr, "weight_decay": options.weight_decay})
         self.adamw, self._built = adamw, True
         self._absentees = Absentees(split, self.adamw_groups)
@@ -162,14 +220,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_rates(self.param_groups)
+        if self._matrices is None:
+            self.bind()
         if self._gradients is not None and self._gradients.are_a_dry_run([group["lr"] for group in self.param_groups]):
-            self._looked_for_state = True
             return loss
         self._reduce()
         if self._gradients is None:
             self.report_thawed()
         else:
-            self._absentees.check(self._model())
+            self._check()
             self._clip = self._gradients.clip()
         if self.matrices.finite:
             if self.adamw is not None:
@@ -190,8 +249,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Say once which parameters were frozen when the optimizer was built, and are not any more."""
         self._absentees.report_thawed()
 
+    def _check(self) -> None:
+        """Before a step: it moves what the model computes with."""
+        self.matrices.backend.check([param for group in self.adamw_groups for param in group["params"]])
+        self._absentees.check(self._model())
+
     def _write(self, clip: Tensor | float) -> None:
-        """Factors and weights, in one process, where others may write the weights too, and keep graphs of them."""
+        """Factors and weights in a plain loop, where others may write the weights too, and keep graphs of them."""
         masters = self.matrices.masters
         masters.look()
         try:
@@ -203,7 +267,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _reduce(self) -> None:
         self.matrices.claim.check()
         if self._gradients is not None:
-            _refuse_several_processes(self.options.title)
             self._gradients.settle()
         elif not self.matrices.pending:
             self.matrices.reduce()
@@ -217,9 +280,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradients of this step down to a global norm of at most ``max_norm``.
 
-        The norm is over AdamW's gradients and the matrices' projected ones, of which only the sketches exist. In one
-        process ``torch.nn.utils.clip_grad_norm_`` does the same, through what stands in ``.grad``. Call it after the last
-        backward and before ``step``; a second call finds the gradients as the first has left them.
+        The norm is over AdamW's gradients and the matrices' projected ones, of which only the sketches exist. In a plain
+        loop ``torch.nn.utils.clip_grad_norm_`` does the same, through what stands in ``.grad``. Call it after the last
+        backward and before ``step``; a second call finds the gradients as the first has left them. Collective.
 
         Returns:
             The norm before clipping, a scalar tensor.
@@ -245,15 +308,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self.adamw.zero_grad(set_to_none)
         if self._gradients is not None:
             self._gradients.let_go()
-        else:
-            self.matrices.clear()
-            self.matrices.drop_pending()
+        elif self._matrices is not None:
+            self._matrices.clear()
+            self._matrices.drop_pending()
         self._clip = 1.0
 
     def detach(self) -> None:
         """Give the model back as it was before this optimizer, for another one, or to export it."""
         self.zero_grad()
-        self.matrices.detach()
+        if self._matrices is not None:
+            self._matrices.detach()
+        elif self._waits is not None:
+            self._waits.remove()
+            self._take_back()
 
     @contextlib.contextmanager
     def adamw_lr(self) -> Iterator[None]:
@@ -286,17 +353,43 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __reduce_ex__(self, protocol):
         raise TypeError(_NO_COPY.format(title=self.options.title))
 
+    @property
+    def state(self) -> Any:
+        """By parameter, for whoever asks what there is. Never empty: torch.distributed.checkpoint steps an optimizer that has
+        no state. Reading it makes AdamW's moments. Collective where the optimizer has still to be bound.
+        """
+        if not self._built or self._gradients is None and self._waits is None:  # under construction, or a backend's
+            return self.__dict__.setdefault("_early_state", defaultdict(dict))
+        ours = {matrix.param: torch_state.placeholders(self.matrices) for matrix in self.matrices.members}
+        return {**ours, **torch_state.made_moments(self.adamw)}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        pass  # torch.optim.Optimizer sets an empty one
+
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only, copies on the CPU: the factors by name, AdamW's state, every group's settings."""
-        looked, self._looked_for_state = self._looked_for_state, False
-        if looked:
-            raise NotImplementedError(_NO_TORCH_STATE.format(title=self.options.title))
+        """The state in torch.optim's form (:mod:`ds_mofa.optimizers.torch_state`). Collective where weights are sharded; in
+        one process copies on the CPU.
+        """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state = self.with_matrix_state(self.matrices.state_dict())
+        state: dict[str, Any] = {"state": {}, "param_groups": torch_state.positions(self.param_groups)}
+        if self._matrices is not None:
+            rest = self.adamw.state if self.adamw is not None else {}
+            ours = torch_state.matrix_states(self._matrices)
+            others = (dict(rest.get(param, {})) for group in self.adamw_groups for param in group["params"])
+            state["state"] = torch_state.by_position(itertools.chain(ours, others))
+            if self._matrices.exchange.processes == 1:
+                state = _copied(state)
         for replace in self._optimizer_state_dict_post_hooks.values():
             state = _given(replace(self, state), state)
         return state
+
+    def named_state_dict(self) -> dict[str, Any]:
+        """The state by the names of the matrices, as DeepSpeed's checkpoints hold it: tensors and numbers, copies on the CPU
+        of the first process. Collective.
+        """
+        return self.with_matrix_state(self.matrices.state_dict())
 
     def with_matrix_state(self, matrices: dict[str, Any]) -> dict[str, Any]:
         """The whole state around the matrices', which it takes a collective to gather."""
@@ -308,13 +401,41 @@ class MatrixOptimizer(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of a run with the same model, on any number of ranks and with any rank of the factors.
+        """Take over the state of a run with the same model, on any number of ranks and with any rank of the factors: what
+        :meth:`state_dict` or :meth:`named_state_dict` has given.
 
         Raises:
             ValueError: it does not fit; then nothing has changed, unless AdamW's own part is what does not.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _given(hook(self, state_dict), state_dict)
+        if torch_state.is_by_position(state_dict):
+            self._load_by_position(state_dict)
+        else:
+            self._load_named(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load_by_position(self, state_dict: dict[str, Any]) -> None:
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        problem = torch_state.misfit(state_dict, self.param_groups, self.options.title)
+        if problem:
+            raise ValueError(problem)
+        own, rest = groups[: len(self._matrix_groups)], groups[len(self._matrix_groups) :]
+        if not state and self._matrices is None:  # Accelerate hands an optimizer its own state before it is bound
+            self.load_group_settings(own)
+            return
+        keys = list(itertools.chain.from_iterable(group["params"] for group in own))
+        others = {key: state[key] for group in rest for key in group["params"] if key in state}
+        check_states({"state": others}, isinstance(self.adamw, AdamW8bit))
+        self.matrices.load_state_dict(*torch_state.named(state, keys, self.matrices))
+        self.load_group_settings(own)
+        if self.adamw is not None:
+            with _groups_kept(self.adamw):
+                self.adamw.load_state_dict({"state": others, "param_groups": rest})
+        torch_state.load_masters(state, keys, self.matrices)
+
+    def _load_named(self, state_dict: dict[str, Any]) -> None:
         problem = whole_misfit(state_dict, self.options.title)
         if problem is None:
             self.check_group_settings(state_dict["matrix_groups"])
@@ -328,8 +449,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             with _groups_kept(self.adamw):
                 self.adamw.load_state_dict(state_dict["adamw"])
         self.matrices.masters.load_state_dict(state_dict["masters"])
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
 
     def group_settings(self) -> list[dict[str, Any]]:
         """What the matrix groups say besides their parameters."""
@@ -347,7 +466,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Take over what :meth:`group_settings` has given."""
         self.check_group_settings(settings)
         for group, saved in zip(self._matrix_groups, settings):
-            group.update(saved)
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
 
 def _signature(kind: type[MatrixOptimizer]) -> inspect.Signature:
@@ -382,12 +501,32 @@ def _groups_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     optimizer.param_groups = groups
 
 
-def _refuse_several_processes(title: str) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise OptionError(
-            f"{title} was built outside DeepSpeed in a run of several processes, where nothing would add up its "
-            f'sketches. Use deepspeed.initialize with "optimizer": {{"type": "{title}"}} in the config'
+_PLACEHOLDER = nn.Parameter(torch.empty(0, device="meta"))
+
+
+def _say(line: str) -> None:
+    """Once a run, not once a process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def _say_of_upcast(before: Mapping[str, torch.dtype], matrices: Sequence[Matrix]) -> None:
+    """Accelerate makes 16-bit weights fp32 where it trains in mixed precision."""
+    upcast = [m for m in matrices if before[m.name].itemsize < m.param.dtype.itemsize]
+    if upcast:
+        was, now = (str(dtype).removeprefix("torch.") for dtype in (before[upcast[0].name], upcast[0].param.dtype))
+        _say(
+            f"ds_mofa: {len(upcast)} matrices were {was} when the optimizer was built and are {now} now, so each weight takes "
+            f'{upcast[0].param.dtype.itemsize} bytes: to keep them {was}, set mixed_precision "no" (HF: leave bf16 and fp16 '
+            "out) for a model that is loaded so"
         )
+
+
+def _fuse(groups: Iterable[dict[str, Any]], device: torch.device) -> None:
+    """As :func:`_plain_adamw` does where the device is known from the start."""
+    for group in groups if device.type == "cuda" else ():
+        if "fused" in group and all(param.device == device or param.is_cuda for param in group["params"]):
+            group["fused"] = True
 
 
 def _plain_adamw(
@@ -395,7 +534,7 @@ def _plain_adamw(
 ) -> torch.optim.Optimizer:
     if options.adamw_states == "8bit":
         adamw = AdamW8bit(groups, options)
-        print(f"ds_mofa: {adamw.summary()}", flush=True)
+        _say(f"ds_mofa: {adamw.summary()}")
         return adamw
     beta1, beta2 = options.adamw_betas
     return torch.optim.AdamW(

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import register
@@ -32,6 +33,7 @@ class GaLore(MatrixOptimizer):
             params: nn.Module | Iterable[Any],
             *,
             model: nn.Module | None = None,
+            process_group: ProcessGroup | None = None,
             lr: float = 4.8e-4,
             rank: int = 8,
             weight_decay: float = 0.0,

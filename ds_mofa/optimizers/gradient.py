@@ -33,12 +33,12 @@ class SketchedGradient(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, param: nn.Parameter, name: str, gradients: "Gradients", index: int):
+    def __new__(cls, shape: tuple[int, int], param: Tensor, name: str, gradients: "Gradients", index: int):
         return torch.Tensor._make_wrapper_subclass(
-            cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
+            cls, shape, strides=(shape[1], 1), dtype=param.dtype, device=param.device
         )
 
-    def __init__(self, param: nn.Parameter, name: str, gradients: "Gradients", index: int):
+    def __init__(self, shape: tuple[int, int], param: Tensor, name: str, gradients: "Gradients", index: int):
         self.matrix, self._index = name, index
         self._gradients = weakref.ref(gradients)  # the parameter keeps this alive, which must not keep the optimizer
 
@@ -53,12 +53,6 @@ class SketchedGradient(torch.Tensor):
         if answer is None:
             raise _unknown(func, args)
         return answer(func, *args, **(kwargs or {}))
-
-    def begin(self, sink: Sink, Y: Tensor, Z: Tensor) -> None:
-        """See :meth:`Gradients.begin`."""
-        gradients = self._gradients()
-        if gradients is not None:
-            gradients.begin(self, Y, Z)
 
     def gradients(self, func) -> "Gradients":
         gradients = self._gradients()
@@ -91,6 +85,12 @@ def _itself(func, grad, *_args, **_kwargs):
     return grad
 
 
+def _viewed(func, grad, size):
+    if tuple(size) != tuple(grad.shape):
+        raise _unknown(func, (grad,))
+    return SketchedGradient(grad.shape, grad, grad.matrix, grad.gradients(func), grad._index)  # of the same gradient
+
+
 def _norm(func, grad, ord=2, dim=None, keepdim=False, *, dtype=None):
     if float(ord) != 2 or dim is not None:
         raise NotImplementedError(
@@ -121,6 +121,35 @@ def _zero(func, grad):
     return grad
 
 
+def _norms(func, grads, ord=2, dtype=None):
+    return [_each_norm(grad, ord, dtype) for grad in grads]
+
+
+def _each_norm(grad, ord, dtype):
+    if isinstance(grad, SketchedGradient):
+        return _norm(aten.linalg_vector_norm, grad, ord, dtype=dtype)
+    return torch.linalg.vector_norm(grad, ord, dtype=dtype)
+
+
+def _scale_each(func, grads, factors):
+    for i, grad in enumerate(grads):
+        factor = factors[i] if isinstance(factors, list | tuple) else factors
+        grad.mul_(factor)
+
+
+def _zero_each(func, grads):
+    for grad in grads:
+        grad.zero_()
+
+
+def _overwritten(func, grad, *_args, **_kwargs):
+    raise NotImplementedError(
+        f"something writes a whole gradient over that of {grad.matrix!r}, of which {grad.gradients(func).title} keeps two thin "
+        "sketches. DistributedDataParallel does so if it wraps a model before the optimizer is built: build the "
+        "optimizer first, over the module that is then wrapped"
+    )
+
+
 def _unscale(func, grads, found_inf, inv_scale):
     """GradScaler: scale by ``inv_scale``, and set ``found_inf`` to 1 where anything is not finite."""
     real = [grad for grad in grads if not isinstance(grad, SketchedGradient)]
@@ -142,6 +171,11 @@ _ANSWERS = {
     aten.detach: _itself,
     aten.detach_: _itself,
     aten.alias: _itself,
+    aten.view: _viewed,
+    aten.copy_: _overwritten,
+    aten._foreach_norm: _norms,
+    aten._foreach_mul_: _scale_each,
+    aten._foreach_zero_: _zero_each,
     aten._amp_foreach_non_finite_check_and_unscale_: _unscale,
 }
 
@@ -150,7 +184,7 @@ _ANSWERS = {
 
 
 class Gradients:
-    """The ``.grad`` of all matrices in one process, and what becomes of it until the step.
+    """The ``.grad`` of all matrices in a plain loop, and what becomes of it until the step.
 
     What counts at the step is what a torch optimizer would find: the sum of the backwards since the gradient was let go,
     scaled by whoever scaled it on the way, or what was set in its place.
@@ -167,50 +201,76 @@ class Gradients:
         self._fresh = False  # whether a backward has added something since the last reduce
         self._reduced: set[int] = set()  # the matrices that the pending sketches hold something of
         self._stale = False  # whether the pending sketches have changed since they were measured
+        self._together = matrices.exchange.processes > 1
         self._params = [matrix.param for matrix in matrices.members]
-        for index, (matrix, sketch) in enumerate(zip(matrices.members, matrices.captured, strict=True)):
-            sketch.grad = SketchedGradient(matrix.param, matrix.name, self, index)
+        self._parts = [matrices.backend.parts(matrix) for matrix in matrices.members]
+        own = weakref.ref(self)
+        for index, sketch in enumerate(matrices.captured):
+            sketch.grad = self._mark(index)
+            sketch.begin = functools.partial(_begin, own, index)
         matrices.on_detach(functools.partial(_take_off, self._params, matrices.captured))
 
     # ------------------------------------------------------------------ backward
 
-    def begin(self, mark: SketchedGradient, Y: Tensor, Z: Tensor) -> None:
+    def begin(self, index: int, Y: Tensor, Z: Tensor) -> None:
         """A backward is about to add to Y and Z, and ``.grad`` does not say that there is a gradient to add to.
 
         Where it was let go, what it stood for is dropped, as autograd would have it; where it holds a gradient of another
         making, this is taken in.
 
         Args:
-            mark: of the matrix.
+            index: of the matrix.
             Y, Z: the sketch's own; in a compiled backward, what will be copied into them.
         """
-        index = mark._index
-        sketch, param = self._step.captured[index], self._params[index]
-        grad = param.grad
-        if mark.dtype != param.dtype or mark.device != param.device:
-            sketch.grad = mark = self._renewed(mark, param)
-        if grad is None and sketch.filled and sketch.unmarked:
-            raise RuntimeError(
-                f"{mark.matrix!r} has a gradient of an earlier backward, and compiled autograd does not let .grad say whether "
-                "it was let go since: take one backward a step under compiled autograd, or accumulate without it"
-            )
-        if grad is not mark:
-            if sketch.filled:
-                sketch.clear(Y, Z)
-            self._drop_reduced(index)
-            param.grad = mark
+        if self._together and self._params[index].grad is None:
+            for other, param in enumerate(self._params):
+                if other != index and param.grad is None and param.requires_grad:
+                    self._open(other)
+        sketch = self._step.captured[index]
+        grad = self._open(index, Y, Z)
         sketch.filled = self._fresh = True
-        if grad is not None and grad is not mark:
+        if grad is not None:
             sketch.add_gradient(grad, Y, Z)
 
-    def _renewed(self, mark: SketchedGradient, param: nn.Parameter) -> SketchedGradient:
-        """A mark for a parameter that was cast since the last one was made."""
-        if param.device != mark.device:
+    def _open(self, index: int, Y: Tensor | None = None, Z: Tensor | None = None) -> Tensor | None:
+        """Let ``.grad`` be the mark, and return what it was in its place. What was let go is dropped."""
+        sketch, param = self._step.captured[index], self._params[index]
+        grad, mark = param.grad, sketch.grad
+        assert mark is not None  # every sketch here has one
+        if mark.dtype != param.dtype or mark.device != param.device:
+            sketch.grad = mark = self._renewed(index)
+        if grad is None and sketch.filled and sketch.unmarked:
             raise RuntimeError(
-                f"{mark.matrix!r} was on {mark.device} when the optimizer was built, where its sketches are, and is on "
-                f"{param.device}: move the model before the optimizer is built"
+                f"{self._name(index)!r} has a gradient of an earlier backward, and compiled autograd does not let .grad say "
+                "whether it was let go since: take one backward a step under compiled autograd, or accumulate without it"
             )
-        return SketchedGradient(param, mark.matrix, self, mark._index)
+        if grad is mark:
+            return None
+        if sketch.filled:
+            sketch.clear(sketch.Y if Y is None else Y, sketch.Z if Z is None else Z)
+            sketch.filled = False
+        self._drop_reduced(index)
+        param.grad = mark
+        return grad
+
+    def _name(self, index: int) -> str:
+        return self._step.members[index].name
+
+    def _mark(self, index: int) -> Tensor:
+        """What stands in ``.grad`` of a matrix."""
+        backend, matrix = self._step.backend, self._step.members[index]
+        flat, n = backend.shard_of(matrix).flat, matrix.shape[1]
+        return backend.mark(matrix, SketchedGradient((flat.numel() // n, n), flat, matrix.name, self, index))
+
+    def _renewed(self, index: int) -> Tensor:
+        """A mark for a parameter that was cast since the last one was made."""
+        mark, param = self._step.captured[index].grad, self._params[index]
+        if mark is not None and param.device != mark.device:
+            raise RuntimeError(
+                f"{self._name(index)!r} was on {mark.device} when the optimizer was first used, where its sketches are, and is "
+                f"on {param.device}: move the model before that"
+            )
+        return self._mark(index)
 
     # ------------------------------------------------------------------ what .grad is asked
 
@@ -219,7 +279,7 @@ class Gradients:
         self.reduce()
         if self._norms is None:
             self._norms = self._step.norms()
-        norm = self._norms[index]
+        norm = self._norms[index] / self._parts[index] ** 0.5
         for factor in self._factors.get(index, ()):
             norm = norm * (factor.to(norm) if isinstance(factor, Tensor) else factor)
         return norm
@@ -273,7 +333,7 @@ class Gradients:
         """Take each ``.grad`` as it is: one that was let go is dropped, one set by hand is sketched; and reduce."""
         for index, (param, sketch) in enumerate(zip(self._params, self._step.captured)):
             grad, mark = param.grad, sketch.grad
-            if grad is None and sketch.filled and sketch.unmarked and isinstance(mark, SketchedGradient):
+            if grad is None and sketch.filled and sketch.unmarked:
                 param.grad = mark
             elif grad is None:
                 self.drop(index)
@@ -288,7 +348,7 @@ class Gradients:
             self._fold()
             step.reduce(beside=step.pending)
             for index, sketch in enumerate(step.captured):
-                if sketch.filled:
+                if sketch.filled or self._together and self._params[index].grad is sketch.grad:
                     self._reduced.add(index)
                     sketch.filled = sketch.unmarked = False
             self._fresh = self._stale = False
@@ -324,6 +384,12 @@ class Gradients:
             param.grad, sketch.filled, sketch.unmarked = None, False, False
         self._fresh = False
         self.forget()
+
+
+def _begin(gradients: "weakref.ref[Gradients]", index: int, Y: Tensor, Z: Tensor) -> None:
+    own = gradients()
+    if own is not None:
+        own.begin(index, Y, Z)
 
 
 def _take_off(params: Sequence[nn.Parameter], sinks: Sequence[Sink]) -> None:

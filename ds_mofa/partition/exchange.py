@@ -15,12 +15,21 @@ class Exchange:
     Args:
         group: whose ranks train replicas or shards of one model.
         mean_scale: what takes a sum over the group's ranks to the mean over the global batch.
+
+    Attributes:
+        rank: of this process among the owners.
+        world_size: number of owners.
+        processes: whose sketches are added up.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, mean_scale: float = 1.0):
-        self.group, self.mean_scale = group, mean_scale
+        self.group, self._mean_scale = group, mean_scale
         self.rank = dist.get_rank(group) if group is not None else 0
-        self.world_size = dist.get_world_size(group) if group is not None else 1
+        self.processes = self.world_size = dist.get_world_size(group) if group is not None else 1
+
+    @property
+    def mean_scale(self) -> float:
+        return self._mean_scale
 
     def reduce_scatter(self, flat: Tensor, segment: int) -> SketchSegment:
         """The sum over ranks of this rank's segment of ``flat``, as a new tensor."""

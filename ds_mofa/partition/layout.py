@@ -112,10 +112,12 @@ class Layout:
     def owned_by(self, owner: int) -> list[Block]:
         return [block for block in self.blocks if block.owner == owner]
 
-    def views(self, flat: Tensor, index: int) -> tuple[Tensor, ...]:
-        """left (m, r), right (n, r) and spectrum (r,), or what else ``tensors`` says, of one matrix in a whole buffer."""
+    def views(self, flat: Tensor, index: int, start: int = 0) -> tuple[Tensor, ...]:
+        """left (m, r), right (n, r) and spectrum (r,), or what else ``tensors`` says, of one matrix in a flat buffer that
+        begins at element ``start``.
+        """
         block, i = self._place[index]
-        return tuple(view[i] for view in block.views(flat))
+        return tuple(view[i] for view in block.views(flat, start))
 
 
 def _balance(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:

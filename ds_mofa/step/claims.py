@@ -117,13 +117,13 @@ def on_claim(watcher: Callable[[Iterable[nn.Parameter], str], None]) -> None:
     _watchers.append(watcher)
 
 
-def wait_for_step(own: Claim, holders: Mapping[nn.Parameter, nn.Module], options: Any) -> None:
+def wait_for_step(own: Claim | None, holders: Mapping[nn.Parameter, nn.Module], options: Any) -> None:
     """Remember that an optimizer was built over parameters until it steps, loses them or gives up.
 
     It is remembered when the optimizer is gone, which is how a framework that drops it in silence is found out.
 
     Args:
-        own: its claim.
+        own: its claim; None where it has none yet.
         holders: a module that holds each parameter; when the module is gone, so is the memory.
         options: of the optimizer.
     """
@@ -131,7 +131,8 @@ def wait_for_step(own: Claim, holders: Mapping[nn.Parameter, nn.Module], options
         del _waiting[key]
     for param, module in holders.items():
         _waiting[id(param)] = weakref.ref(module), options
-    own.wait()
+    if own is not None:
+        own.wait()
 
 
 def waiting(params: Iterable[nn.Parameter]) -> Any | None:

@@ -125,6 +125,13 @@ class Owner:
                 whole[:, first : first + _SLICE] = torch.stack([part.cpu() for part in parts])
         return None if whole is None else whole.view(-1)
 
+    def everywhere(self) -> Tensor:
+        """Every rank's state, on every rank's device. Collective."""
+        flat = torch.zeros(self.state_layout.numel, dtype=self.state.dtype, device=self._device)
+        flat.narrow(0, self._state_start, self.state_layout.segment).copy_(self.state)
+        self._exchange.all_gather(flat, self.state_layout.segment)
+        return flat
+
     def load(self, whole: Tensor) -> None:
         """This rank's segment of what :meth:`whole` has given."""
         self.state.copy_(whole.narrow(0, self._state_start, self.state_layout.segment))

@@ -10,7 +10,7 @@ from ds_mofa.parameters import Matrix
 from ds_mofa.partition.layout import Layout
 from ds_mofa.rules.rule import Rule
 
-__all__ = ["STATE_FORMAT", "adamw_misfit", "misfit", "packed", "unpack", "whole_misfit"]
+__all__ = ["STATE_FORMAT", "WAY_OUT", "adamw_misfit", "misfit", "packed", "unpack", "whole_misfit"]
 
 STATE_FORMAT = 1
 _UNNAMED = "MoFaSGD"  # the states of which name no rule
@@ -83,7 +83,7 @@ def whole_misfit(state: Any, title: str) -> str | None:
         return None
     kind = "AdamW or another optimizer of torch.optim" if isinstance(state, Mapping) and "state" in state else "none"
     lacking = sorted(keys - state.keys() if isinstance(state, Mapping) else keys)
-    return f"this is no state of {title} but of {kind}: it lacks {', '.join(map(repr, lacking))}. {_WAY_OUT}"
+    return f"this is no state of {title} but of {kind}: it lacks {', '.join(map(repr, lacking))}. {WAY_OUT}"
 
 
 def adamw_misfit(saved: Mapping[str, Any] | None, groups: Sequence[Mapping[str, Any]]) -> str | None:
@@ -99,16 +99,16 @@ def adamw_misfit(saved: Mapping[str, Any] | None, groups: Sequence[Mapping[str, 
     )
 
 
-_WAY_OUT = "Use another checkpoint, or load the weights alone (load_optimizer_states=False)"
+WAY_OUT = "Use another checkpoint, or load the weights alone (load_optimizer_states=False)"
 
 
 def _not_a_state(state: Any, rule: Rule) -> str | None:
     if not isinstance(state, Mapping):
-        return f"what should be the {rule.name} state is a {type(state).__name__}. {_WAY_OUT}"
+        return f"what should be the {rule.name} state is a {type(state).__name__}. {WAY_OUT}"
     if state.keys() == {"state", "param_groups"}:
         return (
             "the state is one of a torch.optim optimizer such as AdamW, of which this run's optimizer, "
-            f"{rule.name}, can make nothing. {_WAY_OUT}"
+            f"{rule.name}, can make nothing. {WAY_OUT}"
         )
     if not _is_count(state.get("format")) or int(state["format"]) != STATE_FORMAT:
         return (
@@ -124,9 +124,9 @@ def _not_a_state(state: Any, rule: Rule) -> str | None:
         )
     for key in ("steps", "skipped"):
         if not _is_count(state.get(key)):
-            return f"the {rule.name} state lacks its number of {key}. {_WAY_OUT}"
+            return f"the {rule.name} state lacks its number of {key}. {WAY_OUT}"
     if not isinstance(state.get("matrices"), Mapping):
-        return f"the {rule.name} state lacks its matrices. {_WAY_OUT}"
+        return f"the {rule.name} state lacks its matrices. {WAY_OUT}"
     return None
 
 
@@ -155,7 +155,7 @@ def _not_the_tensors(saved: Any, matrix: Matrix, rule: Rule) -> str | None:
         key for key in rule.field_names() if not isinstance(saved, Mapping) or not isinstance(saved.get(key), Tensor)
     ]
     if lacking:
-        return f"the checkpoint has no tensor {lacking[0]} of {matrix.name!r}. {_WAY_OUT}"
+        return f"the checkpoint has no tensor {lacking[0]} of {matrix.name!r}. {WAY_OUT}"
     one = [saved[key] for key in rule.field_names()]
     r = one[-1].shape[-1] if one[-1].dim() else 0
     for key, value, shape in zip(rule.field_names(), one, rule.field_shapes(*matrix.shape, r), strict=True):
@@ -166,9 +166,9 @@ def _not_the_tensors(saved: Any, matrix: Matrix, rule: Rule) -> str | None:
             )
         if value.dtype not in (torch.float32, torch.float64):
             kind = f"of {value.dtype}, and none that was saved is"
-            return f"the checkpoint's {key} of {matrix.name!r} is {kind}. {_WAY_OUT}"
+            return f"the checkpoint's {key} of {matrix.name!r} is {kind}. {WAY_OUT}"
         if not bool(torch.isfinite(value).all()):
-            return f"the checkpoint's {key} of {matrix.name!r} holds a NaN or Inf. {_WAY_OUT}"
+            return f"the checkpoint's {key} of {matrix.name!r} holds a NaN or Inf. {WAY_OUT}"
     return None
 
 

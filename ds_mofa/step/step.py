@@ -96,7 +96,7 @@ class MatrixStep:
         self.members, self.options, self.rule = list(matrices), options, rule
         self.backend, self.exchange = backend, backend.exchange
         self._device, self._staging = backend.device, Staging(backend.device)
-        compute = _compute_dtype(matrices)
+        compute = backend.compute_dtype(matrices)
         exact = torch.float64 if compute == torch.float64 else torch.float32
         self.owner = Owner(
             [(matrix.shape, matrix.group) for matrix in matrices],
@@ -112,7 +112,7 @@ class MatrixStep:
         self._pending: SketchSegment | None = None
         self._norm: Tensor | None = None
         self._finite: bool | None = None
-        self._places: Tensor | None = None  # of each matrix among the owner's pieces, for :meth:`norms`
+        self._owned: Tensor | None = None  # indices of this process's matrices, in the order of its pieces
         self.steps = 0
         self.skipped = 0
         self.report: Report | None = None  # the last one
@@ -129,11 +129,13 @@ class MatrixStep:
         ]
         self._queue = Queue.serving(self.working, self.sketches, self.rule.columns)
         self.captured = [Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
+        for matrix, sketch in zip(self.members, self.captured):
+            sketch.arrived = backend.arrival(matrix)
         attachment = attach(self.members, self.captured, options.capture, backend.gathered)
         self._undo.callback(attachment.remove)
         if head is not None:
             captured = zip(self.members, self.captured) if options.capture == "linear" else ()
-            head.attach(next((sketch for matrix, sketch in captured if matrix.param is head.weight), None))
+            head.attach(next((sketch for matrix, sketch in captured if head.is_held_by(matrix.modules)), None))
             self._undo.callback(head.remove)
 
     # ------------------------------------------------------------------ the step, in its order
@@ -180,24 +182,33 @@ class MatrixStep:
         return self._norm
 
     def norms(self) -> Tensor:
-        """Norm of each matrix's pending gradient, (matrices,), fp32 or better. In one process."""
-        squares = self.driver.squared_norms(self._reduced, self.steps)
-        if self._places is None:  # once: the host waits for the copy
-            members = itertools.chain.from_iterable(piece.part.members for piece in self.owner.pieces(self._reduced))
-            places = {index: place for place, index in enumerate(members)}
-            self._places = torch.tensor([places[i] for i in range(len(self.members))], device=self._device)
-        return torch.cat([square.double() for square in squares]).sqrt().to(self._reduced.dtype)[self._places]
+        """Norm of each matrix's pending gradient, (matrices,), fp32 or better, the same on every rank. Collective."""
+        found = self.driver.squared_norms(self._reduced, self.steps)
+        if self._owned is None:  # once: the host waits for the copy
+            pieces = self.owner.pieces(self._reduced)
+            members = list(itertools.chain.from_iterable(piece.part.members for piece in pieces))
+            self._owned = torch.tensor(members, dtype=torch.int64, device=self._device)
+        squares = torch.zeros(len(self.members), dtype=torch.float64, device=self._device)
+        if found:
+            squares[self._owned] = torch.cat([square.double() for square in found])
+        return self.exchange.sum(squares).sqrt().to(self._reduced.dtype)
 
     def scale_pending(self, factors: Mapping[int, Sequence[Tensor | float]]) -> None:
-        """Multiply the pending gradient of each of these matrices by its factors; :meth:`measure` then. In one process."""
+        """Multiply the pending gradient of each of these matrices by its factors; :meth:`measure` then."""
         for index, some in factors.items():
-            for view, factor in itertools.product(self.layout.views(self._reduced, index)[:2], some):
+            for view, factor in itertools.product(self._pending_of(index)[:2], some):
                 view.mul_(factor)
 
     def drop_pending_of(self, index: int) -> None:
-        """Forget the pending gradient of one matrix; :meth:`measure` then. In one process."""
-        for view in self.layout.views(self._reduced, index):
+        """Forget the pending gradient of one matrix; :meth:`measure` then."""
+        for view in self._pending_of(index):
             view.zero_()
+
+    def _pending_of(self, index: int) -> tuple[Tensor, ...]:
+        """The pending sketches of one matrix, where this process owns it."""
+        if self.layout.owners[index] != self.exchange.rank:
+            return ()
+        return self.layout.views(self._reduced, index, self.exchange.rank * self.layout.segment)
 
     @property
     def finite(self) -> bool:
@@ -283,8 +294,12 @@ class MatrixStep:
         return packed(flat, layout, self.members, self.rule, steps=self.steps, skipped=self.skipped)
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None, problem: str | None = None) -> None:
         """Take over a state, whoever owned it when it was saved. Collective; rank 0's ``state`` counts.
+
+        Args:
+            state: as :meth:`state_dict` gives it.
+            problem: why this process has none that it could load, which all are told.
 
         One of another rank is made this run's by :meth:`ds_mofa.rules.rule.Rule.resized`, which is printed.
 
@@ -294,8 +309,7 @@ class MatrixStep:
         device, layout = self._device, self.owner.state_layout
         flat = torch.zeros(layout.numel, dtype=self.factors.dtype, device=device)
         counters = torch.zeros(2, dtype=torch.int64, device=device)
-        problem = None
-        if self.exchange.rank == 0:
+        if self.exchange.rank == 0 and problem is None:
             try:
                 problem = unpack(state or {}, layout, self.members, self.rule, flat, counters)
             except Exception as error:  # whatever it is: the other ranks wait to be told
@@ -384,7 +398,7 @@ class MatrixStep:
         """Raise on every rank if rank 0 has a problem."""
         failed = self.exchange.sum(torch.tensor([float(problem is not None)], dtype=torch.float32, device=self._device))
         if failed:
-            raise ValueError(problem or f"rank 0 could not load the {self.rule.name} state; its message says why")
+            raise ValueError(problem or f"another rank could not load the {self.rule.name} state; its message says why")
 
 
 @contextlib.contextmanager
@@ -399,9 +413,3 @@ def full_fp32() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = chosen
-
-
-def _compute_dtype(matrices: Sequence[Matrix]) -> torch.dtype:
-    """The dtype of the working copies: the matrices' own, or fp32 where they differ."""
-    dtypes = {matrix.param.dtype for matrix in matrices}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32

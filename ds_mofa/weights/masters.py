@@ -101,6 +101,17 @@ class Masters:
                 master.copy_(whole)
         self._versions = []
 
+    def load_parts(self, parts: Sequence[Tensor | None]) -> None:
+        """Take over this process's elements of each, flat; what is None is read from the weights, which must have been
+        loaded before.
+        """
+        if not self._wanted:
+            return
+        for master, part in zip(self._read(), parts, strict=True):
+            if part is not None:
+                master.copy_(part)
+        self._versions = []
+
     def _read(self) -> list[Tensor]:
         """Make them where there are none yet, and copy the weights into them."""
         weights = [self._shard_of(matrix).flat for matrix in self._matrices]

@@ -58,12 +58,12 @@ def half(state: dict) -> dict:
     ],
 )
 def test_it_is_refused_and_nothing_changes(spoil, message):
-    state = spoil(copy.deepcopy(trained()[1].state_dict()))
+    state = spoil(copy.deepcopy(trained()[1].named_state_dict()))
     _, optimizer = trained(steps=1)
-    before = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.named_state_dict())
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)
-    after = optimizer.state_dict()
+    after = optimizer.named_state_dict()
     assert optimizer.matrices.steps == 1
     for name, one in before["mofasgd"]["matrices"].items():
         assert all(torch.equal(value, after["mofasgd"]["matrices"][name][key]) for key, value in one.items())

@@ -89,7 +89,7 @@ def same(one, other):
 
 
 def factors_of(optimizer):
-    state = optimizer.state_dict()["mofasgd"]["matrices"]
+    state = optimizer.named_state_dict()["mofasgd"]["matrices"]
     return {name: Factors(*(part[None] for part in (f["U"], f["sigma"], f["V"]))) for name, f in state.items()}
 
 
@@ -646,13 +646,13 @@ def test_a_gradient_that_is_not_finite_moves_no_matrix_and_is_counted(capture, v
     model = build()
     optimizer = optimizer_of(model, capture=capture, adamw_lr=0.0)
     train(model, optimizer, range(started))
-    before, state = weights_of(model), copy.deepcopy(optimizer.state_dict()["mofasgd"]["matrices"])
+    before, state = weights_of(model), copy.deepcopy(optimizer.named_state_dict()["mofasgd"]["matrices"])
     optimizer.zero_grad()
     (loss_of(model, 7) * value).backward()
     optimizer.step()
     after = weights_of(model)
     assert all(torch.equal(after[name], before[name]) for name in MATRICES)
-    for name, factors in optimizer.state_dict()["mofasgd"]["matrices"].items():
+    for name, factors in optimizer.named_state_dict()["mofasgd"]["matrices"].items():
         assert same(factors, state[name])
     assert (optimizer.matrices.steps, optimizer.matrices.skipped) == (started, 1)
 
@@ -721,8 +721,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(at, dtype, options):
         train(resumed, resumed_optimizer, [step])
         resumed_scheduler.step()
     assert same(weights_of(resumed), weights_of(whole))
-    for name, factors in resumed_optimizer.state_dict()["mofasgd"]["matrices"].items():
-        assert same(factors, optimizer.state_dict()["mofasgd"]["matrices"][name])
+    for name, factors in resumed_optimizer.named_state_dict()["mofasgd"]["matrices"].items():
+        assert same(factors, optimizer.named_state_dict()["mofasgd"]["matrices"][name])
     assert same(resumed_optimizer.matrices.masters.state_dict(), optimizer.matrices.masters.state_dict())
 
 
@@ -730,7 +730,7 @@ def test_a_state_is_a_copy():
     model = build()
     optimizer = optimizer_of(model)
     train(model, optimizer, range(2))
-    state = optimizer.state_dict()["mofasgd"]["matrices"]["first.weight"]
+    state = optimizer.named_state_dict()["mofasgd"]["matrices"]["first.weight"]
     before = {key: value.clone() for key, value in state.items()}
     train(model, optimizer, range(2, 4))
     assert same(state, before)
@@ -759,7 +759,7 @@ def test_the_state_of_another_run_is_refused(change, message):
     optimizer = optimizer_of(model)
     train(model, optimizer, range(2))
     other = optimizer_of(build(), **change)
-    state = optimizer.state_dict()
+    state = optimizer.named_state_dict()
     state["adamw"] = other.adamw.state_dict()  # whose own complaint would come first
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
@@ -769,7 +769,7 @@ def test_a_state_of_another_shape_is_refused():
     model = build()
     optimizer = optimizer_of(model)
     train(model, optimizer, range(2))
-    state = optimizer.state_dict()
+    state = optimizer.named_state_dict()
     state["mofasgd"]["matrices"]["third.weight"]["V"] = torch.zeros(9, 4)
     with pytest.raises(ValueError, match=r"V of 'third.weight' is \(9, 4\), this model's would be \(8, 4\)"):
         optimizer_of(build()).load_state_dict(state)
@@ -782,7 +782,7 @@ def test_another_rank_resumes_the_same_momentum(before, after, line, capsys):
     model = build()
     optimizer = optimizer_of(model, rank=before)
     train(model, optimizer, range(3))
-    state = optimizer.state_dict()
+    state = optimizer.named_state_dict()
     resumed = build()
     resumed.load_state_dict(model.state_dict())
     other = optimizer_of(resumed, rank=after)
@@ -790,14 +790,14 @@ def test_another_rank_resumes_the_same_momentum(before, after, line, capsys):
     other.load_state_dict(state)
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and f"rank {before}, this run's {after}" in said and line in said
-    loaded = other.state_dict()["mofasgd"]["matrices"]
+    loaded = other.named_state_dict()["mofasgd"]["matrices"]
     for name, old in state["mofasgd"]["matrices"].items():
         new, k = loaded[name], min(before, after)
         assert new["U"].shape[1] == new["V"].shape[1] == len(new["sigma"]) == after
         assert same({key: new[key][..., :k] for key in new}, {key: old[key][..., :k] for key in old})
         assert not new["sigma"][k:].any()
     train(resumed, other, range(3, 6))
-    for one in other.state_dict()["mofasgd"]["matrices"].values():
+    for one in other.named_state_dict()["mofasgd"]["matrices"].values():
         assert one["sigma"][-1] > 0, "the added directions were never filled"
         for basis in (one["U"].double(), one["V"].double()):
             assert (basis.mT @ basis - torch.eye(after)).abs().max() < 1e-5
@@ -820,13 +820,13 @@ def test_a_state_that_does_not_fit_changes_nothing():
     model = build()
     optimizer = optimizer_of(model)
     train(model, optimizer, range(2))
-    state = optimizer.state_dict()
+    state = optimizer.named_state_dict()
     other = optimizer_of(build())
-    before = copy.deepcopy(other.state_dict())
+    before = copy.deepcopy(other.named_state_dict())
     state["mofasgd"]["matrices"]["third.weight"]["V"] = torch.zeros(9, 4)
     with pytest.raises(ValueError, match="third.weight"):
         other.load_state_dict(state)
-    after = other.state_dict()
+    after = other.named_state_dict()
     assert after["mofasgd"]["steps"] == 0 and not after["adamw"]["state"]
     assert after["matrix_groups"] == before["matrix_groups"]
     assert all(same(after["mofasgd"]["matrices"][name], one) for name, one in before["mofasgd"]["matrices"].items())
@@ -834,7 +834,7 @@ def test_a_state_that_does_not_fit_changes_nothing():
 
 def test_a_state_of_a_later_format_is_refused():
     optimizer = optimizer_of(build())
-    state = optimizer.state_dict()
+    state = optimizer.named_state_dict()
     state["mofasgd"]["format"] = torch.tensor(99)
     with pytest.raises(ValueError, match="format 99, this version reads 1"):
         optimizer.load_state_dict(state)
@@ -843,8 +843,11 @@ def test_a_state_of_a_later_format_is_refused():
 def test_a_state_of_other_groups_is_refused():
     optimizer, model = optimizer_of(build()), build()
     parts = [{"params": [model.first.weight]}, {"params": [model.second.weight, model.third.weight, model.norm.weight]}]
+    other = MoFaSGD(parts, model=model, rank=RANK)
     with pytest.raises(ValueError, match="has 1 matrix param groups, this run has 2"):
-        MoFaSGD(parts, model=model, rank=RANK).load_state_dict(optimizer.state_dict())
+        other.load_state_dict(optimizer.named_state_dict())
+    with pytest.raises(ValueError, match=r"groups of the state have \[3, 5\] parameters, and this run's \[1, 2, 1\]"):
+        other.load_state_dict(optimizer.state_dict())
 
 
 # ---------------------------------------------------------------------- 16 bits

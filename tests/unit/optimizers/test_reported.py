@@ -482,16 +482,12 @@ def test_asking_for_the_state_by_torch_s_checkpoints_changes_nothing():
     optimizer = optimizer_of(model)
     train(model, optimizer)
     before = copy.deepcopy(optimizer.state_dict())
-    try:
-        get_optimizer_state_dict(model, optimizer)
-    except Exception as error:
-        assert not isinstance(error, KeyError)  # refused, then by a message
+    get_optimizer_state_dict(model, optimizer)
     after = optimizer.state_dict()
     assert all(param.grad is None for param in model.parameters())
-    for name, one in before["mofasgd"]["matrices"].items():
-        assert same(one, after["mofasgd"]["matrices"][name])
-    for index, one in before["adamw"]["state"].items():
-        assert same(one, after["adamw"]["state"][index])
+    assert before["state"].keys() == after["state"].keys()
+    for index, one in before["state"].items():
+        assert same(one, after["state"][index])
 
 
 def test_hooks_on_states_are_called():

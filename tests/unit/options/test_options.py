@@ -267,12 +267,13 @@ def test_an_object_of_all_of_them_serves_who_needs_a_part(kind):
 @pytest.mark.parametrize("name", KINDS)
 def test_the_constructor_s_signature_shows_every_option(name):
     kind, (_, whole) = getattr(ds_mofa, name), KINDS[name]
-    params, model, *options = inspect.signature(kind).parameters.values()
+    params, model, group, *options = inspect.signature(kind).parameters.values()
     assert (params.name, model.name, model.default) == ("params", "model", None)
+    assert (group.name, group.default) == ("process_group", None)
     assert {one.name: (one.default, one.annotation) for one in options} == {
         field.name: (field.default, field.type) for field in dataclasses.fields(whole)
     }
-    assert all(one.kind is one.KEYWORD_ONLY for one in (model, *options))
+    assert all(one.kind is one.KEYWORD_ONLY for one in (model, group, *options))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -96,7 +96,7 @@ def test_a_receiver_that_raises_finds_the_step_whole(options):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True) if step != 3 else model.zero_grad()
         assert heard == [2, 4, 6]
-        state = optimizer.state_dict()["mofasgd"]
+        state = optimizer.named_state_dict()["mofasgd"]
         ends.append([*model.parameters(), *(t for one in state["matrices"].values() for t in one.values())])
         ends[-1].append(state["steps"])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

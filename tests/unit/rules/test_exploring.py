@@ -273,7 +273,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(at, dtype):
     optimizer, saved = _optimizer(whole, balance=0.5), io.BytesIO()
     for step in range(7):
         if step == at:
-            torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+            torch.save({"model": whole.state_dict(), "optimizer": optimizer.named_state_dict()}, saved)
         _train(whole, optimizer, [step], dtype)
     saved.seek(0)
     state = torch.load(saved, weights_only=True)
@@ -293,14 +293,14 @@ def test_a_checkpoint_knows_nothing_of_exploring(before, after):
     model = _model(torch.float32)
     optimizer = _optimizer(model, explore=before)
     _train(model, optimizer, range(3), torch.float32)
-    state = copy.deepcopy(optimizer.state_dict())
+    state = copy.deepcopy(optimizer.named_state_dict())
     for one in state["mofasgd"]["matrices"].values():
         assert one["U"].shape[-1] == one["V"].shape[-1] == len(one["sigma"]) == RANK
     other = copy.deepcopy(model)
     optimizer.matrices.detach()
     loaded = _optimizer(other, explore=after)
     loaded.load_state_dict(state)
-    for name, one in loaded.state_dict()["mofasgd"]["matrices"].items():
+    for name, one in loaded.named_state_dict()["mofasgd"]["matrices"].items():
         for key, value in one.items():
             assert torch.equal(value, state["mofasgd"]["matrices"][name][key])
     losses = _train(other, loaded, range(3, 8), torch.float32)

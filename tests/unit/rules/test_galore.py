@@ -112,7 +112,7 @@ def test_given_the_bases_it_is_the_peer(shape, refresh_every, monkeypatch):
     for number in range(8):
         x, dy = torch.randn(12, n).double(), torch.randn(12, m).double()
         if number > 0:
-            given.append(ours.state_dict()["mofasgd"]["matrices"]["0.weight"]["P"])
+            given.append(ours.named_state_dict()["mofasgd"]["matrices"]["0.weight"]["P"])
         (layer(x) * dy).sum().backward()
         ours.step()
         if number == 0:  # it only looks, and decays
@@ -205,7 +205,7 @@ def test_no_gradient_lives_and_the_state_is_as_large_as_it_says():
         model(*batch(number, torch.float32)).backward()
         assert all(isinstance(model.get_parameter(name).grad, SketchedGradient) for name in MATRICES)  # without memory
         optimizer.step()
-    state = optimizer.state_dict()["mofasgd"]["matrices"]
+    state = optimizer.named_state_dict()["mofasgd"]["matrices"]
     for name in MATRICES:
         s, l = sorted(model.get_parameter(name).shape)
         assert sum(value.nbytes for value in state[name].values()) == 4 * 3 * (s + 2 * l) + 4
@@ -237,7 +237,7 @@ def test_a_nan_in_what_is_used_skips_the_step(steps, side):
     model = build(torch.float32)
     optimizer = GaLore(model, **SETTINGS, refresh_every=2)
     train(model, optimizer, range(steps))
-    before, state = weights_of(model), copy.deepcopy(optimizer.state_dict()["mofasgd"])
+    before, state = weights_of(model), copy.deepcopy(optimizer.named_state_dict()["mofasgd"])
     model(*batch(5, torch.float32)).backward()
     matrices = optimizer.matrices
     index = [matrix.name for matrix in matrices.members].index("widen.weight")  # tall: Y is R, Z becomes the basis
@@ -248,7 +248,7 @@ def test_a_nan_in_what_is_used_skips_the_step(steps, side):
     same = [torch.equal(model.get_parameter(name), value) for name, value in before.items()]
     assert all(same) == used
     if used:
-        after = optimizer.state_dict()["mofasgd"]["matrices"]
+        after = optimizer.named_state_dict()["mofasgd"]["matrices"]
         assert all(
             torch.equal(after[name][key], value[key]) for name, value in state["matrices"].items() for key in value
         )
@@ -276,7 +276,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(at, options):
     model = build(dtype)
     optimizer = GaLore(model, refresh_every=3, **SETTINGS, **options)
     train(model, optimizer, range(at))
-    resumed = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.named_state_dict()})
     train(model, optimizer, range(at, 7))
     other = build(dtype)
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_a_state_that_does_not_count_gradients_is_taken_as_one_of_every_step():
         model = build()
         optimizer = GaLore(model, **SETTINGS)
         train(model, optimizer, range(3))
-        state = copy.deepcopy(optimizer.state_dict())
+        state = copy.deepcopy(optimizer.named_state_dict())
         if not counted:
             for one in state["mofasgd"]["matrices"].values():
                 assert float(one.pop("gradients")) == 3
@@ -311,7 +311,7 @@ def test_another_rank_and_another_optimizer_s_state_are_refused_with_the_way_out
     model = build()
     optimizer = GaLore(model, **SETTINGS)
     train(model, optimizer, range(2))
-    state = optimizer.state_dict()
+    state = optimizer.named_state_dict()
     other = GaLore(build(), **{**SETTINGS, "rank": 2})
     with pytest.raises(ValueError, match='bases have rank 3, this run\'s 2.*Set "rank" to 3'):
         other.load_state_dict(state)
@@ -320,6 +320,8 @@ def test_another_rank_and_another_optimizer_s_state_are_refused_with_the_way_out
     with pytest.raises(ValueError, match="was saved by GaLore, this run's optimizer is MoFaSGD.*load_optimizer_states"):
         theirs.load_state_dict(state)
     with pytest.raises(ValueError, match="was saved by MoFaSGD, this run's optimizer is GaLore"):
+        optimizer.load_state_dict(theirs.named_state_dict())
+    with pytest.raises(ValueError, match="has step, U, V, sigma, and lacks 'P' of GaLore: it is another optimizer's"):
         optimizer.load_state_dict(theirs.state_dict())
 
 

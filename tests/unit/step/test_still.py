@@ -169,7 +169,7 @@ def test_a_late_matrix_is_met_by_random_directions():
     for _ in range(2):
         used(x).square().mean().backward()
         optimizer.step()
-    state = optimizer.state_dict()["mofasgd"]["matrices"]["1.weight"]
+    state = optimizer.named_state_dict()["mofasgd"]["matrices"]["1.weight"]
     assert state["sigma"].eq(0).all()
     for one in (state["U"], state["V"]):
         assert departure_from_orthonormal(one) < 1e-6
@@ -216,7 +216,7 @@ def test_a_nan_beside_zeros_is_no_rest(kind, started, side, caplog):
     optimizer = optimizer_of(kind, model)
     data = batches(STEPS)
     train(model, optimizer, data[:started])
-    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["mofasgd"]["matrices"]))
+    before = copy.deepcopy((model.state_dict(), optimizer.named_state_dict()["mofasgd"]["matrices"]))
     step = optimizer.matrices
     index = Resting.MATRICES.index("late.weight")  # square
     # GaLore does not look at a side that it has no use for.
@@ -225,7 +225,7 @@ def test_a_nan_beside_zeros_is_no_rest(kind, started, side, caplog):
     optimizer.step()
     if seen:
         assert step.skipped == 1
-        after = (model.state_dict(), optimizer.state_dict()["mofasgd"]["matrices"])
+        after = (model.state_dict(), optimizer.named_state_dict()["mofasgd"]["matrices"])
         assert all(torch.equal(after[0][name], value) for name, value in before[0].items())
         assert all(torch.equal(after[1][n][key], v) for n, one in before[1].items() for key, v in one.items())
     train(model, optimizer, data[started:])
