@@ -9,13 +9,13 @@ it is refused.
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from ds_mofa import OptionError
+from ds_mofa import ForTrainer, OptionError
 from ds_mofa.optimizers import registry
 from ds_mofa.options import OptimizerOptions
 from launch.errors import UserError
@@ -115,12 +115,11 @@ def named_optimizer(argv: Sequence[str]) -> NamedOptimizer:
     return NamedOptimizer(entry, {entry.options.aliases.get(name, name): value for name, value in params.items()})
 
 
-def trainer_s_optimizer(args: TrainingArguments) -> tuple[Callable[[], Callable], dict[str, Any]] | None:
+def trainer_s_optimizer(args: TrainingArguments) -> tuple[type[ForTrainer], dict[str, Any]] | None:
     """For the Trainer's ``optimizer_cls_and_kwargs``; None where DeepSpeed or ``--optim`` makes the optimizer."""
     if args.optimizer_options is None:
         return None
-    entry = registry.entry_of(args.optimizer)
-    return (lambda: entry.optimizer), args.optimizer_options  # called, and what that gives called with the model
+    return ForTrainer, {"optimizer": args.optimizer, **args.optimizer_options}
 
 
 def refuse_names(argv: Sequence[str]) -> None:

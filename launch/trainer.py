@@ -159,9 +159,15 @@ class FineTuner(SFTTrainer):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         first = self.args.should_save
         with self.stopped_clock(), writing(self.args.output_dir, f"the checkpoint of step {self.state.global_step}"):
-            if first and folder.exists():
-                unseal(folder)
-                shutil.rmtree(folder)  # other ranks, or another run, may have left files that this save does not write
+            if first:
+                if folder.exists():
+                    unseal(folder)
+                    shutil.rmtree(
+                        folder
+                    )  # other ranks, or another run, may have left files that this save does not write
+                # HF asks on each rank whether the best step's folder is there. Where states are sharded it has by then
+                # written nothing into this one: some would find it, others not, and they would load different steps.
+                folder.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             with self.removing_nothing(), self.without_a_foreign_best():
                 super()._save_checkpoint(*args, **kwargs)

@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from ds_mofa import GaLore
 from ds_mofa.optimizers import registry
-from ds_mofa.optimizers.base import MatrixOptimizer
 from launch.errors import UserError
 from launch.named_optimizer import named_optimizer, trainer_s_optimizer
 
@@ -47,10 +48,11 @@ def test_hugging_face_makes_the_others(words):
     assert named.defaults() == {"learning_rate": 2e-5}
 
 
-def test_the_trainer_gets_what_makes_the_optimizer(monkeypatch):
-    args = SimpleNamespace(optimizer="galore", optimizer_options={"lr": 0.5})
+def test_the_trainer_gets_what_makes_the_optimizer():
+    args = SimpleNamespace(optimizer="galore", optimizer_options={"lr": 0.5, "rank": 2})
     factory, options = trainer_s_optimizer(args)
-    assert issubclass(factory(), MatrixOptimizer) and options == {"lr": 0.5}
+    optimizer = factory()(torch.nn.Linear(6, 6), **options)
+    assert type(optimizer) is GaLore and optimizer.param_groups[0]["lr"] == 0.5
 
 
 @pytest.mark.parametrize(
