@@ -52,7 +52,8 @@ def train_alone(folder: Path, *words: str, script: str = "launch/train.py") -> s
     return start(folder, [sys.executable, str(ROOT / script), "--optimizer", "MoFaSGD", "--rank", "32"], *words)
 
 
-def start(folder: Path, command: list[str], *words: str) -> subprocess.CompletedProcess:
+def start(folder: Path, launcher: list[str], *words: str) -> subprocess.CompletedProcess:
+    command = [*launcher]
     if "--model_name_or_path" not in words:
         command += ["--model_config", "shape.json"]
     command += ["--train_file", "train.txt", "--eval_file", "eval.jsonl", "--max_length", str(LENGTH)]
