@@ -2,6 +2,7 @@
 
     python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --optimizer MoFaSGD --zero 2 --gpus 2
     python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --optimizer AdamW MoFaSGD LoRA
+    python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --backend fsdp2 --gpus 2 --weights fp32
 
 Prints the peak of the fullest rank by category, a column for each optimizer; ``--output`` also writes it as JSON. How
 each term is derived, and how far measured runs were from it, is in docs/memory.md.
@@ -20,13 +21,11 @@ if __name__ == "__main__":
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.predict import predict
 from ds_mofa.profiler.report.units import shown
-from ds_mofa.profiler.setting import RunSetting, SettingError, known_optimizers
+from ds_mofa.profiler.setting import BACKENDS, RunSetting, SettingError, known_optimizers
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    if args.zero == "none" and args.gpus > 1:
-        sys.exit("predict.py: error: several GPUs need ZeRO: give --zero 0, 1, 2 or 3")
     try:
         predictions = {name: predict(RunSetting.from_args(args, optimizer=name)) for name in args.optimizer}
     except SettingError as error:
@@ -43,7 +42,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--optimizer", nargs="+", default=["MoFaSGD"], metavar="NAME", help=", ".join(known_optimizers())
     )
-    parser.add_argument("--zero", default="none", choices=["none", "0", "1", "2", "3"], help="none: plain PyTorch")
+    backend = parser.add_mutually_exclusive_group()
+    backend.add_argument(
+        "--backend", default=argparse.SUPPRESS, choices=BACKENDS, help="default: torch, a plain loop on one GPU"
+    )
+    backend.add_argument(
+        "--zero", default=argparse.SUPPRESS, choices=["none", "0", "1", "2", "3"], help="short for --backend zeroN"
+    )
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--seq", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--micro_batch", type=int, default=1, help="sequences of one forward")
@@ -51,6 +56,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=8, help="of ds_mofa's optimizers and of LoRA")
     parser.add_argument("--explore", type=int, default=0, help="random directions beside the rank, of MoFaSGD")
     parser.add_argument("--states", default="fp32", choices=["fp32", "bf16"], help="DeepSpeed's masters and moments")
+    parser.add_argument(
+        "--weights", default="bf16", choices=["bf16", "fp32"], help="FSDP2's shards; fp32 ones are gathered in bf16"
+    )
+    parser.add_argument(
+        "--no_reshard", dest="reshard", action="store_false", help="FSDP2's reshard_after_forward of the layers off"
+    )
+    parser.add_argument("--replicas", type=int, default=1, help="of each of FSDP2's shards: HSDP")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     parser.add_argument("--liger", action="store_true", help="liger-kernel's fused norms, rotary, SwiGLU and loss")
     parser.add_argument("--bucket", type=int, default=100_000_000, help="DeepSpeed's reduce_bucket_size, elements")
@@ -69,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--offload",
         choices=["optimizer", "param"],
-        help="DeepSpeed's offload_optimizer to the host, or that and offload_param",
+        help="DeepSpeed's offload_optimizer to the host, or that and offload_param; FSDP2's CPUOffloadPolicy is param",
     )
     parser.add_argument("--output", help="JSON file to write")
     return parser

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import os
 import resource
 import statistics
 import sys
@@ -31,10 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", required=True)
     parser.add_argument("--shapes", nargs="+", required=True)
     parser.add_argument("--model_config", required=True)
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--result", required=True)
-    parser.add_argument("--local_rank", type=int, default=0)
+    parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)))
     args = parser.parse_args(argv)
 
     cuda = torch.cuda.is_available()
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
 
-    setting = RunSetting.parse(args.run, model_config=args.model_config, shape=args.shapes[0])
+    setting = RunSetting.parse(args.run, model_config=args.model_config, shape=args.shapes[0], gpus=args.gpus)
     trainer = make_trainer(setting, device)
     versions = {
         "hardware": torch.cuda.get_device_name() if cuda else "CPU",
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results[shape] = {**measure(trainer, setting.but(shape=shape), args, device), **versions}
         if args.local_rank == 0:
             Path(args.result).write_text(json.dumps(results))
+    if torch.distributed.is_initialized() and setting.zero is None:
+        torch.distributed.destroy_process_group()
 
 
 def measure(trainer: Trainer, setting: RunSetting, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 Trains in the paper's setting (arXiv 2507.08091: LLaMA-3.1-8B, bf16, batch 1, 1024 tokens, 8 micro-batches, no gradient
 checkpointing; random weights), each run in processes of its own: on one GPU AdamW, MoFaSGD with HF's layers and loss,
 MoFaSGD with liger-kernel's where that is installed, and LoRA where peft is; and where there are several GPUs, AdamW and
-MoFaSGD under ZeRO-2 and ZeRO-3 on all of them. A run is written as in profiling/throughput.py:
+MoFaSGD under ZeRO-2, ZeRO-3 and FSDP2 on all of them. A run is written as in profiling/throughput.py:
 BACKEND:OPTIMIZER[:OPTION=VALUE...].
 
 Writes report.md, report.html, report.json and PNGs with a verdict on every claim; a folder with the report and the log
@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import traceback
@@ -41,14 +40,18 @@ from ds_mofa.profiler.report.masking import masked
 from ds_mofa.profiler.report.units import shown
 from ds_mofa.profiler.setting import RunSetting, SettingError
 from profiling import verify_worker
+from profiling.starting import environment as process_environment
+from profiling.starting import launcher
 from profiling.trainers import check_measurable
 
 ONE_GPU = ("torch:AdamW", "torch:MoFaSGD:r=8", "torch:MoFaSGD:r=8:liger=1", "torch:LoRA:r=8")
-SEVERAL = ("zero2:AdamW", "zero2:MoFaSGD:r=32", "zero3:AdamW", "zero3:MoFaSGD:r=32")
+SEVERAL = (
+    "zero2:AdamW", "zero2:MoFaSGD:r=32", "zero3:AdamW", "zero3:MoFaSGD:r=32", "fsdp2:AdamW", "fsdp2:MoFaSGD:r=32",
+)  # fmt: skip
 
-# Starts verify_worker.py with these words on so many ranks, its output into a log; returns its exit status, or None
-# where it took longer than so many seconds.
-Start = Callable[[Sequence[str], int, Path, int], int | None]
+# Starts verify_worker.py on a setting's ranks, with these words and its output into a log; returns its exit status, or
+# None where it took longer than so many seconds.
+Start = Callable[[RunSetting, Sequence[str], Path, int], int | None]
 
 
 def main(argv: Sequence[str] | None = None, start: Start | None = None) -> None:
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None, start: Start | None = None) -> None:
     there = [setting.run for setting in wanted if args.reuse and (folder_of(setting, out) / "report.json").exists()]
     chosen, notes = can_run(wanted, there)
     if not args.runs and gpus == 1:
-        notes.append("ZeRO-2 and ZeRO-3 on several GPUs were not run: this machine has one device.")
+        notes.append("ZeRO-2, ZeRO-3 and FSDP2 on several GPUs were not run: this machine has one device.")
 
     runs = {}
     for setting in chosen:
@@ -100,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_config", default=str(ROOT / "configs/models/llama-3.1-8b.json"))
     parser.add_argument("--shape", default="1024x8", metavar="TOKENSxMICRO_BATCHES")
     parser.add_argument("--runs", nargs="+", metavar="BACKEND:OPTIMIZER[:OPTION=VALUE...]")
-    parser.add_argument("--gpus", type=int, help="ranks of the ZeRO runs; default: all devices")
+    parser.add_argument("--gpus", type=int, help="ranks of all runs but torch's; default: all devices")
     parser.add_argument("--steps", type=int, default=6, help="steps timed with the profiler, and as many without")
     parser.add_argument("--sample_hz", type=float, default=50.0)
     parser.add_argument("--timeout", type=int, default=400, help="seconds for one run")
@@ -156,10 +159,11 @@ def one_run(setting: RunSetting, args: argparse.Namespace, out: Path, start: Sta
     report.unlink(missing_ok=True)
     (folder / "predicted.json").write_text(json.dumps(predicted))
     words = ["--run", setting.run, "--shape", args.shape, "--model_config", args.model_config]
+    words += ["--gpus", str(setting.gpus)]
     words += ["--steps", str(args.steps), "--sample_hz", str(args.sample_hz), "--output_dir", str(folder)]
     words += ["--predicted", str(folder / "predicted.json"), *(["--memory_snapshot"] if args.memory_snapshot else [])]
     log = folder / "log.txt"
-    status = start(words, 0 if setting.zero is None else setting.gpus, log, args.timeout)
+    status = start(setting, words, log, args.timeout)
     if status is None:
         return {"error": f"stopped after {args.timeout} s; see {log}"}
     if report.exists() and status == 0:
@@ -169,25 +173,20 @@ def one_run(setting: RunSetting, args: argparse.Namespace, out: Path, start: Sta
     return {"error": f"{(errors or ['no report'])[-1][-300:]}; see {log}"}
 
 
-def in_processes(words: Sequence[str], ranks: int, log: Path, timeout: int) -> int | None:
-    """A :data:`Start` with DeepSpeed's launcher, or with ``ranks`` 0 without it."""
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [*launcher, str(ROOT / "profiling/verify_worker.py"), *words]
+def in_processes(setting: RunSetting, words: Sequence[str], log: Path, timeout: int) -> int | None:
+    """A :data:`Start` with the launcher of the setting's backend."""
+    command = [*launcher(setting), str(ROOT / "profiling/verify_worker.py"), *words]
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=process_environment())
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
-            process.terminate()  # DeepSpeed's launcher passes it on to its ranks
+            process.terminate()  # a launcher passes it on to its ranks
             process.wait()
             return None
 
 
-def in_this_process(words: Sequence[str], ranks: int, log: Path, timeout: int) -> int | None:
+def in_this_process(setting: RunSetting, words: Sequence[str], log: Path, timeout: int) -> int | None:
     """A :data:`Start` that starts nothing, for tests: one rank, whatever was asked for, and no limit of time."""
     with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
@@ -204,12 +203,6 @@ def prediction(setting: RunSetting) -> dict[str, Any]:
         return predict(setting)
     except PredictionError as error:
         return {"error": str(error)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def one_line(run: str, report: Mapping[str, Any]) -> str:

@@ -31,16 +31,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", required=True)
     parser.add_argument("--shape", required=True)
     parser.add_argument("--model_config", required=True)
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--sample_hz", type=float, required=True)
     parser.add_argument("--predicted", required=True)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--memory_snapshot", action="store_true")
-    parser.add_argument("--local_rank", type=int, default=0)
+    parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)))
     args = parser.parse_args(argv)
 
     joined = torch.distributed.is_initialized()
-    setting = RunSetting.parse(args.run, model_config=args.model_config, shape=args.shape)
+    setting = RunSetting.parse(args.run, model_config=args.model_config, shape=args.shape, gpus=args.gpus)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", args.local_rank) if cuda else torch.device("cpu")
     predicted = json.loads(Path(args.predicted).read_text())
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.cuda.set_device(device)
         torch.manual_seed(0)
         trainer = make_trainer(setting, device)
-        if not joined and not cuda and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not joined and not cuda and setting.zero is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             unlink_shared_buffer()
         profiler.watch(trainer.engine or trainer.model, trainer.optimizer)
         generator = torch.Generator().manual_seed(args.local_rank)

@@ -8,6 +8,7 @@ reduce-scatter and the all-gather, and the state is whole everywhere, for HF's T
 
 import functools
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -94,7 +95,7 @@ class WholeModels(Engine):
         names = [name for matrix in matrices for name in _names(matrix.name)]
         # DDP's own way of setting them; it marks the parameters as well.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*(before or ()), *names])
-        return functools.partial(_take_back, model, before, [matrix.name for matrix in matrices])
+        return functools.partial(_take_back, weakref.ref(model), before, [matrix.name for matrix in matrices])
 
     def connect(
         self, model: nn.Module | None, matrices: Sequence[Matrix], group: dist.ProcessGroup | None
@@ -114,7 +115,10 @@ def _names(name: str) -> Iterable[str]:
             yield f".{known}"
 
 
-def _take_back(model: nn.Module, before: list[str] | None, names: Iterable[str]) -> None:
+def _take_back(reference: "weakref.ref[nn.Module]", before: list[str] | None, names: Iterable[str]) -> None:
+    model = reference()
+    if model is None:
+        return
     if before is None:
         vars(model).pop(_IGNORED, None)
     else:

@@ -6,36 +6,31 @@ import inspect
 import itertools
 import math
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_mofa.adamw.eight_bit import AdamW8bit, check_states
+from ds_mofa.adamw.eight_bit import AdamW8bit
 from ds_mofa.capture.head import FusedHead
 from ds_mofa.groups import check_rates
-from ds_mofa.optimizers import binding, torch_state
+from ds_mofa.optimizers import binding
 from ds_mofa.optimizers.absentees import Absentees
 from ds_mofa.optimizers.gradient import Gradients
+from ds_mofa.optimizers.rest import adamw_of, fuse
+from ds_mofa.optimizers.stateful import Stateful
 from ds_mofa.options import OptimizerOptions, OptionError
-from ds_mofa.parameters import Frozen, Matrix, Split, split_parameters
+from ds_mofa.parameters import Frozen, Split, split_parameters
 from ds_mofa.phases import phase
 from ds_mofa.rules.rule import Rule
-from ds_mofa.step.state import adamw_misfit, whole_misfit
 from ds_mofa.step.step import MatrixStep, claims
 
 __all__ = ["MatrixOptimizer", "clip_factor"]
 
-_NO_COPY = (
-    "{title} cannot be copied or pickled: it is part of its model's forward and backward. Save state_dict(); for a copy of "
-    "the model build a new {title} and load it there"
-)
 
-
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(Stateful):
     """A rule for the matrices of a model, AdamW for everything else; the base of :class:`ds_mofa.MoFaSGD`.
 
     Args:
@@ -68,7 +63,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     adamw_gradients: Any  # of a backend where a script can drop AdamW's gradients, and the sketches must follow
 
-    _matrices: MatrixStep | None = None
     _gradients: Gradients | None = None  # None where a backend has its own
     _waits: binding.FirstForward | None = None
 
@@ -104,8 +98,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         split = split_parameters(model, params, parsed)
         taken = [matrix.param for matrix in split.matrices]
         claims.release(taken, to=f"another {title}")
+        self._plain = True
         self._head = FusedHead(model) if parsed.fused_head else None
-        adamw = _plain_adamw(split.adamw_groups, parsed, taken[0].device) if split.adamw_groups else None
+        adamw = adamw_of(split.adamw_groups, parsed, taken[0].device) if split.adamw_groups else None
         self._assemble(split, parsed, adamw)
         self._model, self._process_group = weakref.ref(model), process_group
         self._take_back = binding.announce(model, split.matrices)
@@ -119,7 +114,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for matrix in split.matrices:
                 matrix.param = _PLACEHOLDER  # sharding frees a whole weight when nobody refers to it
             split.frozen.clear()
-        _say(f"ds_mofa: {split.summary()}")
+        binding.say(f"ds_mofa: {split.summary()}")
 
     def bind(self) -> None:
         """Bind the optimizer to the parameters that stand in its ``param_groups`` by now; it is bound once. Collective.
@@ -148,7 +143,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             trained = {param for group in self.param_groups for param in group["params"]}
             named = model.named_parameters() if model is not None else ()
             split.frozen.extend(Frozen(name, p) for name, p in named if not p.requires_grad and p not in trained)
-            _fuse(self.adamw_groups, backend.device)
+            fuse(self.adamw_groups, backend.device)
         self._matrices = MatrixStep(members, self.options, self.rule_class(self.options), backend, head=self._head)
         self._matrices.on_detach(self._take_back)
         claims.wait_for_step(self._matrices.claim, {m.param: m.modules[0] for m in members}, self.options)
@@ -156,7 +151,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._absentees = Absentees(split, self.adamw_groups)
         if model is not None:
             self._absentees.begin(model)
-        _say_of_upcast(self._dtypes, members)
+        binding.say_of_upcast(self._dtypes, members)
 
     @property
     def matrices(self) -> MatrixStep:
@@ -184,7 +179,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._built = False
         super().__init__(split.matrix_groups, {"lr": options.lr, "weight_decay": options.weight_decay})
         self.adamw, self._built = adamw, True
-        self._absentees = Absentees(split, self.adamw_groups)
+        if not self._plain:  # else when it is bound: it refers to the parameters
+            self._absentees = Absentees(split, self.adamw_groups)
 
     # ------------------------------------------------------------------ what schedulers and users see
 
@@ -340,134 +336,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The param groups of the matrices alone."""
         return self._matrix_groups
 
-    @property
-    def adamw_groups(self) -> list[dict[str, Any]]:
-        """The param groups of everything else."""
-        return self.adamw.param_groups if self.adamw is not None else []
-
-    # ------------------------------------------------------------------ state
-
-    def __deepcopy__(self, memo):
-        raise TypeError(_NO_COPY.format(title=self.options.title))
-
-    def __reduce_ex__(self, protocol):
-        raise TypeError(_NO_COPY.format(title=self.options.title))
-
-    @property
-    def state(self) -> Any:
-        """By parameter, for whoever asks what there is. Never empty: torch.distributed.checkpoint steps an optimizer that has
-        no state. Reading it makes AdamW's moments. Collective where the optimizer has still to be bound.
-        """
-        if not self._built or self._gradients is None and self._waits is None:  # under construction, or a backend's
-            return self.__dict__.setdefault("_early_state", defaultdict(dict))
-        ours = {matrix.param: torch_state.placeholders(self.matrices) for matrix in self.matrices.members}
-        return {**ours, **torch_state.made_moments(self.adamw)}
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        pass  # torch.optim.Optimizer sets an empty one
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state in torch.optim's form (:mod:`ds_mofa.optimizers.torch_state`). Collective where weights are sharded; in
-        one process copies on the CPU.
-        """
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        state: dict[str, Any] = {"state": {}, "param_groups": torch_state.positions(self.param_groups)}
-        if self._matrices is not None:
-            rest = self.adamw.state if self.adamw is not None else {}
-            ours = torch_state.matrix_states(self._matrices)
-            others = (dict(rest.get(param, {})) for group in self.adamw_groups for param in group["params"])
-            state["state"] = torch_state.by_position(itertools.chain(ours, others))
-            if self._matrices.exchange.processes == 1:
-                state = _copied(state)
-        for replace in self._optimizer_state_dict_post_hooks.values():
-            state = _given(replace(self, state), state)
-        return state
-
-    def named_state_dict(self) -> dict[str, Any]:
-        """The state by the names of the matrices, as DeepSpeed's checkpoints hold it: tensors and numbers, copies on the CPU
-        of the first process. Collective.
-        """
-        return self.with_matrix_state(self.matrices.state_dict())
-
-    def with_matrix_state(self, matrices: dict[str, Any]) -> dict[str, Any]:
-        """The whole state around the matrices', which it takes a collective to gather."""
-        return {
-            "mofasgd": matrices,
-            "masters": self.matrices.masters.state_dict(),
-            "matrix_groups": self.group_settings(),
-            "adamw": _copied(self.adamw.state_dict()) if self.adamw is not None else None,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of a run with the same model, on any number of ranks and with any rank of the factors: what
-        :meth:`state_dict` or :meth:`named_state_dict` has given.
-
-        Raises:
-            ValueError: it does not fit; then nothing has changed, unless AdamW's own part is what does not.
-        """
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _given(hook(self, state_dict), state_dict)
-        if torch_state.is_by_position(state_dict):
-            self._load_by_position(state_dict)
-        else:
-            self._load_named(state_dict)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
-
-    def _load_by_position(self, state_dict: dict[str, Any]) -> None:
-        groups, state = state_dict["param_groups"], state_dict["state"]
-        problem = torch_state.misfit(state_dict, self.param_groups, self.options.title)
-        if problem:
-            raise ValueError(problem)
-        own, rest = groups[: len(self._matrix_groups)], groups[len(self._matrix_groups) :]
-        if not state and self._matrices is None:  # Accelerate hands an optimizer its own state before it is bound
-            self.load_group_settings(own)
-            return
-        keys = list(itertools.chain.from_iterable(group["params"] for group in own))
-        others = {key: state[key] for group in rest for key in group["params"] if key in state}
-        check_states({"state": others}, isinstance(self.adamw, AdamW8bit))
-        self.matrices.load_state_dict(*torch_state.named(state, keys, self.matrices))
-        self.load_group_settings(own)
-        if self.adamw is not None:
-            with _groups_kept(self.adamw):
-                self.adamw.load_state_dict({"state": others, "param_groups": rest})
-        torch_state.load_masters(state, keys, self.matrices)
-
-    def _load_named(self, state_dict: dict[str, Any]) -> None:
-        problem = whole_misfit(state_dict, self.options.title)
-        if problem is None:
-            self.check_group_settings(state_dict["matrix_groups"])
-            problem = adamw_misfit(state_dict["adamw"], self.adamw_groups)
-        if problem:
-            raise ValueError(problem)
-        check_states(state_dict["adamw"], isinstance(self.adamw, AdamW8bit))
-        self.matrices.load_state_dict(state_dict["mofasgd"])
-        self.load_group_settings(state_dict["matrix_groups"])
-        if self.adamw is not None:
-            with _groups_kept(self.adamw):
-                self.adamw.load_state_dict(state_dict["adamw"])
-        self.matrices.masters.load_state_dict(state_dict["masters"])
-
-    def group_settings(self) -> list[dict[str, Any]]:
-        """What the matrix groups say besides their parameters."""
-        return [{key: value for key, value in group.items() if key != "params"} for group in self._matrix_groups]
-
-    def check_group_settings(self, settings: list[dict[str, Any]]) -> None:
-        """Raise a ValueError where :meth:`load_group_settings` would."""
-        if len(settings) != len(self._matrix_groups):
-            raise ValueError(
-                f"the checkpoint has {len(settings)} matrix param groups, this run has {len(self._matrix_groups)}: "
-                "use the param groups that it was saved with"
-            )
-
-    def load_group_settings(self, settings: list[dict[str, Any]]) -> None:
-        """Take over what :meth:`group_settings` has given."""
-        self.check_group_settings(settings)
-        for group, saved in zip(self._matrix_groups, settings):
-            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
-
 
 def _signature(kind: type[MatrixOptimizer]) -> inspect.Signature:
     """The constructor's, with every option instead of ``**options``."""
@@ -475,74 +343,7 @@ def _signature(kind: type[MatrixOptimizer]) -> inspect.Signature:
     return inspect.Signature([*own, *kind.options_class.keywords()])
 
 
-def _given(value: Any, otherwise: Any) -> Any:
-    """What a hook has returned, which may be nothing."""
-    return otherwise if value is None else value
-
-
-def _copied(state: Any) -> Any:
-    """A state's tensors as copies on the CPU: torch hands out the optimizer's own, which go on changing."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: _copied(value) for key, value in state.items()}
-    return type(state)(map(_copied, state)) if isinstance(state, list | tuple) else state
-
-
-@contextlib.contextmanager
-def _groups_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within: loading a state leaves the param groups the dicts that they are, which wrappers and schedulers hold."""
-    groups = list(optimizer.param_groups)
-    yield
-    for group, loaded in zip(groups, optimizer.param_groups, strict=True):
-        if group is not loaded:
-            group.clear()
-            group.update(loaded)
-    optimizer.param_groups = groups
-
-
 _PLACEHOLDER = nn.Parameter(torch.empty(0, device="meta"))
-
-
-def _say(line: str) -> None:
-    """Once a run, not once a process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def _say_of_upcast(before: Mapping[str, torch.dtype], matrices: Sequence[Matrix]) -> None:
-    """Accelerate makes 16-bit weights fp32 where it trains in mixed precision."""
-    upcast = [m for m in matrices if before[m.name].itemsize < m.param.dtype.itemsize]
-    if upcast:
-        was, now = (str(dtype).removeprefix("torch.") for dtype in (before[upcast[0].name], upcast[0].param.dtype))
-        _say(
-            f"ds_mofa: {len(upcast)} matrices were {was} when the optimizer was built and are {now} now, so each weight takes "
-            f'{upcast[0].param.dtype.itemsize} bytes: to keep them {was}, set mixed_precision "no" (HF: leave bf16 and fp16 '
-            "out) for a model that is loaded so"
-        )
-
-
-def _fuse(groups: Iterable[dict[str, Any]], device: torch.device) -> None:
-    """As :func:`_plain_adamw` does where the device is known from the start."""
-    for group in groups if device.type == "cuda" else ():
-        if "fused" in group and all(param.device == device or param.is_cuda for param in group["params"]):
-            group["fused"] = True
-
-
-def _plain_adamw(
-    groups: list[dict[str, Any]], options: OptimizerOptions, device: torch.device
-) -> torch.optim.Optimizer:
-    if options.adamw_states == "8bit":
-        adamw = AdamW8bit(groups, options)
-        _say(f"ds_mofa: {adamw.summary()}")
-        return adamw
-    beta1, beta2 = options.adamw_betas
-    return torch.optim.AdamW(
-        groups,
-        betas=(beta1, beta2),
-        eps=options.adamw_eps,
-        fused=True if device.type == "cuda" else None,  # a third of the time of the default there
-    )
 
 
 def clip_factor(norm: Tensor | float, max_norm: float) -> Tensor | float:

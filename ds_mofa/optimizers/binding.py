@@ -7,7 +7,7 @@ parameters, until the first forward, by which the model is what will be trained.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ds_mofa.parameters import Matrix
 from ds_mofa.step.backend import ENGINES, Backend, OneProcess
 
-__all__ = ["FirstForward", "announce", "connect", "settled"]
+__all__ = ["FirstForward", "announce", "connect", "say", "say_of_upcast", "settled"]
 
 
 def settled(params: Iterable[Tensor]) -> bool:
@@ -98,3 +98,21 @@ class _Hook:
 
     def __reduce__(self) -> tuple[type["_Hook"], tuple[()]]:
         return _Hook, ()
+
+
+def say(line: str) -> None:
+    """Once a run, not once a process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def say_of_upcast(before: Mapping[str, torch.dtype], matrices: Sequence[Matrix]) -> None:
+    """Accelerate makes 16-bit weights fp32 where it trains in mixed precision."""
+    upcast = [m for m in matrices if before[m.name].itemsize < m.param.dtype.itemsize]
+    if upcast:
+        was, now = (str(dtype).removeprefix("torch.") for dtype in (before[upcast[0].name], upcast[0].param.dtype))
+        say(
+            f"ds_mofa: {len(upcast)} matrices were {was} when the optimizer was built and are {now} now, so each weight takes "
+            f'{upcast[0].param.dtype.itemsize} bytes: to keep them {was}, set mixed_precision "no" (HF: leave bf16 and fp16 '
+            "out) for a model that is loaded so"
+        )

@@ -1,4 +1,4 @@
-"""What a run is, for all that measure, predict or count: written as ``zero2:MoFaSGD:r=32``."""
+"""What a run is, for all that measure, predict or count: written as ``zero2:MoFaSGD:r=32`` or ``fsdp2:AdamW``."""
 
 import argparse
 import dataclasses
@@ -9,13 +9,16 @@ from typing import Any
 
 from ds_mofa.optimizers.registry import OPTIMIZERS, Entry, find
 from ds_mofa.options import OptimizerOptions, OptionError
-from ds_mofa.profiler.spelling import SettingError, read_fields, read_option, spell
+from ds_mofa.profiler.spelling import SettingError, alternatives, read_fields, read_option, spell
 from ds_mofa.rules.rule import Rule
 
-__all__ = ["BASELINES", "RunSetting", "SettingError", "known_optimizers"]
+__all__ = ["BACKENDS", "BASELINES", "RunSetting", "SettingError", "known_optimizers"]
+
+# A plain loop in one process; torch's two ways to train on several GPUs; and DeepSpeed's stages.
+BACKENDS = ("torch", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 
 # What runs beside the optimizers of this package: torch's or DeepSpeed's own, and peft's adapters. The last two are
-# predicted only, Muon everywhere, LoRA under ZeRO.
+# predicted only, Muon everywhere but on torch's several GPUs, LoRA under ZeRO.
 BASELINES = ("AdamW", "LoRA", "Muon")
 
 # A command line that predicts several optimizers leaves out what some of them do not have, but for these: a column of
@@ -37,15 +40,21 @@ class RunSetting:
     Attributes:
         model_config: path of a model's shape.
         optimizer: one of :func:`known_optimizers`.
-        zero: ZeRO stage, or None for a plain PyTorch loop.
+        backend: one of :data:`BACKENDS`.
         gpus: data-parallel ranks.
         seq: tokens of a sequence.
         micro_batch: sequences of one forward.
         micro_batches: of one optimizer step.
         rank: r, of the optimizers that have one.
         options: of the optimizer, the others than ``rank``, where they are not its defaults: (name, value) by name.
-        states: "fp32" or "bf16": DeepSpeed's master weights and moments. A plain loop keeps all in bf16.
-        offload: None, "optimizer" (DeepSpeed's offload_optimizer, to the host) or "param" (that and offload_param).
+        states: "fp32" or "bf16": DeepSpeed's master weights and moments. Without DeepSpeed they are as the weights.
+        weights: "bf16", or under FSDP2 "fp32": shards in fp32, gathered and computed with in bf16, gradients reduced in
+            fp32, torch's ``MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)``.
+        reshard: FSDP2's ``reshard_after_forward`` of the decoder layers.
+        replicas: on how many ranks each shard stands; with more than one it is HSDP.
+        offload: None, "optimizer" (DeepSpeed's offload_optimizer, to the host) or "param" (that and offload_param; under
+            FSDP2 its ``CPUOffloadPolicy``).
+        compiled: each decoder layer by ``torch.compile``.
         head: "matrix" where the optimizer's ``include`` names the output head, else "adamw".
         embed: "frozen" where the embedding is not trained, else "trained".
         checkpointing: recompute layers in backward.
@@ -63,7 +72,7 @@ class RunSetting:
 
     model_config: str = ""
     optimizer: str = "MoFaSGD"
-    zero: int | None = None
+    backend: str = "torch"
     gpus: int = 1
     seq: int = 1024
     micro_batch: int = 1
@@ -71,7 +80,11 @@ class RunSetting:
     rank: int = 8
     options: tuple[tuple[str, Any], ...] = ()
     states: str = "fp32"
+    weights: str = "bf16"
+    reshard: bool = True
+    replicas: int = 1
     offload: str | None = None
+    compiled: bool = False
     head: str = "adamw"
     embed: str = "trained"
     checkpointing: bool = False
@@ -89,12 +102,12 @@ class RunSetting:
             known = ", ".join(known_optimizers())
             raise SettingError(f"optimizer {self.optimizer!r} is unknown: choose one of {known}")
         object.__setattr__(self, "optimizer", names[self.optimizer.lower()])
-        for field in ("gpus", "seq", "micro_batch", "micro_batches", "rank"):
+        for field in ("gpus", "seq", "micro_batch", "micro_batches", "rank", "replicas"):
             if getattr(self, field) < 1:
                 raise SettingError(f"{field} is {getattr(self, field)}: give 1 or more")
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
-                raise SettingError(f"{field} is {getattr(self, field)!r}: give {_alternatives(known)}")
+                raise SettingError(f"{field} is {getattr(self, field)!r}: give {alternatives(known)}")
         object.__setattr__(self, "options", self._checked(dict(self.options)))
         self._check_backend()
 
@@ -102,7 +115,11 @@ class RunSetting:
 
     @classmethod
     def of(cls, model_config: str = "", optimizer: str = "MoFaSGD", **values: Any) -> "RunSetting":
-        """From fields and options of the optimizer side by side: ``of(path, "MoFaSGD", zero=2, explore=8)``."""
+        """From fields and options of the optimizer side by side: ``of(path, "MoFaSGD", zero=2, explore=8)``.
+
+        ``zero`` is a short form of ``backend``: a stage, or None for ``torch``.
+        """
+        values = read_fields(values)
         own = {name: values.pop(name) for name in _FIELDS if name in values}
         return cls(model_config, optimizer, options=tuple(values.items()), **own)
 
@@ -111,8 +128,8 @@ class RunSetting:
         """From ``BACKEND:OPTIMIZER[:OPTION=VALUE...]``, as ``str`` writes it.
 
         Args:
-            run: BACKEND is ``torch`` or ``zero0`` to ``zero3``; an OPTION one of
-                :data:`ds_mofa.profiler.spelling.WORDS`, or of the optimizer's own.
+            run: BACKEND is one of :data:`BACKENDS`; an OPTION one of :data:`ds_mofa.profiler.spelling.WORDS`, or of the
+                optimizer's own.
             others: what ``run`` does not say: ``model_config``, ``gpus``, or ``shape="1024x8"`` for the tokens of a
                 sequence and the micro-batches of a step.
         """
@@ -120,9 +137,9 @@ class RunSetting:
         backend, _, rest = text.partition(":")
         optimizer, *words = rest.split(":")
         names = [name.lower() for name in known_optimizers()]
-        if backend not in ("torch", "zero0", "zero1", "zero2", "zero3") or optimizer.lower() not in names:
+        if backend not in BACKENDS or optimizer.lower() not in names:
             raise SettingError(
-                f"{run!r} cannot be run: give torch or zero0 to zero3, an optimizer ({', '.join(known_optimizers())}) "
+                f"{run!r} cannot be run: give {alternatives(BACKENDS)}, an optimizer ({', '.join(known_optimizers())}) "
                 "after it, and options such as r=8, all with colons between them"
             )
         kinds = _option_kinds()
@@ -135,8 +152,7 @@ class RunSetting:
                 values |= read_option(name, value, kinds)
             except SettingError as error:
                 raise SettingError(f"{run!r}: {error}") from error
-        zero = None if backend == "torch" else int(backend.removeprefix("zero"))
-        return cls.of(optimizer=optimizer, zero=zero, **read_fields(others), **values)
+        return cls.of(optimizer=optimizer, backend=backend, **others, **values)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, **others: Any) -> "RunSetting":
@@ -163,9 +179,8 @@ class RunSetting:
         rank = {"rank": self.rank} if self.has_rank else {}
         values = {name: getattr(self, name) for name in _FIELDS if name not in _BESIDE_A_RUN and name != "rank"}
         changed = {name: value for name, value in values.items() if value != _FIELDS[name]}
-        backend = "torch" if self.zero is None else f"zero{self.zero}"
-        changed.pop("zero", None)
-        return ":".join([backend, self.optimizer, *spell({**rank, **dict(self.options), **changed})])
+        changed.pop("backend", None)
+        return ":".join([self.backend, self.optimizer, *spell({**rank, **dict(self.options), **changed})])
 
     def __str__(self) -> str:
         """All of it; ``parse`` gives the same setting back."""
@@ -173,6 +188,21 @@ class RunSetting:
         rank = {} if self.has_rank or self.rank == _FIELDS["rank"] else {"rank": self.rank}
         words = [self.run, *spell({**rank, **beside})]
         return ":".join([*words, *([f"model={self.model_config}"] if self.model_config else [])])
+
+    @property
+    def zero(self) -> int | None:
+        """ZeRO stage; None without DeepSpeed."""
+        return int(self.backend.removeprefix("zero")) if self.backend.startswith("zero") else None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the model."""
+        return self.backend == "fsdp2"
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the weights are cut."""
+        return self.gpus // self.replicas if self.sharded else self.gpus if self.zero == 3 else 1
 
     @property
     def shape(self) -> str:
@@ -247,15 +277,29 @@ class RunSetting:
     def _check_backend(self) -> None:
         if self.option("adamw_states") == "8bit" and self.offload:
             raise SettingError("adamw_states is '8bit' with offload: ds_mofa refuses that. Leave one of them out")
-        if self.zero is None and self.gpus > 1:
-            raise SettingError("several GPUs without ZeRO: ds_mofa has no such backend. Give --zero 0, 1, 2 or 3")
+        if self.backend == "torch" and self.gpus > 1:
+            raise SettingError("several GPUs without ZeRO, FSDP2 or DDP: give the backend ddp, fsdp2 or zero0 to zero3")
         if self.zero == 0 and self.states == "bf16":
             raise SettingError("bf16 states at ZeRO stage 0: DeepSpeed keeps fp32 ones there. Use stage 1 or 2")
+        if not self.sharded:
+            own = [name for name in ("weights", "reshard", "replicas") if getattr(self, name) != _FIELDS[name]]
+            if own:
+                raise SettingError(f"{', '.join(own)} with {self.backend}: FSDP2's alone. Leave it out, or give fsdp2")
+        if self.gpus % self.replicas:
+            raise SettingError(f"replicas is {self.replicas} on {self.gpus} GPUs: give a divisor of {self.gpus}")
+        if self.backend in ("ddp", "fsdp2") and self.optimizer in _NEVER_OFFLOADED:
+            raise SettingError(
+                f"{self.optimizer} with {self.backend}: known of AdamW and {', '.join(OPTIMIZERS)} alone"
+            )
         able = ", ".join(name for name in known_optimizers() if name not in _NEVER_OFFLOADED)
-        if self.offload and (self.optimizer in _NEVER_OFFLOADED or self.zero not in (1, 2, 3)):
-            raise SettingError(f"offload is known of {able} in ZeRO stages 1 to 3: give one of these")
-        if self.offload == "param" and self.zero != 3:
+        if self.offload and (self.optimizer in _NEVER_OFFLOADED or not (self.sharded or self.zero in (1, 2, 3))):
+            raise SettingError(f"offload is known of {able} in ZeRO stages 1 to 3 and FSDP2: give one of these")
+        if self.offload == "param" and self.zero in (1, 2):
             raise SettingError(f"offload is 'param' at ZeRO stage {self.zero}: it needs stage 3, or give optimizer")
+        if self.offload == "optimizer" and self.sharded:
+            raise SettingError(
+                "offload is 'optimizer' with fsdp2: its CPUOffloadPolicy takes the weights too. Give param"
+            )
 
 
 _FIELDS: dict[str, Any] = {
@@ -265,17 +309,13 @@ _FIELDS: dict[str, Any] = {
 }
 _BESIDE_A_RUN = ("gpus", "seq", "micro_batch", "micro_batches")
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "zero": (None, 0, 1, 2, 3),
+    "backend": BACKENDS,
     "states": ("fp32", "bf16"),
+    "weights": ("bf16", "fp32"),
     "offload": (None, "optimizer", "param"),
     "head": ("adamw", "matrix"),
     "embed": ("trained", "frozen"),
 }
-
-
-def _alternatives(known: tuple[Any, ...]) -> str:
-    *first, last = ["none" if one is None else str(one) for one in known]
-    return f"{', '.join(first)} or {last}"
 
 
 def _defaults(entry: Entry) -> dict[str, Any]:

@@ -2,18 +2,18 @@
 
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-__all__ = ["WORDS", "SettingError", "read_fields", "read_option", "spell"]
+__all__ = ["WORDS", "SettingError", "alternatives", "read_fields", "read_option", "spell"]
 
 # The words that are not the names of what they set.
 _SHORT = {"r": "rank", "adamw": "adamw_states"}
 
 _KINDS: dict[str, type] = {
-    "rank": int, "states": str, "offload": str, "head": str, "embed": str, "checkpointing": bool, "liger": bool,
-    "leaf": bool, "prefetch": int, "contiguous": bool, "overlap": bool, "bucket": int, "card": float, "gpus": int,
-    "seq": int, "micro_batch": int, "micro_batches": int,
+    "rank": int, "states": str, "weights": str, "reshard": bool, "replicas": int, "offload": str, "compiled": bool,
+    "head": str, "embed": str, "checkpointing": bool, "liger": bool, "leaf": bool, "prefetch": int, "contiguous": bool,
+    "overlap": bool, "bucket": int, "card": float, "gpus": int, "seq": int, "micro_batch": int, "micro_batches": int,
 }  # fmt: skip
 WORDS = ("r", "adamw", "head_loss", *(name for name in _KINDS if name != "rank"))
 
@@ -56,14 +56,18 @@ def spell(values: Mapping[str, Any]) -> list[str]:
 
 
 def read_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as command lines have them as those of fields: "none" for no ZeRO, and a ``shape`` TOKENSxMICRO_BATCHES.
+    """Values as command lines have them as those of fields: a ``zero`` that is given, "none" for the backend torch, is
+    one of the backends, and a ``shape`` is TOKENSxMICRO_BATCHES.
 
     Raises:
-        SettingError: another shape.
+        SettingError: another shape, or a backend beside a stage of ZeRO.
     """
     values = dict(given)
-    if isinstance(values.get("zero"), str):
-        values["zero"] = None if values["zero"] == "none" else int(values["zero"])
+    if "zero" in values:
+        stage = values.pop("zero")
+        named = "torch" if stage in (None, "none") else f"zero{stage}"
+        if values.setdefault("backend", named) != named:
+            raise SettingError(f"the backend is {values['backend']!r} and zero is {stage!r}: give one of them")
     if "shape" in values:
         shape = values.pop("shape")
         tokens, _, micro_batches = shape.partition("x")
@@ -71,6 +75,12 @@ def read_fields(given: Mapping[str, Any]) -> dict[str, Any]:
             raise SettingError(f"shape {shape!r} is not TOKENSxMICRO_BATCHES, such as 1024x8")
         values |= {"seq": int(tokens), "micro_batches": int(micro_batches)}
     return values
+
+
+def alternatives(known: Sequence[Any]) -> str:
+    """Words of a sentence: all of them, an "or" before the last."""
+    *first, last = ["none" if one is None else str(one) for one in known]
+    return f"{', '.join(first)} or {last}"
 
 
 def _read(kind: Any, word: str, text: str) -> Any:

@@ -6,18 +6,24 @@ figures by module rather than a history, takes one iteration, and is ten times s
 """
 
 import dataclasses
+import sys
 import time
+import types
+import unittest.mock
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["FOREVER", "Allocation", "StorageTracker"]
+__all__ = ["FOREVER", "Allocation", "StorageTracker", "of_fsdp2"]
 
 FOREVER = 1 << 62
+
+_FSDP2 = "torch/distributed/fsdp/_fully_shard/"
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,11 +49,17 @@ class Allocation:
     owner: bool = False
 
 
+def of_fsdp2(one: Allocation) -> bool:
+    """Whether FSDP2's own lines have allocated it: gathered weights, what they travel in, reductions."""
+    return any(_FSDP2 in frame for frame in one.stack)
+
+
 class StorageTracker(TorchDispatchMode):
     """The same history, from watching the operators: for CPUs and fake tensors.
 
-    A storage is born when an operator first gives it out, and dies with its last tensor. Storages of ``ignored`` were
-    there before.
+    A storage is born when an operator first gives it out, and dies with its last tensor, or when it is resized, which is
+    how FSDP2 lets go of gathered weights; with another size it is born again. Storages of ``ignored`` were there before.
+    A stack is the operator alone, and FSDP2's lines where they called it.
 
     Args:
         ignored: tensors that are not to be counted.
@@ -58,14 +70,32 @@ class StorageTracker(TorchDispatchMode):
         super().__init__()
         self.allocations: list[Allocation] = []
         self.clock = clock
-        self._open: dict[int, tuple[weakref.ref, Allocation]] = {}
+        self._open: dict[int, tuple[weakref.ref, Allocation, bool]] = {}
         self.live = 0  # bytes
         self.peak = 0
         for tensor in ignored:
             self._add(tensor, None)
         self.allocations, self.live, self.peak = [], 0, 0
 
+    def __enter__(self):
+        tracker, resize = self, torch.UntypedStorage.resize_
+
+        def resized(storage, size):
+            result = resize(storage, size)
+            tracker._resized(storage)
+            return result
+
+        self._patch = unittest.mock.patch.object(torch.UntypedStorage, "resize_", resized)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patch.stop()
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again with the local tensors
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -73,24 +103,45 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def _add(self, tensor: Tensor, func) -> None:
+        if isinstance(tensor, DTensor):
+            tensor = tensor._local_tensor
         storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self._open or not storage.nbytes():
+        if id(storage) in self._open or not storage.nbytes():
             return
-        address = key if isinstance(tensor, torch._subclasses.FakeTensor) else storage.data_ptr()
-        origin = () if func is None else (f"{func} -> {_describe(tensor)}",)
-        one = Allocation(address, storage.nbytes(), self.clock() if func is not None else 0, stack=origin)
-        counted = func is not None
+        origin = () if func is None else (f"{func} -> {_describe(tensor)}", *_fsdp2_frames())
+        address = id(storage) if isinstance(tensor, torch._subclasses.FakeTensor) else storage.data_ptr()
+        self._born(storage, Allocation(address, storage.nbytes(), 0, stack=origin), counted=func is not None)
 
-        def gone(_, key=key, one=one, counted=counted):
-            self._open.pop(key, None)
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._open:
+            self._died(id(storage))
+        if storage.nbytes():
+            address = id(storage) if storage.device.type == "meta" else storage.data_ptr()
+            one = Allocation(address, storage.nbytes(), 0, stack=("resize_", *_fsdp2_frames()))
+            self._born(storage, one, counted=True)
+
+    def _born(self, storage: torch.UntypedStorage, one: Allocation, counted: bool) -> None:
+        key = id(storage)
+        one.born = self.clock() if counted else 0
+        self._open[key] = (weakref.ref(storage, lambda _: self._died(key)), one, counted)
+        self.allocations.append(one)
+        self.live += one.size if counted else 0
+        self.peak = max(self.peak, self.live)
+
+    def _died(self, key: int) -> None:
+        if key in self._open:  # not so where it was resized to nothing before
+            _, one, counted = self._open.pop(key)
             one.died = self.clock()
             self.live -= one.size if counted else 0
 
-        self._open[key] = (weakref.ref(storage, gone), one)
-        self.allocations.append(one)
-        self.live += one.size
-        self.peak = max(self.peak, self.live)
+
+def _fsdp2_frames() -> Iterator[str]:
+    """Those of FSDP2 on the stack, innermost first, as the allocator's history writes them."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _FSDP2 in frame.f_code.co_filename:
+            yield f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
 
 
 def _describe(tensor: Tensor) -> str:

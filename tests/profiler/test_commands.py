@@ -165,7 +165,7 @@ def test_steps_with_and_without_take_turns():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("torch:Nothing", "'torch:Nothing' cannot be run: give torch or zero0 to zero3"),
+        ("torch:Nothing", "'torch:Nothing' cannot be run: give torch, ddp, fsdp2, zero0"),
         ("zero2:LoRA", "zero2:LoRA:r=8 cannot be measured, only predicted"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ds_mofa.profiler.categories import IN_ALLOCATOR
 from ds_mofa.profiler.measure.inventory import Known
-from ds_mofa.profiler.storages import FOREVER, Allocation
+from ds_mofa.profiler.storages import FOREVER, Allocation, of_fsdp2
 
 __all__ = ["ROWS", "Curve", "Span", "alive", "curve", "label", "new_gradients"]
 
@@ -49,9 +49,10 @@ def label(
     """Say what each allocation is.
 
     What an inventory has seen is what the inventory says; but an output gradient that waits for its sketch is named by
-    its birth, for liger-kernel writes some over activations, which they are at the peak. Of the rest, what was born in
-    forward is an activation, and what was born in any other phase a temporary; what was there before and belongs to
-    nobody stays unexplained.
+    its birth, for liger-kernel writes some over activations, which they are at the peak. Of the rest, what FSDP2's own
+    lines have allocated is communication, which on a device only stacks tell; what was born in forward is an
+    activation, and what was born in any other phase a temporary; what was there before and belongs to nobody stays
+    unexplained.
 
     Args:
         allocations: of one device; their ``category`` is set.
@@ -78,6 +79,9 @@ def label(
             continue
         if not one.born:
             one.category = "unexplained"
+            continue
+        if of_fsdp2(one):
+            one.category = "communication buffers"
             continue
         at = bisect.bisect_right(starts, one.born) - 1
         inside = at >= 0 and one.born < spans[at].end

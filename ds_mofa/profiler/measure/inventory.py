@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ds_mofa.optimizers.gradient import SketchedGradient
+from ds_mofa.profiler.measure.fully_sharded import held_by_fsdp2, parameters
 
 __all__ = ["Known", "inventory", "buckets", "sizes", "leaves", "tensors", "unwrap_optimizer"]
 
@@ -55,8 +57,8 @@ def inventory(model: nn.Module | None, optimizer: Any) -> list[Known]:
     """All storages of a model and its optimizer, each once.
 
     Args:
-        model: whose parameters, buffers and gradients to count; under ZeRO stage 3 a parameter's shard is a weight,
-            and the whole of it, while gathered, a communication buffer.
+        model: whose parameters, buffers and gradients to count; under ZeRO stage 3 and FSDP2 a parameter's shard is a
+            weight, and the whole of it, while gathered, a communication buffer.
         optimizer: a torch optimizer, :class:`ds_mofa.MoFaSGD`, or an optimizer that DeepSpeed built; or None.
     """
     seen: dict[tuple[str, int], Known] = {}
@@ -94,7 +96,7 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 def tensors(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str, Any]]:
     """(category, tensors in whatever nesting) of everything that :func:`inventory` counts, in its order."""
     optimizer = unwrap_optimizer(optimizer)
-    for param in model.parameters() if model is not None else ():
+    for param in parameters(model) if model is not None else ():
         if not hasattr(param, "ds_tensor"):
             yield "weights", param.data
         else:
@@ -125,7 +127,9 @@ def _short_lived(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str,
     # Before the gradients: one that waits for its reduction is a view of the bucket.
     for bucket in (getattr(optimizer, "ipg_buckets", None) or {}).values():
         yield "communication buffers", getattr(bucket, "buffer", None)
-    for param in model.parameters() if model is not None else ():
+    if model is not None:
+        yield from held_by_fsdp2(model)
+    for param in parameters(model) if model is not None else ():
         yield "gradients", param.grad
         yield "gradients", getattr(param, "grad_accum", None)
         if hasattr(param, "ds_tensor"):
@@ -138,7 +142,9 @@ def _short_lived(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str,
 
 
 def leaves(item: Any) -> list[Tensor]:
-    """Every tensor with memory in a tensor, list, tuple or dict; nothing of anything else."""
+    """Every tensor with memory in a tensor, list, tuple or dict, of a DTensor the local one; nothing of anything else."""
+    if isinstance(item, DTensor):
+        return [item._local_tensor]
     if isinstance(item, Tensor):
         return [] if isinstance(item, SketchedGradient) else [item]
     parts = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()

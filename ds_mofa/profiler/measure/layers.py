@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ds_mofa.parameters import full_shape
 from ds_mofa.profiler.measure.curve import Span, alive, new_gradients
+from ds_mofa.profiler.measure.fully_sharded import parameters
 from ds_mofa.profiler.measure.inventory import leaves
 from ds_mofa.profiler.storages import Allocation
 
@@ -66,8 +67,8 @@ def watch_layers(
 
 def matrix_gradients(model: nn.Module) -> int:
     """Bytes of the ``.grad`` of all matrices in the model's layers."""
-    grads = [p.grad for _, layer in find_layers(model) for p in layer.parameters() if len(full_shape(p)) == 2]
-    return sum(grad.untyped_storage().nbytes() for grad in leaves(grads))
+    grads = [p.grad for _, layer in find_layers(model) for p in parameters(layer) if len(full_shape(p)) == 2]
+    return sum(grad.nbytes for grad in leaves(grads))  # not of its storage, which may be a bucket
 
 
 def after_each_layer(
@@ -77,7 +78,7 @@ def after_each_layer(
     gradients = {
         name: [
             full_shape(p)[0] * full_shape(p)[1] * p.element_size()
-            for p in layer.parameters()
+            for p in parameters(layer)
             if p.requires_grad and len(full_shape(p)) == 2
         ]
         for name, layer in find_layers(model)

@@ -4,20 +4,20 @@ Bytes of one rank by category.
 """
 
 from ds_mofa.adamw.eight_bit import moment_bytes
-from ds_mofa.profiler.predict.plan import Plan, numbers
+from ds_mofa.profiler.predict.plan import Plan, numbers, numbers_of_a_shard
+from ds_mofa.profiler.predict.simulated.micro_batch import Parameter
+from ds_mofa.profiler.setting import RunSetting
 
-__all__ = ["always", "masters_are_weights", "matrix_masters", "state_bytes"]
+__all__ = ["always", "masters_are_weights", "matrix_masters", "on_a_rank", "state_bytes", "weight_bytes"]
 
 
 def always(plan: Plan) -> dict[str, int]:
     """On the device."""
     setting = plan.setting
-    N = setting.gpus
-    weights = 2 * numbers(plan.batch.parameters)
-    sharded = numbers(plan.trained) // (N if setting.zero else 1)
-    parts: dict[str, int] = {"weights": weights // N if setting.zero == 3 else weights}
+    parts: dict[str, int] = {"weights": weight_bytes(setting) * on_a_rank(plan, plan.batch.parameters)}
+    sharded = on_a_rank(plan, plan.trained) if setting.zero is None else _partition(plan)
     if setting.offload == "param":  # but for what stage 3 keeps gathered
-        least = plan.zero.stage3_param_persistence_threshold
+        least = 0 if setting.sharded else plan.zero.stage3_param_persistence_threshold
         parts["weights"] = 2 * numbers([p for p in plan.batch.parameters if p.numel <= least])
     if setting.zero is not None and not setting.offload and not masters_are_weights(plan):
         parts["master weights"] = state_bytes(plan) * sharded
@@ -32,15 +32,35 @@ def always(plan: Plan) -> dict[str, int]:
     return parts
 
 
+def weight_bytes(setting: RunSetting) -> int:
+    """Of one number of the weights, and of the gradients that are kept."""
+    return 4 if setting.weights == "fp32" else 2
+
+
+def on_a_rank(plan: Plan, parameters: list[Parameter]) -> int:
+    """Elements of these that a rank holds as weights."""
+    setting = plan.setting
+    return numbers_of_a_shard(parameters, setting) if setting.sharded else numbers(parameters) // setting.shards
+
+
+def _partition(plan: Plan) -> int:
+    """Elements that a rank's AdamW steps under ZeRO: a part of all from stage 1 on."""
+    return numbers(plan.trained) // (plan.setting.gpus if plan.setting.zero else 1)
+
+
 def state_bytes(plan: Plan) -> int:
     """Of one number of the masters and moments."""
-    return 2 if plan.setting.zero is None or plan.setting.states == "bf16" else 4
+    if plan.setting.zero is None:
+        return weight_bytes(plan.setting)
+    return 2 if plan.setting.states == "bf16" else 4
 
 
 def matrix_masters(plan: Plan) -> int:
-    """Of the matrices' fp32 masters, with the option ``master_weights``: whole on every rank but in stage 3."""
-    shares = plan.setting.gpus if plan.setting.zero == 3 else 1
-    return 4 * numbers(plan.matrices) // shares if plan.setting.option("master_weights") else 0
+    """Of the matrices' fp32 masters, with the option ``master_weights``: of what a rank holds. fp32 weights are their
+    own.
+    """
+    wanted = plan.setting.option("master_weights") and plan.setting.weights != "fp32"
+    return 4 * on_a_rank(plan, plan.matrices) if wanted else 0
 
 
 def masters_are_weights(plan: Plan) -> bool:
@@ -62,7 +82,7 @@ def _moments(plan: Plan, sharded: int) -> dict[str, int]:
 
 
 def _stepped(plan: Plan) -> list[int]:
-    """Elements of each tensor that AdamW steps: a parameter, or a rank's partition of a group."""
+    """Elements of each tensor that AdamW steps: a parameter, a shard of it, or a rank's partition of a group."""
     if not plan.setting.zero:
-        return [p.numel for p in plan.trained]
+        return [on_a_rank(plan, [p]) for p in plan.trained]
     return [-(-numbers(group) // plan.setting.gpus) for group in plan.groups]

@@ -5,10 +5,12 @@ Each with the bytes by category that are there besides :func:`ds_mofa.profiler.p
 
 import dataclasses
 
+from ds_mofa.profiler.predict.always import on_a_rank, weight_bytes
 from ds_mofa.profiler.predict.candidate import Candidate
 from ds_mofa.profiler.predict.offload import offloaded_candidates
 from ds_mofa.profiler.predict.plan import Plan
 from ds_mofa.profiler.predict.reserved.gathering import gathered
+from ds_mofa.profiler.predict.simulated.micro_batch import Parameter
 from ds_mofa.profiler.predict.stage12 import stage12_candidates
 from ds_mofa.profiler.predict.step_workspace import step_workspace
 from ds_mofa.profiler.predict.zero import ZeroSettings, norm_bytes
@@ -29,7 +31,7 @@ def highest(plan: Plan, process: int | None = None) -> tuple[Candidate, int]:
 def candidates(plan: Plan, process: int) -> list[Candidate]:
     """All moments of one rank."""
     setting = plan.setting
-    if setting.offload:
+    if setting.offload and not setting.sharded:
         found = offloaded_candidates(plan.zero, plan.groups, plan.batch, setting.micro_batches, process)
     elif setting.zero in (1, 2):
         found = stage12_candidates(plan.zero, plan.groups, plan.batch, setting.micro_batches, process)
@@ -45,9 +47,11 @@ def candidates(plan: Plan, process: int) -> list[Candidate]:
 
 
 def _other_candidates(plan: Plan) -> list[Candidate]:
-    """A plain loop, stage 0 (fp32 gradients at the step) and stage 3 (a flat buffer of gradient shards, one bucket)."""
+    """A plain loop, DDP (gradients are views of its buckets, which stay), FSDP2 (what it gathers and reduces in is in the
+    micro-batch), stage 0 (fp32 gradients at the step) and stage 3 (a flat buffer of gradient shards, one bucket).
+    """
     setting, batch, zero = plan.setting, plan.batch, plan.zero
-    sizes = {p.name: 2 * p.numel for p in plan.trained}
+    sizes = {p.name: gradient_bytes(plan, p) for p in plan.trained}
     whole = sum(sizes.values())
     fixed = {}
     if setting.zero == 3:
@@ -59,13 +63,10 @@ def _other_candidates(plan: Plan) -> list[Candidate]:
         if setting.zero == 3:
             gradients = whole // setting.gpus
         else:
-            gradients = whole if setting.micro_batches > 1 else complete
-        found.append(
-            Candidate(
-                "backward" if moment.completed else "loss",
-                {"activations": moment.activations, "workspace": moment.workspace, "gradients": gradients, **fixed},
-            )
-        )
+            gradients = whole if setting.micro_batches > 1 or setting.backend == "ddp" else complete
+        extra = {"activations": moment.activations, "workspace": moment.workspace, "gradients": gradients}
+        extra["communication buffers"] = moment.communication
+        found.append(Candidate("backward" if moment.completed else "loss", {**extra, **fixed}))
     step = {"gradients": whole}
     if setting.zero == 0:
         step["gradients"] += 2 * whole  # DeepSpeed converts all of them to fp32 before it steps
@@ -75,6 +76,13 @@ def _other_candidates(plan: Plan) -> list[Candidate]:
         norm = {"gradients": whole // setting.gpus, "workspace": norm_bytes(largest)}
         found.append(Candidate("step, gradient norm", norm))
     return [*found, Candidate("step", step)]
+
+
+def gradient_bytes(plan: Plan, parameter: Parameter) -> int:
+    """Of a gradient as it is kept: whole, but under FSDP2, and not at all where that sends it to the host."""
+    if not plan.setting.sharded:
+        return 2 * parameter.numel
+    return 0 if plan.setting.offload else weight_bytes(plan.setting) * on_a_rank(plan, [parameter])
 
 
 def _stage3_step(zero: ZeroSettings, sharded: int) -> int:

@@ -7,7 +7,6 @@ Sizes in bytes, of one rank.
 
 from collections.abc import Sequence
 
-from ds_mofa.backends.deepspeed.gradients.pieces import PIECE
 from ds_mofa.profiler.predict.candidate import Candidate
 from ds_mofa.profiler.predict.reserved.gathering import gathered
 from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Moment, Parameter
@@ -85,6 +84,8 @@ def _original(zero: ZeroSettings, elements: int) -> int:
 
 def _at_a_time(zero: ZeroSettings, elements: int) -> int:
     """Of a gradient or parameter, what is moved at once."""
+    from ds_mofa.backends.deepspeed.gradients.pieces import PIECE  # no other run needs DeepSpeed
+
     return min(elements, PIECE) if zero.host_in_pieces else elements
 
 

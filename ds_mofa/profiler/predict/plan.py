@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
+import math
 
-from ds_mofa.backends.deepspeed.build import LARGE
 from ds_mofa.partition.layout import Layout
 from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Parameter
 from ds_mofa.profiler.predict.zero import ZeroSettings
 from ds_mofa.profiler.setting import RunSetting
 from ds_mofa.rules.rule import Rule
 
-__all__ = ["Plan", "numbers"]
+__all__ = ["Plan", "numbers", "numbers_of_a_shard"]
 
 _ADAPTERS = {"LoRA": ("adapter",)}  # the kinds of parameters that a baseline trains, where that is not all
 
@@ -43,18 +43,25 @@ class Plan:
         """DeepSpeed's param groups of these: ds_mofa gives each large one a group of its own."""
         if not self.sketched:
             return [self.trained]
+        from ds_mofa.backends.deepspeed.build import LARGE  # no other run needs DeepSpeed
+
         small = [p for p in self.trained if p.numel < LARGE]
         return [group for group in [small, *([p] for p in self.trained if p.numel >= LARGE)] if group]
 
     @functools.cached_property
     def layout(self) -> Layout:
         """Where sketches and working copies lie."""
-        return Layout(self.batch.places, self._rule.columns, self.setting.gpus)
+        return Layout(self.batch.places, self._rule.columns, self.owners)
 
     @functools.cached_property
     def state_layout(self) -> Layout:
         """Where the fp32 state of the rule does."""
-        return Layout(self.batch.places, self._rule.r, self.setting.gpus, self._rule.field_shapes)
+        return Layout(self.batch.places, self._rule.r, self.owners, self._rule.field_shapes)
+
+    @property
+    def owners(self) -> int:
+        """Processes that share the matrices out; under DDP each owns all, as it holds all weights."""
+        return 1 if self.setting.backend == "ddp" else self.setting.gpus
 
     @functools.cached_property
     def _rule(self) -> Rule:
@@ -66,3 +73,9 @@ class Plan:
 def numbers(parameters: list[Parameter]) -> int:
     """Elements of all."""
     return sum(p.numel for p in parameters)
+
+
+def numbers_of_a_shard(parameters: list[Parameter], setting: RunSetting) -> int:
+    """Elements of all that FSDP2 leaves on the first rank: it cuts rows, and pads the last ranks' to as many."""
+    rows = [(-(-p.shape[0] // setting.shards), p.shape[1:]) for p in parameters if p.shape]
+    return sum(count * math.prod(rest) for count, rest in rows)

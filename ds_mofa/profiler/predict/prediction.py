@@ -13,7 +13,7 @@ from typing import Any
 
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.outside import CUBLAS, CUDA_CONTEXT, NCCL
-from ds_mofa.profiler.predict.always import always, matrix_masters
+from ds_mofa.profiler.predict.always import always, matrix_masters, on_a_rank, weight_bytes
 from ds_mofa.profiler.predict.moments import highest
 from ds_mofa.profiler.predict.offload import host_bytes
 from ds_mofa.profiler.predict.plan import Plan, numbers
@@ -69,6 +69,11 @@ def plan_of(setting: RunSetting) -> Plan:
     Raises:
         PredictionError: a model that cannot be simulated.
     """
+    if setting.compiled:
+        raise PredictionError(
+            f"{setting.run} cannot be predicted: which activations a compiled layer keeps is inductor's choice. Predict it "
+            "without compiled, which takes more"
+        )
     path = Path(setting.model_config)
     changed = path.stat().st_mtime_ns if path.exists() else None
     return Plan(setting, _simulated(str(_one_micro_batch(setting)), changed), zero_settings(setting))
@@ -78,7 +83,9 @@ def _one_micro_batch(setting: RunSetting) -> RunSetting:
     """A setting that differs from another one only if forward or backward does."""
     name = setting.optimizer if setting.has_rank else "AdamW"
     alike = RunSetting.of(setting.model_config, name, rank=setting.rank if setting.has_rank else 8)
-    kept = ("seq", "micro_batch", "checkpointing", "liger", "head", "embed")
+    kept = ["seq", "micro_batch", "checkpointing", "liger", "head", "embed"]
+    if setting.sharded:
+        kept += ["backend", "gpus", "weights", "reshard", "replicas"]
     options = {name: value for name, value in setting.options if name not in OF_ADAMW}
     return alike.but(**{field: getattr(setting, field) for field in kept}, **options)
 
@@ -94,6 +101,10 @@ def _host(plan: Plan, process: int) -> int:
     setting = plan.setting
     if not setting.offload:
         return 0
+    if setting.sharded:  # weights, and of what AdamW trains gradients and both moments
+        held = on_a_rank(plan, plan.batch.parameters) + 3 * on_a_rank(plan, plan.trained)
+        state = 4 * plan.state_layout.segment if plan.sketched else 0
+        return weight_bytes(setting) * held + state + matrix_masters(plan)
     segment = plan.state_layout.segment if plan.sketched else 0
     weights = numbers(plan.batch.parameters)
     own = host_bytes(plan.zero, plan.groups, weights, segment, process, setting.offload == "param")

@@ -15,7 +15,7 @@ def step_workspace(plan: Plan) -> int:
     Of a sub-batch what :func:`ds_mofa.partition.subbatches.temporaries` says, which is MoFaSGD's and more than GaLore's.
     """
     if plan.sketched:
-        limit, ranks = plan.setting.option("update_bytes"), range(plan.setting.gpus)
+        limit, ranks = plan.setting.option("update_bytes"), range(plan.owners)
         batches = [parts for rank in ranks for parts in split(plan.layout.owned_by(rank), limit)]
         return 4 * plan.layout.segment + _staged(plan, limit) + max(map(temporaries, batches))
     if plan.setting.optimizer == "Muon":  # Newton-Schulz in bf16: the update, its Gram matrix twice, one product
@@ -28,7 +28,7 @@ def _staged(plan: Plan, limit: float) -> int:
     if not plan.setting.offload:
         return 0
     largest = 0
-    for rank in range(plan.setting.gpus):
+    for rank in range(plan.owners):
         states = dict(zip(plan.layout.owned_by(rank), plan.state_layout.owned_by(rank), strict=True))
         for parts in split(list(states), limit):
             shapes = [(len(part.members), states[part.block].tensors) for part in parts]

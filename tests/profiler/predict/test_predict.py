@@ -239,8 +239,8 @@ def test_one_micro_batch_needs_no_gradients_at_the_loss():
     ("options", "message"),
     [
         ({"optimizer": "SGD"}, "'SGD' is unknown: choose one of AdamW"),
-        ({"zero": 4}, "zero is 4"),
-        ({"gpus": 2}, "several GPUs without ZeRO"),
+        ({"zero": 4}, "backend is 'zero4': give torch, ddp, fsdp2, zero0"),
+        ({"gpus": 2}, "several GPUs without ZeRO, FSDP2 or DDP"),
         ({"rank": 0}, "rank is 0"),
         ({"explore": -1}, "explore=-1 must be a whole number >= 0"),
         ({"states": "fp8"}, "give fp32 or bf16"),
@@ -274,7 +274,7 @@ def test_the_command(tmp_path, capsys):
 def test_the_command_says_what_is_wrong():
     with pytest.raises(SystemExit, match="predict.py: error: adamw_states: of .*MoFaSGD.*, not of AdamW"):
         command.main(["--model_config", TINY, "--optimizer", "MoFaSGD", "AdamW", "--adamw_states", "8bit"])
-    with pytest.raises(SystemExit, match="several GPUs need ZeRO"):
+    with pytest.raises(SystemExit, match="several GPUs without ZeRO, FSDP2 or DDP"):
         command.main(["--model_config", TINY, "--gpus", "2"])
 
 

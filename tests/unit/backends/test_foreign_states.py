@@ -22,7 +22,10 @@ def trained(steps: int = 2) -> tuple[nn.Module, MoFaSGD]:
 
 def of_adamw(state: dict) -> dict:
     model = nn.Linear(16, 24)
-    return torch.optim.AdamW(model.parameters()).state_dict()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(8, 16)).square().mean().backward()
+    optimizer.step()
+    return optimizer.state_dict()
 
 
 def lacks_v(state: dict) -> dict:

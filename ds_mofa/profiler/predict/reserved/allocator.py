@@ -93,15 +93,25 @@ class CachingAllocator:
                 self.reserved -= entry[0]
 
 
-def play(allocator: CachingAllocator, batch: MicroBatch, complete: Callable[[str], None]) -> None:
-    """The allocations of one micro-batch; ``complete(name)`` at each gradient."""
+def play(
+    allocator: CachingAllocator,
+    batch: MicroBatch,
+    complete: Callable[[str], None],
+    gathering: CachingAllocator | None = None,
+) -> None:
+    """The allocations of one micro-batch; ``complete(name)`` at each gradient.
+
+    Args:
+        gathering: of the stream that FSDP2 gathers on.
+    """
     live = {}
     for kind, key, size in batch.events:
+        stream = gathering if gathering is not None and isinstance(key, tuple) else allocator
         if kind == "alloc":
-            live[key] = allocator.alloc(size)
+            live[key] = stream, stream.alloc(size)
         elif kind == "free":
-            allocator.free(live.pop(key))
+            stream.free(live.pop(key)[1])
         else:
             complete(key)
-    for handle in live.values():
-        allocator.free(handle)
+    for stream, handle in live.values():
+        stream.free(handle)

@@ -1,48 +1,46 @@
-"""What PyTorch's caching allocator will reserve in a plain loop: two steps, replayed."""
+"""What PyTorch's caching allocator will reserve in a plain loop, under DDP and under FSDP2: two steps, replayed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 from ds_mofa.profiler.predict.reserved.allocator import CachingAllocator, Handle, play
-from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, Parameter
+from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch
 
 __all__ = ["reserved_by_plain_loop"]
 
 
 def reserved_by_plain_loop(
     batch: MicroBatch,
-    trained: Sequence[Parameter],
+    weights: Sequence[int],
+    gradients: Mapping[str, int],
+    moments: Sequence[int],
     buffers: Sequence[int],
-    moments: Callable[[int], int],
     micro_batches: int,
 ) -> int:
-    """Bytes reserved after two steps of a plain loop in bf16.
+    """Bytes reserved after two steps.
 
     Args:
         batch: its micro-batch.
-        trained: what gets a gradient and two moments.
+        weights: sizes, of what this rank holds.
+        gradients: sizes, by name.
+        moments: sizes of AdamW's, which come with the first step.
         buffers: sizes of what else is there from the beginning, MoFaSGD's for one.
-        moments: bytes of one moment of so many elements.
         micro_batches: of one step.
     """
-    allocator = CachingAllocator()
-    for param in batch.parameters:
-        allocator.alloc(2 * param.numel)
-    for size in buffers:
+    allocator, gathering = CachingAllocator(), CachingAllocator()
+    for size in (*weights, *buffers):
         allocator.alloc(size)
-    sizes = {param.name: 2 * param.numel for param in trained}
     for step in range(2):
         grads: dict[str, Handle] = {}
 
         def complete(name: str, grads=grads) -> None:
-            if name in sizes and name not in grads:
-                grads[name] = allocator.alloc(sizes[name])
+            if gradients.get(name) and name not in grads:
+                grads[name] = allocator.alloc(gradients[name])
 
         for _ in range(min(micro_batches, 3)):
-            play(allocator, batch, complete)
+            play(allocator, batch, complete, gathering)
         if step == 0:
-            for param in trained:
-                for _ in range(2):
-                    allocator.alloc(moments(param.numel))
+            for size in moments:
+                allocator.alloc(size)
         for handle in grads.values():
             allocator.free(handle)
-    return allocator.reserved
+    return allocator.reserved + gathering.reserved

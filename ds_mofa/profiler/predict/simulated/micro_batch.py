@@ -2,7 +2,8 @@
 
 The model that transformers would build runs forward and backward on tensors that have shapes but no data, and
 :class:`~ds_mofa.profiler.storages.StorageTracker` keeps the history. The capture of sketches runs as it is; LoRA is the
-usual ``W x + scale B (A x)`` on every linear of the layers, in the model's dtype.
+usual ``W x + scale B (A x)`` on every linear of the layers, in the model's dtype. Under FSDP2 it is ``fully_shard`` itself
+that gathers and reduces, on ranks that only pretend.
 
 The operators are the CPU's. They allocate what the CUDA ones do but for attention's row statistics and the matrix
 products' workspace (some tens of MB).
@@ -19,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_mofa.profiler.predict.simulated.model import build, one_sequence_a_row, operators
 from ds_mofa.profiler.predict.simulated.optimizer import attach
+from ds_mofa.profiler.predict.simulated.ranks import pretended_ranks
 from ds_mofa.profiler.setting import RunSetting
-from ds_mofa.profiler.storages import StorageTracker
+from ds_mofa.profiler.sharding import shard
+from ds_mofa.profiler.storages import StorageTracker, of_fsdp2
 
 __all__ = ["MicroBatch", "Moment", "Parameter", "simulate"]
 
@@ -41,13 +44,20 @@ class Moment:
 
     Attributes:
         activations: what forward has allocated.
-        workspace: what backward has allocated; the gradient that is just being computed is part of it.
+        workspace: what backward has allocated; the gradient that is just being computed is part of it, and one that
+            waits for FSDP2 to reduce it.
         completed: number of gradients that are complete.
+        communication: what FSDP2 has allocated: gathered weights, and what they and gradients travel in.
     """
 
     activations: int
     workspace: int
     completed: int
+    communication: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.activations + self.workspace + self.communication
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,8 @@ class MicroBatch:
         order: names of the parameters that get a gradient, in the order in which backward completes them.
         peaks: between each two completions, the highest moment; the first is of forward and the loss.
         at_completion: the moment at which each gradient of ``order`` is complete.
-        events: ("alloc", key, bytes), ("free", key, bytes) and ("complete", name, 0), in order.
+        events: ("alloc", key, bytes), ("free", key, bytes) and ("complete", name, 0), in order. A key is a number, of
+            what FSDP2 allocates on the stream that it gathers on ("gathered", number).
         places: (shape, param group) of every matrix of the optimizer, in its order: a parameter may hold several.
         held: bytes that the optimizer's rule keeps on every rank beside its state.
     """
@@ -78,14 +89,16 @@ class MicroBatch:
 
 
 def simulate(setting: RunSetting) -> MicroBatch:
-    """Run one micro-batch, weights and activations in bf16.
+    """Run one micro-batch, activations in bf16.
 
     Raises:
         PredictionError: the model cannot be built from its config, or it is not known which of its operators
             liger-kernel would replace.
     """
-    with FakeTensorMode(), one_sequence_a_row():
+    with pretended_ranks(setting) as mesh, FakeTensorMode(), one_sequence_a_row():
         model = build(setting)
+        if mesh is not None:
+            shard(model, mesh, setting)
         attached = attach(model, setting)
         kinds = attached.kinds
         for param in model.parameters():  # as in every micro-batch but the first
@@ -132,35 +145,29 @@ def _run(
 
 def _events(tracker: StorageTracker, order: list[str], ticks: list[int]) -> list[tuple[str, Any, int]]:
     timed: list[tuple[int, tuple[str, Any, int]]] = [(tick, ("complete", name, 0)) for name, tick in zip(order, ticks)]
-    for key, one in enumerate(tracker.allocations):
+    for number, one in enumerate(tracker.allocations):
+        key = ("gathered", number) if any("foreach_all_gather" in frame for frame in one.stack) else number
         timed.append((one.born, ("alloc", key, one.size)))
         timed.append((one.died, ("free", key, one.size)))
     return [event for _, event in sorted(timed, key=lambda item: item[0])]
 
 
 def _moments(tracker: StorageTracker, backward_starts: int, ticks: list[int]) -> tuple[list[Moment], list[Moment]]:
-    changes = sorted(
-        change
-        for one in tracker.allocations
-        if one.born
-        for change in (
-            (one.born, one.size, one.born < backward_starts),
-            (one.died, -one.size, one.born < backward_starts),
-        )
-    )
-    activations = workspace = 0
+    changes = []
+    for one in tracker.allocations:
+        if one.born:
+            kind = "communication" if of_fsdp2(one) else "activations" if one.born < backward_starts else "workspace"
+            changes += [(one.born, one.size, kind), (one.died, -one.size, kind)]
+    level = {"activations": 0, "workspace": 0, "communication": 0}
     peaks, at_completion = [Moment(0, 0, 0)], list[Moment]()
-    for tick, size, forward in changes:
+    for tick, size, kind in sorted(changes):
         while len(at_completion) < len(ticks) and ticks[len(at_completion)] < tick:
-            done = Moment(activations, workspace, len(at_completion) + 1)
+            done = Moment(**level, completed=len(at_completion) + 1)
             at_completion.append(done)
             peaks.append(done)
-        if forward:
-            activations += size
-        else:
-            workspace += size
-        if activations + workspace > peaks[-1].activations + peaks[-1].workspace:
-            peaks[-1] = Moment(activations, workspace, len(at_completion))
+        level[kind] += size
+        if sum(level.values()) > peaks[-1].bytes:
+            peaks[-1] = Moment(**level, completed=len(at_completion))
     while len(at_completion) < len(ticks):
-        at_completion.append(Moment(activations, workspace, len(at_completion) + 1))
+        at_completion.append(Moment(**level, completed=len(at_completion) + 1))
     return peaks, at_completion

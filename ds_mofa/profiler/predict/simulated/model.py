@@ -26,14 +26,15 @@ __all__ = ["build", "head_names", "one_sequence_a_row", "operators"]
 
 
 def build(setting: RunSetting) -> nn.Module:
-    """In bf16, in training mode, with what the setting says of checkpointing and of the embedding.
+    """In the weights' dtype, in training mode, with what the setting says of checkpointing and of the embedding.
 
     Raises:
         PredictionError: no model can be built from its config.
     """
     config = AutoConfig.for_model(**_shape_in(setting.model_config))
     config.use_cache = False
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
+    dtype = torch.float32 if setting.weights == "fp32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     if setting.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if setting.embed == "frozen":

@@ -1,0 +1,77 @@
+"""Torch's own loops on several ranks: DDP, and FSDP2 with its shards on some or all of them (HSDP)."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ds_mofa.profiler.setting import RunSetting
+from ds_mofa.profiler.sharding import mesh_of, shard
+from profiling.trainers import TorchTrainer, build_model
+
+__all__ = ["DDPTrainer", "FSDP2Trainer"]
+
+
+def join(device: torch.device) -> None:
+    """The ranks that torchrun has started; a run of one rank needs none to start it."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+
+
+class _RanksTrainer(TorchTrainer):
+    def versions(self) -> dict[str, Any]:
+        return {"world_size": dist.get_world_size()}
+
+
+class DDPTrainer(_RanksTrainer):
+    """Gradients are views of DDP's buckets, and are reduced with the last micro-batch.
+
+    They are set to zero and not to None, or autograd would allocate all of them once more in the micro-batches before.
+    """
+
+    def __init__(self, setting: RunSetting, device: torch.device):
+        join(device)
+        super().__init__(setting, device)
+        ids = [device] if device.type == "cuda" else None
+        self.model = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+        self._count = 0
+
+    def accumulate(self, ids: Tensor) -> Tensor:
+        self._count = (self._count + 1) % self.micro_batches
+        self.model.require_backward_grad_sync = self._count == 0  # what its no_sync() sets
+        return super().accumulate(ids)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+
+
+class FSDP2Trainer(_RanksTrainer):
+    """Every decoder layer is sharded, and the model with what is left; gradients are reduced in every micro-batch.
+
+    No rank ever holds the whole model: each module gets its weights right before it is cut.
+    """
+
+    def __init__(self, setting: RunSetting, device: torch.device):
+        join(device)
+        model = build_model(setting, torch.device("meta"))
+
+        def prepare(module: nn.Module) -> None:
+            for part in module.modules():
+                own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+                if any(tensor.is_meta for tensor in own):
+                    part.to_empty(device=device, recurse=False)
+                    model._init_weights(part)
+            if module is model:
+                model.tie_weights()
+
+        shard(model, mesh_of(setting, device.type), setting, prepare)
+        self._take(model, setting, device)
