@@ -3,6 +3,7 @@
 What the engines have in common is shown by test_train_command.py, under DeepSpeed.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from deepspeed import comm as dist
 from launching import cases, on_ranks
 from scenes.command import command, finished, make_inputs, saved_model, sigterm_before
 
+from ds_mofa.profiler import load_report
 from launch.fsdp import FULL, SHARDED, written_as
 from tests.launch.commands import STEPS, answer_loss, losses_in
 
@@ -57,7 +59,9 @@ def test_the_banner_names_engine_and_ranks(ran):
 
 
 def stopped(engine: str, before: str) -> dict:
-    """The same run, of which rank 1 gets SIGTERM half way; then resumed. Under FSDP2 from a sharded checkpoint."""
+    """The same run, of which rank 1 gets SIGTERM half way; then resumed, under the memory profiler. Under FSDP2 the
+    checkpoint is sharded.
+    """
     from launch.trainer import FineTuner
 
     make_inputs()
@@ -66,9 +70,10 @@ def stopped(engine: str, before: str) -> dict:
         ended = command("--output_dir", "stopped", *sharded, engine=engine)
     cut, unfinished = written_as(f"stopped/checkpoint-{HALF}"), saved_model("stopped")
     dist.barrier()
-    resume = ["--resume_from_checkpoint", "last", "--learning_rate", "1e-3"]
+    resume = ["--resume_from_checkpoint", "last", "--learning_rate", "1e-3", "--profile_memory", "--profile_hz", "50"]
     resumed = command("--output_dir", "stopped", *resume, engine=engine)
     return {
+        "report": json.dumps(load_report(Path("stopped/memory/report.json").absolute())),
         "ended": ended, "cut": cut, "unfinished": unfinished, "resumed": resumed, "weights": saved_model("stopped"),
     }  # fmt: skip
 
@@ -87,6 +92,11 @@ def check_stopped(ran, cut: str | None) -> None:
     weights, reference = ran.ranks[0]["weights"], ran.before.ranks[0]["weights"]
     assert weights.keys() == reference.keys()
     assert all(torch.equal(weights[name], reference[name]) for name in reference)
+    report = json.loads(ran.ranks[0]["report"])
+    assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
+    for rank in report["ranks"]:
+        counts = {phase["name"]: phase["count"] for phase in rank["phases"]}
+        assert counts["forward"] == counts["backward"] == counts["apply"] == STEPS - HALF
 
 
 @on_ranks(stopped, engine=["ddp"], after=UNINTERRUPTED["ddp"])
