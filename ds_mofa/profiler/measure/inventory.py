@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ds_mofa.optimizers.gradient import SketchedGradient
 from ds_mofa.profiler.measure.fully_sharded import held_by_fsdp2, parameters
+from ds_mofa.profiler.storages import with_memory
 
 __all__ = ["Known", "inventory", "buckets", "sizes", "leaves", "tensors", "unwrap_optimizer"]
 
@@ -143,10 +142,8 @@ def _short_lived(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str,
 
 def leaves(item: Any) -> list[Tensor]:
     """Every tensor with memory in a tensor, list, tuple or dict, of a DTensor the local one; nothing of anything else."""
-    if isinstance(item, DTensor):
-        return [item._local_tensor]
     if isinstance(item, Tensor):
-        return [] if isinstance(item, SketchedGradient) else [item]
+        return list(with_memory(item))
     parts = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
     return [leaf for part in parts for leaf in leaves(part)]
 
