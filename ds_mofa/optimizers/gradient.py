@@ -361,7 +361,9 @@ class Gradients:
             self._fold()
             self.reduce()
         factor = math.prod(chains[0]) if self._factors else 1.0
-        return factor.to(self._step.norm.device) if isinstance(factor, Tensor) else factor  # offloaded gradients have a CPU's
+        return (
+            factor.to(self._step.norm.device) if isinstance(factor, Tensor) else factor
+        )  # offloaded gradients have a CPU's
 
     def _fold(self) -> None:
         """Multiply the pending sketches by their factors."""
