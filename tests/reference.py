@@ -120,6 +120,8 @@ class Reference:
         matrices: names, in the order of the model's parameters.
         lr, adamw_lr: constants, or functions of the step's number, from 1. AdamW's is a tenth unless given.
         no_decay: names of AdamW parameters without weight decay.
+        clip: to this norm, of the gradients of all.
+        clip_apart: beginnings of names; those are clipped to it by a norm of their own, and the others by theirs.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Reference:
         adamw_eps: float = 1e-8,
         no_decay=(),
         clip: float = 0.0,
+        clip_apart: tuple[str, ...] = (),
         balance: float = 0.0,
         explore: int = 0,
         explore_scale: float = 1.0,
@@ -148,34 +151,40 @@ class Reference:
         }
         self.explore, self.explore_scale, self.seed = explore, explore_scale, seed
         self.moments = {name: (0.0, 0.0) for name in self.params if name not in self.momenta}
+        self.clip_apart = tuple(clip_apart)
         self.lr = lr if callable(lr) else lambda step: lr
         self.adamw_lr = adamw_lr if callable(adamw_lr) else lambda step: self.lr(step) / 10
         self.beta, self.weight_decay, self.eps, self.clip = beta, weight_decay, adamw_eps, clip
         self.no_decay, self.balance = set(no_decay), balance
         self.steps = 0
-        self.norm = None
+        self.norm: float | list[float] | None = None
 
     def step(self, batch) -> float:
-        """One step on the whole of a global batch; its loss before the step. ``norm`` is the combined one."""
+        """One step on the whole of a global batch; its loss before the step.
+
+        ``norm`` is the combined one; with ``clip_apart`` a list of two, that of the others last.
+        """
         loss = self.model(*batch)
         loss.backward()
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.params.items()}
-        self.norm = self._combined_norm(grads)
-        clip = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
+        apart = {name: grad for name, grad in grads.items() if name.startswith(self.clip_apart)}
+        norms = [self._clip(apart)] if apart else []
+        norms.append(self._clip({name: grad for name, grad in grads.items() if name not in apart}))
+        self.norm = norms if apart else norms[0]
         self.steps += 1
         with torch.no_grad():
             self.beside = self._directions_beside(grads)
             self.moving = {name for name in self.momenta if grads[name].any()}
             for name, momentum in self.momenta.items():
                 if name in self.moving:
-                    momentum.move(grads[name] * clip, self.beta)
+                    momentum.move(grads[name], self.beta)
                 else:
                     momentum.wait()
             for name, param in self.params.items():
                 if name in self.moving:
-                    self._move_matrix(name, param, grads[name] * clip)
+                    self._move_matrix(name, param, grads[name])
                 elif name not in self.momenta:
-                    self._move_by_adamw(name, param, grads[name] * clip)
+                    self._move_by_adamw(name, param, grads[name])
                 param.grad = None
         return loss.item()
 
@@ -185,6 +194,13 @@ class Reference:
 
     def weights(self) -> dict[str, Tensor]:
         return {name: param.detach().clone() for name, param in self.model.named_parameters()}
+
+    def _clip(self, grads: dict[str, Tensor]) -> float:
+        """Scale these down to a common norm of at most ``clip``; their norm before that."""
+        norm = self._combined_norm(grads)
+        for grad in grads.values():
+            grad.mul_(min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0)
+        return norm
 
     def _combined_norm(self, grads: dict[str, Tensor]) -> float:
         squares = [

@@ -101,7 +101,10 @@ def test_a_command_line_serves_several_optimizers():
         ("torch:MoFaSGD:head_loss=own", "head_loss is 'own': give fused"),
         ("torch:AdamW:explore=3", "explore: of MoFaSGD, not of AdamW"),
         ("zero0:AdamW:states=bf16", "Use stage 1 or 2"),
-        ("zero3:AdamW:weights=fp32:reshard=0", "weights, reshard with zero3: FSDP2's alone. Leave it out, or give fsdp2"),
+        (
+            "zero3:AdamW:weights=fp32:reshard=0",
+            "weights, reshard with zero3: FSDP2's alone. Leave it out, or give fsdp2",
+        ),
         ("fsdp2:AdamW:replicas=2", "replicas is 2 on 1 GPUs: give a divisor of 1"),
         ("fsdp2:AdamW:weights=fp16", "weights is 'fp16': give bf16 or fp32"),
         ("fsdp2:AdamW:offload=optimizer", "its CPUOffloadPolicy takes the weights too. Give param"),

@@ -13,13 +13,21 @@ __all__ = [
     "Sometimes",
     "Resting",
     "Late",
+    "Idle",
+    "Layers",
+    "Marked",
+    "Napping",
+    "Tied",
     "batches",
+    "marked",
     "micro_batches",
+    "plenty",
     "SEQUENCES",
 ]
 
 VOCABULARY, WIDTH, HIDDEN = 37, 35, 53  # odd and not divisible by 3: shards of 2 and of 3 ranks end inside a row
 SEQUENCES = 18  # in a global batch: divides by 1, 2, 3 ranks times 1, 3 micro-batches
+LENGTH = 6  # of a sequence
 
 
 class Toy(nn.Module):
@@ -175,11 +183,160 @@ class Sliver(Toy):
         return F.pad(torch.tanh(self.sliver(x[..., :2])), (0, WIDTH - 2))
 
 
-def batches(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Global batches of ``SEQUENCES`` sequences: tokens, and targets that follow from them."""
+class Layers(nn.Module):
+    """Toy in modules of its own, for engines that shard by modules.
+
+    place   a matrix whose input requires no gradient     gate    4 rows: the third of three ranks holds none
+    mix     a matrix that is no nn.Linear                 feed    two linears, one with a bias, and a norm
+    pair    two linears of one matrix, and a frozen one   embed, norm, head   for AdamW
+    """
+
+    MATRICES = ("place.weight", "mix.kernel", "feed.up.weight", "feed.down.weight", "pair.twin.weight", "gate.weight")
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.place = nn.Linear(LENGTH, WIDTH, bias=False)
+        self.mix, self.feed, self.pair = Mix(), Feed(), Pair()
+        self.gate = nn.Linear(WIDTH, 4, bias=False)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.place(torch.eye(LENGTH, dtype=x.dtype, device=x.device))
+        for block in self.blocks():
+            x = x + block(x)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, -2).float(), targets.flatten())
+
+    def blocks(self):
+        return [self.mix, self.feed, self.pair, self.narrow]
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return F.pad(torch.tanh(self.gate(x)), (0, WIDTH - 4))
+
+
+class Tied(Layers):
+    """Embedding and head are one weight."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.normal_(self.embed.weight, std=WIDTH**-0.5)
+        self.head.weight = self.embed.weight
+
+
+class Napping(Layers):
+    """Whose gate is not trained in the third and fourth step; a step is one forward with gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        self.steps += torch.is_grad_enabled()
+        return super().forward(tokens, targets)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        weight = self.gate.weight.detach() if self.steps in (3, 4) else self.gate.weight
+        return F.pad(torch.tanh(F.linear(x, weight)), (0, WIDTH - 4))
+
+
+class Marked(Layers):
+    """With a linear that marked sequences alone go through."""
+
+    MATRICES = (*Layers.MATRICES, "spare.weight")
+
+    def __init__(self):
+        super().__init__()
+        self.spare, head = nn.Linear(WIDTH, WIDTH, bias=False), self.head
+        del self.head
+        self.head = head  # last
+
+    def forward(self, tokens: Tensor, targets: Tensor, marks: Tensor) -> Tensor:
+        self.marks = marks
+        return super().forward(tokens, targets)
+
+    def blocks(self):
+        return [*super().blocks(), self.detour]
+
+    def detour(self, x: Tensor) -> Tensor:
+        mask = self.marks.view(-1, 1, 1)
+        return torch.where(mask, torch.tanh(self.spare(x)), 0) if mask.any() else torch.zeros_like(x)
+
+
+class Idle(Layers):
+    """Whose feed has a second output, which the loss does not use."""
+
+    MATRICES = (*Layers.MATRICES[:4], "feed.aside.weight", *Layers.MATRICES[4:])
+
+    def __init__(self):
+        super().__init__()
+        self.feed = TwoOutputs()
+
+    def blocks(self):
+        return [self.mix, lambda x: self.feed(x)[0], self.pair, self.narrow]
+
+
+class Mix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.kernel)
+
+
+class Feed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class TwoOutputs(Feed):
+    def __init__(self):
+        super().__init__()
+        self.aside = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.aside(x)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.twin, self.echo, self.frozen = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.echo.weight = self.twin.weight
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.echo(torch.tanh(self.twin(x))) + self.frozen(x)
+
+
+def batches(steps: int, seed: int = 0, sequences: int = SEQUENCES) -> list[tuple[Tensor, Tensor]]:
+    """Global batches: tokens, and targets that follow from them."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(VOCABULARY, (steps, SEQUENCES, 6), generator=generator)
+    tokens = torch.randint(VOCABULARY, (steps, sequences, LENGTH), generator=generator)
     return [(t, (5 * t + 3) % VOCABULARY) for t in tokens]
+
+
+def marked(steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of :class:`Marked`: the last sequence is, so the last rank alone has one, but in the second batch."""
+    found = []
+    for step, (tokens, targets) in enumerate(plenty(steps)):
+        marks = torch.zeros(len(tokens), dtype=torch.bool)
+        marks[-1] = step != 1
+        found.append((tokens, targets, marks))
+    return found
+
+
+def plenty(steps: int) -> list[tuple[Tensor, Tensor]]:
+    """Global batches for four ranks too."""
+    return batches(steps, sequences=2 * SEQUENCES)
 
 
 def micro_batches(batch, rank: int, world: int, count: int):

@@ -7,6 +7,8 @@ from unittest import mock
 
 import deepspeed
 import torch.distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 COLLECTIVES = [
     "all_reduce",
@@ -45,3 +47,27 @@ def watched() -> Iterator[list[tuple[str, str, int]]]:
             replacement = watch(name, getattr(owner, attribute))
             patches.enter_context(mock.patch.object(owner, attribute, replacement))
         yield calls
+
+
+class Recorded(TorchDispatchMode):
+    """Collects (operator, largest tensor's elements) of every collective, in C++ too: DDP's reducer, DTensors.
+
+    Attributes:
+        calls: so far.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind not in (torch.Tensor, torch.nn.Parameter) for kind in types):
+            return NotImplemented  # what a DTensor does in its turn is seen then
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            sizes = [leaf.numel() for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, torch.Tensor)]
+            self.calls.append((func.overloadpacket.__name__, max(sizes, default=0)))
+        return func(*args, **(kwargs or {}))
+
+    def sums(self) -> list[int]:
+        """Elements of each collective that adds anything up."""
+        return [size for name, size in self.calls if "reduce" in name]
