@@ -142,6 +142,12 @@ def test_it_is_the_run_of_one_process_and_resumes_bit_for_bit(ran, alone):
     assert_same(ran, alone())
 
 
+def test_one_process_resumes_bit_for_bit(alone):
+    whole, again = alone(), alone(resume="yes")
+    assert again["steps"] == STEPS and equal(again["weights"], whole["weights"])
+    assert again["norms"][-2:] == whole["norms"][-2:]
+
+
 @on_ranks(run, {"engine": "fsdp2", "kind": "SFTTrainer"})
 def test_trl_trains_alike(ran, alone):
     assert_same(ran, alone(kind="SFTTrainer"))
