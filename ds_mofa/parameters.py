@@ -231,20 +231,24 @@ def _members(incoming: dict[str, Any], params: list[nn.Parameter]) -> dict[str, 
 
 
 def _as_groups(groups: Iterable[Any], options: OptimizerOptions) -> list[dict[str, Any]]:
-    loose: list[nn.Parameter] = []
+    loose: list[Any] = []
     dicts: list[dict[str, Any]] = []
     for item in groups:
         if isinstance(item, dict):
             check_group(item, len(dicts), options)
             params = [item["params"]] if isinstance(item["params"], Tensor) else item["params"]
-            dicts.append({**item, "params": [_parameter(p) for p in params]})
+            dicts.append({**item, **_named(list(params))})
         else:
-            loose.append(_parameter(item))
-    return ([{"params": loose}] if loose else []) + dicts
+            loose.append(item)
+    return ([_named(loose)] if loose else []) + dicts
 
 
-def _parameter(item: Any) -> nn.Parameter:
-    return item[1] if isinstance(item, tuple) else item  # named_parameters() gives pairs
+def _named(items: list[Any]) -> dict[str, Any]:
+    """Of parameters, or of what named_parameters() gives: then with the names, as torch.optim keeps them."""
+    params = [item[1] if isinstance(item, tuple) else item for item in items]
+    if items and all(isinstance(item, tuple) for item in items):
+        return {"params": params, "param_names": [name for name, _ in items]}
+    return {"params": params}
 
 
 def _why_adamw(

@@ -93,10 +93,12 @@ def test_what_other_libraries_put_there_is_taken(group, optimizer):
 def test_named_parameters_are_taken_as_torch_takes_them():
     model = Model()
     named = [{"params": list(model.named_parameters()), "lr": 1e-3}]
-    MoFaSGD(named, model=model, rank=4).matrices.detach()
-    optimizer = MoFaSGD(torch.optim.AdamW(named).param_groups, model=model, rank=4)
-    names = [group["param_names"] for group in optimizer.param_groups]
-    assert names == [["first.weight", "second.weight"], ["first.bias", "second.bias"]]
+    for given in (named, list(model.named_parameters()), torch.optim.AdamW(named).param_groups):
+        optimizer = MoFaSGD(given, model=model, rank=4)
+        names = [group["param_names"] for group in optimizer.param_groups]
+        assert names == [["first.weight", "second.weight"], ["first.bias", "second.bias"]]
+        assert [group["param_names"] for group in optimizer.state_dict()["param_groups"]] == names
+        optimizer.matrices.detach()
 
 
 @pytest.mark.parametrize(
