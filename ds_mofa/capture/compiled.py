@@ -24,8 +24,12 @@ def key_of(sketch: Any) -> Tensor:
     return torch.tensor(_last_key, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("ds_mofa::add_linear", mutates_args=("key",))
-def add_linear(x: Tensor, dy: Tensor, key: Tensor) -> None:
+# Not torch.library.custom_op, whose Python around each call takes as long again as the call.
+_library = torch.library.Library("ds_mofa", "FRAGMENT")
+_library.define("add_linear(Tensor x, Tensor dy, Tensor(a!) key) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _add_linear(x: Tensor, dy: Tensor, key: Tensor) -> None:
     """``add_linear`` of the :class:`ds_mofa.capture.sketch.Sketch` with this key. Whether the running backward is asked for
     the weight's gradient is known only when it runs.
 
@@ -49,3 +53,8 @@ def add_linear(x: Tensor, dy: Tensor, key: Tensor) -> None:
     # Compiled autograd writes .grad once more, as it was when it was traced, after all has run.
     sketch.unmarked = sketch.grad is not None and torch._dynamo.compiled_autograd.in_compiled_autograd_region
     sketch.add_linear_now(x, dy)
+
+
+_library.impl("add_linear", _add_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("ds_mofa::add_linear", lambda x, dy, key: None, lib=_library)
+add_linear = torch.ops.ds_mofa.add_linear.default

@@ -143,7 +143,7 @@ class MatrixOptimizer(Stateful):
             trained = {param for group in self.param_groups for param in group["params"]}
             named = model.named_parameters() if model is not None else ()
             split.frozen.extend(Frozen(name, p) for name, p in named if not p.requires_grad and p not in trained)
-            fuse(self.adamw_groups, backend.device)
+        fuse(self.adamw_groups, backend.device)
         self._matrices = MatrixStep(members, self.options, self.rule_class(self.options), backend, head=self._head)
         self._matrices.on_detach(self._take_back)
         claims.wait_for_step(self._matrices.claim, {m.param: m.modules[0] for m in members}, self.options)
