@@ -10,9 +10,12 @@ from launching import cases, on_ranks
 from scenes.elastic import masters_of
 from scenes.plain_torch import DATA, Seen, built, full, weights
 from scenes.torch_checkpoints import assert_continued, counters, end_of, load_file, saved
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from training import config, engine_for, toy, train_step, whole_momenta, whole_weights
 
+import ds_mofa
 from ds_mofa import to_universal
+from ds_mofa.backends.deepspeed import torch_form
 
 MASTERS = {"dtype": "bfloat16", "master_weights": True}
 
@@ -95,6 +98,35 @@ def test_masters_come_along(ran):
     (result,), first = ran.ranks, ran.before.ranks[0]["now"]
     assert equal(result["loaded"]["masters"], {name: value.flatten() for name, value in first["masters"].items()})
     assert not equal(result["loaded"]["masters"]["blend"], first["weights"]["blend"].float().flatten())
+
+
+def trained_alone(optimizer: type, **options) -> dict:
+    """A run of one process, by names."""
+    model = toy(Seen)
+    chosen = optimizer(model, lr=1e-2, rank=4, **options)
+    for batch in DATA[:2]:
+        model(*batch).backward()
+        chosen.step()
+        chosen.zero_grad()
+    whole = StateDictOptions(full_state_dict=True)
+    states = {
+        "model": get_model_state_dict(model, options=whole),
+        "optim": get_optimizer_state_dict(model, chosen, options=whole),
+    }
+    chosen.detach()
+    return states
+
+
+@pytest.mark.parametrize("optimizer", [ds_mofa.MoFaSGD, ds_mofa.GaLore])
+def test_there_and_back_everything_is_as_it_was(tmp_path, optimizer):
+    state = trained_alone(optimizer)
+    torch_form.to_universal(state, tmp_path / "universal")
+    back = torch_form.from_universal(tmp_path / "universal")
+    assert equal(back["model"], dict(state["model"]))
+    assert equal(back["optim"]["state"], state["optim"]["state"])
+    for there, here in zip(back["optim"]["param_groups"], state["optim"]["param_groups"], strict=True):
+        assert sorted(there["params"]) == sorted(here["params"])
+        assert all(here[key] == value for key, value in there.items() if key != "params")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from ds_mofa.step.state import STATE_FORMAT
 
 __all__ = ["from_universal", "to_universal"]
 
+_UNNAMED = "MoFaSGD"  # whose states and manifests name no optimizer
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SETTINGS = ("lr", "lr_scale", "betas", "eps", "weight_decay")  # what every AdamW has
 _NAMED = (
@@ -49,43 +50,37 @@ def to_universal(state: Mapping[str, Any], target: Path) -> None:
         CheckpointError: ``state`` is of another form or optimizer, or ``target`` exists.
     """
     model, states, groups = _checked(state)
+    _require(model, [name for group in groups for name in group["params"]])
     matrices = {name: one for name, one in states.items() if not _is_adamws(one)}
     own = [group for group in groups if "lr_scale" not in group]
     rest = [group for group in groups if "lr_scale" in group]
-    _require(model, [name for group in groups for name in group["params"]])
     entry = _entry_of(matrices)
-    fields = entry.optimizer.rule_class.field_names()  # type: ignore[attr-defined]
-    rank = next(iter(matrices.values()))[fields[-1]].shape[-1]
-    steps = max(int(one["step"]) for one in matrices.values())
+    packed = _packed(entry, matrices)
     description = {
-        **({} if entry.name == "MoFaSGD" else {"optimizer": entry.name}),
+        **({} if entry.name == _UNNAMED else {"optimizer": entry.name}),
         "state_format": STATE_FORMAT,
         "zero_stage": 1,
         "world_size": 1,
-        "rank": rank,
+        "rank": next(iter(matrices.values()))[_fields(entry)[-1]].shape[-1],
         "adamw_states": "full",
         "matrices": {name: list(model[name].shape) for name in matrices},
     }
     with universal.completed(Path(target).absolute(), description) as folder:
         for name, weight in model.items():
             _save(folder, name, "fp32", {"param": _plain(states.get(name, {}).get("master", weight))})
-        adamw_steps = [
+        steps = [
             _write_moments(folder, name, model[name], states.get(name, {}))
             for group in rest
             for name in group["params"]
         ]
-        adamw_groups = [{key: group[key] for key in _SETTINGS} for group in rest]
-        counters = {"format": STATE_FORMAT, "steps": steps, "skipped": 0}
-        packed: dict[str, Any] = {key: torch.tensor(value) for key, value in counters.items()}
-        packed |= {} if entry.name == "MoFaSGD" else {"rule": entry.name}
-        packed["matrices"] = {name: {key: _plain(one[key]) for key in fields} for name, one in matrices.items()}
+        settings = [{key: group[key] for key in _SETTINGS} for group in rest]
+        step = {"step": max(steps, default=torch.tensor(0.0))}  # stage 3 has one for all
         optimizer = {
             "ds_version": deepspeed.__version__,
             "mofasgd": {"matrices": packed, "masters": {}, "groups": [_settings(group) for group in own]},
-            "param_groups": adamw_groups,
-            "optimizer_state_dict": {"state": {0: {"step": max(adamw_steps, default=torch.tensor(0.0))}}},
+            "param_groups": settings,
+            "optimizer_state_dict": {"state": {0: step}, "param_groups": settings},
         }
-        optimizer["optimizer_state_dict"]["param_groups"] = adamw_groups
         torch.save(optimizer, folder / "zero" / "optimizer_state.pt")
         trained = {name for group in groups for name in group["params"]}
         universal.write_model_states(
@@ -98,7 +93,7 @@ def to_universal(state: Mapping[str, Any], target: Path) -> None:
                 "shared_params": {},
                 "lr_scheduler": state.get("lr_scheduler"),
                 "skipped_steps": 0,
-                "global_steps": steps,
+                "global_steps": int(packed["steps"]),
                 "dp_world_size": 1,
                 "mp_world_size": 1,
                 "ds_config": {},
@@ -134,10 +129,22 @@ def _entry_of(matrices: Mapping[str, Mapping[str, Any]]) -> Entry:
     """Whose state it is: the form has tensors and no name."""
     names = {frozenset(one) - {"step", "master"} for one in matrices.values()}
     for entry in OPTIMIZERS.values():
-        known = getattr(entry.optimizer.rule_class, "field_names", None)
-        if known is not None and names == {frozenset(known())}:
+        if names == {frozenset(_fields(entry))}:
             return entry
     raise CheckpointError(f"the matrices' states, of {sorted(min(names))}, are of no optimizer that is registered")
+
+
+def _packed(entry: Entry, matrices: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """As :func:`ds_mofa.step.state.packed` has it."""
+    counters = {"format": STATE_FORMAT, "steps": max(int(one["step"]) for one in matrices.values()), "skipped": 0}
+    numbers: dict[str, Any] = {key: torch.tensor(value) for key, value in counters.items()}
+    named = {name: {key: _plain(one[key]) for key in _fields(entry)} for name, one in matrices.items()}
+    return {**({} if entry.name == _UNNAMED else {"rule": entry.name}), **numbers, "matrices": named}
+
+
+def _fields(entry: Entry) -> tuple[str, ...]:
+    names = getattr(entry.optimizer.rule_class, "field_names", tuple)  # a registered one may be any callable
+    return tuple(names())
 
 
 def _write_moments(folder: Path, name: str, weight: Tensor, one: Mapping[str, Any]) -> Tensor:
