@@ -146,13 +146,12 @@ class Shards(Backend):
 class FullyShard(Engine):
     """Runs of :class:`Shards`."""
 
-    def announce(self, model: nn.Module, matrices: Sequence[Matrix]) -> Callable[[], None] | None:
+    def refuse(self, model: nn.Module) -> None:
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise OptionError(
                 "FullyShardedDataParallel (FSDP1) flattens the weights, of which no matrix is left: shard the model with "
                 "torch.distributed.fsdp.fully_shard (in Accelerate, fsdp_version: 2)"
             )
-        return None
 
     def connect(
         self, model: nn.Module | None, matrices: Sequence[Matrix], group: dist.ProcessGroup | None
