@@ -2,6 +2,7 @@
 #
 #   make train                    fine-tune a tiny LLaMA on two ranks (or on all GPUs) with MoFaSGD: 5 minutes on two cores
 #   make train OPTIMIZER=AdamW    the same run with AdamW
+#   make train BACKEND=fsdp2      the same under FSDP2; or ddp, one (a single process), zero0 to zero3; zero2 by itself
 #   make test                     the tests that need no GPU: without ranks, then on ranks
 #   make test-fast                of them, those of the parts: minutes less, for between two commits
 #   make test-slow, make test-gpu the others
@@ -22,13 +23,14 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV ?= .venv
 OPTIMIZER ?= MoFaSGD
+BACKEND ?= zero2
 OUT ?= out
 JOBS ?= 2
 STAMP := $(VENV)/.installed
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 ifeq ($(GPUS),0)
-  RANKS ?= 2
+  RANKS ?= $(if $(filter one,$(BACKEND)),1,2)
   # One rank per share of the cores; DeepSpeed must be told, or it may take a CUDA build of torch for a GPU.
   export DS_ACCELERATOR := cpu
   export OMP_NUM_THREADS := $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 0 ? n : 1 )))
@@ -54,15 +56,25 @@ LEARNING_RATE_AdamW := 1e-3
 LEARNING_RATE_MoFaSGD := 1.2e-2
 NAME := $(shell echo "$(OPTIMIZER)" | tr '[:upper:]' '[:lower:]')
 
+# DeepSpeed's JSON names the optimizer with its options; without one the command line does, and says the same.
+FLAGS_MoFaSGD := --optimizer MoFaSGD --rank 32 --optimizer_args '{"adamw_lr": 2e-4}' --adam_beta2 0.95
+FLAGS_AdamW := --optimizer AdamW
+TORCHRUN := torchrun --standalone --nproc_per_node $(RANKS) launch/train.py
+START_one := python launch/train.py $(FLAGS_$(OPTIMIZER))
+START_ddp := $(TORCHRUN) $(FLAGS_$(OPTIMIZER))
+START_fsdp2 := $(TORCHRUN) --fsdp $(FLAGS_$(OPTIMIZER))
+START := $(or $(START_$(BACKEND)),deepspeed --log_level error --num_gpus $(RANKS) launch/train.py \
+  --deepspeed configs/$(BACKEND)_$(NAME).json)
+RUN := llama-tiny-$(NAME)$(if $(filter-out zero2,$(BACKEND)),-$(BACKEND))
+
 train: $(STAMP)
 	@python launch/make_corpus.py --output_dir "$(OUT)/data"
-	HF_HUB_OFFLINE=1 deepspeed --log_level error --num_gpus $(RANKS) launch/train.py \
-	  --deepspeed configs/zero2_$(NAME).json \
+	HF_HUB_OFFLINE=1 $(START) \
 	  --model_config configs/models/llama-tiny.json \
 	  --train_file "$(OUT)/data/train.txt" --eval_file "$(OUT)/data/eval.txt" \
 	  --max_length 256 --per_device_train_batch_size 8 --per_device_eval_batch_size 32 \
 	  --max_steps 200 --learning_rate $(LEARNING_RATE_$(OPTIMIZER)) --lr_scheduler_type cosine --warmup_steps 10 \
-	  --eval_on_start true --output_dir "$(OUT)/llama-tiny-$(NAME)"
+	  --eval_on_start true --output_dir "$(OUT)/$(RUN)"
 
 # Apart from the rest: where torchao is installed, transformers imports it into every process, which then prints warnings.
 TORCHAO := $(VENV)/torchao

@@ -13,12 +13,19 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ds_mofa.backends.deepspeed.checkpoints import write_atomically
+from launch.engines import Engine
 from launch.errors import UserError
 from launch.runs import Lineage, begin_run, belongs, new_lineage, read_run
 
 LAST = "last"
 SEAL = "complete.json"
 STATE = "trainer_state.json"
+
+_FILES = {
+    Engine.DEEPSPEED: ("global_step*",),
+    Engine.FSDP2: ("pytorch_model_fsdp*",),
+    Engine.DDP: ("optimizer.pt",),
+}
 
 
 def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
@@ -34,9 +41,9 @@ def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
         return None
     if asked == LAST:
         return last_whole(output_dir)
-    if not (Path(asked) / STATE).is_file() or not list(Path(asked).glob("global_step*")):
+    if not (Path(asked) / STATE).is_file() or written_by(asked) is None:
         raise UserError(
-            f"{asked}: not a checkpoint of this command, which holds trainer_state.json and a global_step folder. "
+            f"{asked}: not a checkpoint of this command, which holds trainer_state.json and an optimizer's state. "
             f"Give --resume_from_checkpoint an output folder's checkpoint-N, or '{LAST}'; a finished model goes to "
             "--model_name_or_path."
         )
@@ -47,6 +54,29 @@ def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
             f"'{LAST}' for the newest that is."
         )
     return asked
+
+
+def written_by(folder: str | Path) -> Engine | None:
+    """Which engine's checkpoint a folder is, by its files: DDP's is also one process's. None for no checkpoint."""
+    for engine, files in _FILES.items():
+        if any(next(Path(folder).glob(pattern), None) is not None for pattern in files):
+            return engine
+    return None
+
+
+def check_written_by(checkpoint: str | None, engine: Engine) -> None:
+    """Every engine reads its own checkpoints.
+
+    Raises:
+        UserError: another one has written this, so that its optimizer's state would be lost.
+    """
+    writer = written_by(checkpoint) if checkpoint is not None else None
+    own = Engine.DDP if engine is Engine.ONE else engine
+    if writer is not None and writer is not own:
+        raise UserError(
+            f"{checkpoint}: a checkpoint of a run under {writer.value}, and this one is under {engine.value}. Resume it under "
+            f"{writer.value}; or start anew from a saved model, with --model_name_or_path."
+        )
 
 
 def last_whole(output_dir: str) -> str:

@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from launch.arguments import ModelArguments, TrainingArguments
+from launch.engines import Engine
 from launch.errors import UserError
 from launch.shapes import check_vocabulary, config_from_shape
 
@@ -14,7 +15,7 @@ DEFAULT_ATTENTION = "sdpa"
 def load_model(
     args: ModelArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """Load or build the model, in the precision that DeepSpeed will train it in.
+    """Load or build the model, in the precision that its weights will be trained in.
 
     ``training_args`` must exist before the model does: they keep HF's DeepSpeed config alive, by which the library
     knows that it has to build the model under ``deepspeed.zero.Init`` in stage 3.
@@ -43,7 +44,9 @@ def load_model(
 def _load(args: ModelArguments, training_args: TrainingArguments, attention: str) -> PreTrainedModel:
     options = {"dtype": training_dtype(training_args), "attn_implementation": attention}
     if args.model_config:
-        return build_model(config_from_shape(args.model_config), training_args.device, **options)
+        # FSDP2 moves what it has cut; whole, a model may not fit a GPU.
+        device = torch.device("cpu") if training_args.engine is Engine.FSDP2 else training_args.device
+        return build_model(config_from_shape(args.model_config), device, **options)
     try:
         return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
     except OSError as error:
@@ -62,11 +65,14 @@ def describe_attention(args: ModelArguments, model: PreTrainedModel) -> str:
 
 
 def training_dtype(args: TrainingArguments) -> torch.dtype:
+    """Of the weights."""
+    if args.dtype is not None:
+        return getattr(torch, args.dtype)
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def build_model(config: PretrainedConfig, device: torch.device, **options) -> PreTrainedModel:
-    """Make a model with random weights, on the device it will train on unless ZeRO-3 places it shard by shard."""
+    """Make a model with random weights on a device; ZeRO-3 places it shard by shard."""
     if is_deepspeed_zero3_enabled():
         return AutoModelForCausalLM.from_config(config, **options)
     with device:

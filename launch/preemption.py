@@ -34,7 +34,8 @@ class SaveOnSigterm(TrainerCallback):
     def __init__(self):
         self.stopped = False
         self._asked = False
-        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self._group = None if alone else dist.new_group(backend="gloo")
         self._ranks = _ranks_here(self._group)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         # A handler runs between two lines of Python, and this process may be deep in a collective: a thread reads of

@@ -1,12 +1,16 @@
 """What train.py prints: what it is about to do, and what came of it."""
 
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerState
 
-from launch.arguments import ModelArguments, TrainingArguments, nested_value
+from launch.arguments import ModelArguments, TrainingArguments
 from launch.checkpoints import LAST, step_of
-from launch.models import count_parameters, describe_attention
+from launch.deepspeed_json import nested_value
+from launch.engines import Engine
+from launch.fsdp import describe_fsdp
+from launch.models import count_parameters, describe_attention, training_dtype
 
 
 def say(args: TrainingArguments, text: str) -> None:
@@ -28,16 +32,15 @@ def banner(
         origin = f"{model_args.model_config}, random weights"
     else:
         origin = model_args.model_name_or_path
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     lines = {
-        "model": f"{origin}, {count_parameters(model) / 1e6:,.1f} M parameters, {precision}",
+        "model": f"{origin}, {count_parameters(model) / 1e6:,.1f} M parameters, {describe_precision(args)}",
         "attention": describe_attention(model_args, model),
         "tokenizer": tokenizer,
         "train data": describe_data(train_data, args),
         "eval data": describe_data(eval_data, args) if eval_data is not None else "none",
         "optimizer": f"{describe_optimizer(args)}, lr {args.learning_rate:g} ({args.lr_scheduler_type.value})",
-        "batch": f"{batch} sequences = {args.per_device_train_batch_size} each on {args.world_size} ranks, "
+        "batch": f"{batch} sequences = {args.per_device_train_batch_size} each on {describe_ranks(args)}, "
         f"{args.gradient_accumulation_steps} times",
     }
     width = max(map(len, lines))
@@ -57,12 +60,24 @@ def describe_data(data: Dataset, args: TrainingArguments) -> str:
     return text
 
 
+def describe_precision(args: TrainingArguments) -> str:
+    """Of the weights, and what is computed in where that is another."""
+    weights = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[training_dtype(args)]
+    return f"{weights} weights, computed with in bf16" if args.bf16 and weights == "fp32" else weights
+
+
+def describe_ranks(args: TrainingArguments) -> str:
+    return "one process" if args.engine is Engine.ONE else f"{args.world_size} rank{'s' * (args.world_size != 1)}"
+
+
 def describe_optimizer(args: TrainingArguments) -> str:
-    if args.hf_deepspeed_config is None:
-        return str(args.optim)
-    config = args.hf_deepspeed_config.config
-    name = nested_value(config, "optimizer.type") or args.optim
-    return f"{name}, ZeRO stage {nested_value(config, 'zero_optimization.stage') or 0}"
+    """Its name, and the engine that it trains under."""
+    if args.engine is Engine.DEEPSPEED:
+        config = args.hf_deepspeed_config.config
+        name = nested_value(config, "optimizer.type") or args.optim
+        return f"{name}, ZeRO stage {nested_value(config, 'zero_optimization.stage') or 0}"
+    how = f" ({describe_fsdp(args.fsdp_plugin_args, args.device)})" if args.engine is Engine.FSDP2 else ""
+    return f"{args.optimizer or args.optim.value}, {args.engine.value}{how}"
 
 
 def evaluations(state: TrainerState) -> list[dict]:

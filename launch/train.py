@@ -1,8 +1,12 @@
 #!/usr/bin/env python
-"""Fine-tune a causal language model with DeepSpeed and any optimizer that its JSON names, MoFaSGD among them.
+"""Fine-tune a causal language model with MoFaSGD or another optimizer, under DeepSpeed, FSDP2, DDP, or in one process.
 
     deepspeed launch/train.py --deepspeed configs/zero2_mofasgd.json \
         --model_name_or_path path/to/model --train_file chats.jsonl --eval_file held_out.jsonl --output_dir out/model
+
+    torchrun --nproc_per_node 2 launch/train.py --fsdp --optimizer MoFaSGD --rank 32 ...     # FSDP2
+    torchrun --nproc_per_node 2 launch/train.py --optimizer MoFaSGD --rank 32 ...            # DDP
+    python launch/train.py --optimizer MoFaSGD --rank 32 ...                                 # one process
 
 Built on TRL's SFTTrainer, for what it carries beyond HF's Trainer and would otherwise be ours to write: packing that
 keeps packed examples apart (where the model does, which is measured: launch/packing.py), batches without padding, and a
@@ -24,12 +28,14 @@ from ds_mofa.backends.deepspeed.checkpoints import CheckpointError
 from ds_mofa.profiler import MemoryCallback
 from launch.arguments import make_parser, parse_arguments
 from launch.callbacks import ProgressBar
-from launch.checkpoints import checkpoint_to_resume, start_run
+from launch.checkpoints import check_written_by, checkpoint_to_resume, start_run
 from launch.data import load_data
 from launch.distributed import from_first_rank, join_ranks, leave_ranks
+from launch.engines import chosen_engine
 from launch.errors import RankError, UserError
 from launch.lengths import check_lengths
 from launch.models import load_model
+from launch.named_optimizer import trainer_s_optimizer
 from launch.output import check_output, writing
 from launch.packing import packing_problem
 from launch.preemption import EXIT_CODE, SaveOnSigterm, Stopped
@@ -44,9 +50,10 @@ def main(argv: list[str]) -> None:
         make_parser().print_help()
         return
     profiler = start_profiler(argv)  # first, for all that follows may open the GPU
-    join_ranks(argv)
+    join_ranks(argv, chosen_engine(argv))
     model_args, data_args, args = parse_arguments(argv)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    check_written_by(checkpoint, args.engine)
     set_seed(args.seed)
     tokenizer, tokenizer_description = load_tokenizer(model_args.tokenizer_source)
     with args.main_process_first(desc="tokenizing"):
@@ -56,7 +63,12 @@ def main(argv: list[str]) -> None:
     check_output(args, model)
     say(args, banner(model_args, args, model, tokenizer_description, train_data, eval_data))
     trainer = FineTuner(
-        model=model, args=args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer
+        model=model,
+        args=args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=trainer_s_optimizer(args),
     )
     if trainer.padding_free:
         problem = from_first_rank(lambda: packing_problem(model, trainer.data_collator, args.device))

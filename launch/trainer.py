@@ -4,7 +4,7 @@ import math
 import resource
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,8 +14,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from ds_mofa.backends.deepspeed.registration import optimizer_of
+from ds_mofa.optimizers.base import MatrixOptimizer
 from launch.checkpoints import is_ours, remove_old, seal, unseal
+from launch.cpu_fsdp import offer_fsdp_on_cpu
 from launch.encoding import IGNORED
+from launch.engines import Engine
+from launch.fsdp import FULL, state_dict_type, written_as
 from launch.lengths import check_batches
 from launch.output import writing
 from launch.preemption import SaveOnSigterm, Stopped
@@ -54,22 +58,41 @@ class FineTuner(SFTTrainer):
         check_batches(loader, self.args)
         return loader
 
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.engine is Engine.FSDP2:
+            offer_fsdp_on_cpu()
+        super().create_accelerator_and_postprocess()
+
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """HF's, and what the checkpoint puts in force instead of what the command says is said, or put back."""
-        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is None:
+            return model, loader
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        asked = settings(self.deepspeed.optimizer, scheduler)
-        deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        optimizer = self.deepspeed.optimizer
+        optimizer = self.deepspeed.optimizer if self.is_deepspeed_enabled else self.optimizer
+        asked = settings(optimizer, scheduler)
+        self._load_training(resume_from_checkpoint)
         if self.args.override_checkpoint:
             enforce(optimizer, scheduler, asked)
         reschedule(scheduler)
         for line in differences(asked, settings(optimizer, scheduler)):
             say(self.args, line)
         return model, loader
+
+    def _load_training(self, checkpoint: str) -> None:
+        """Weights, optimizer and schedule; where nothing is sharded HF has loaded the weights before."""
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.deepspeed, checkpoint)
+        with self.cut_as(written_as(checkpoint)):
+            if self.is_fsdp_enabled:
+                self._load_from_checkpoint(checkpoint, self.model_wrapped)
+            self._load_optimizer_and_scheduler(checkpoint)
+
+    def cut_as(self, name: str | None) -> AbstractContextManager[None]:
+        """Within: FSDP2's states are cut as ``name`` says; None for as they are, and under another engine."""
+        if name is None or not self.is_fsdp_enabled:
+            return nullcontext()
+        return state_dict_type(self.accelerator.state.fsdp_plugin, name)
 
     def _init_training_state(self, max_steps, *args, **kwargs) -> tuple[int, int]:
         done = super()._init_training_state(max_steps, *args, **kwargs)
@@ -107,10 +130,17 @@ class FineTuner(SFTTrainer):
 
     def loss_is_in_head(self, model) -> bool:
         """Whether MoFaSGD's ``fused_head`` computes this loss; TRL's other losses, and an evaluation's, it does not."""
-        mofa = optimizer_of(self.model_wrapped)
+        mofa = self.matrix_optimizer()
         plain = self.args.loss_type == "nll" and self.label_smoother is None and self.compute_loss_func is None
         fused = mofa is not None and mofa.options.fused_head
         return fused and model.training and plain and not self.aux_loss_enabled
+
+    def matrix_optimizer(self) -> MatrixOptimizer | None:
+        """ds_mofa's, where one trains."""
+        if self.is_deepspeed_enabled:
+            return optimizer_of(self.model_wrapped)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # in Accelerate's
+        return optimizer if isinstance(optimizer, MatrixOptimizer) else None
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         self._eval_sums.zero_()
@@ -129,9 +159,15 @@ class FineTuner(SFTTrainer):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         first = self.args.should_save
         with self.stopped_clock(), writing(self.args.output_dir, f"the checkpoint of step {self.state.global_step}"):
-            if first and folder.exists():
-                unseal(folder)
-                shutil.rmtree(folder)  # other ranks, or another run, may have left files that this save does not write
+            if first:
+                if folder.exists():
+                    unseal(folder)
+                    shutil.rmtree(
+                        folder
+                    )  # other ranks, or another run, may have left files that this save does not write
+                # HF asks on each rank whether the best step's folder is there. Where states are sharded it has by then
+                # written nothing into this one: some would find it, others not, and they would load different steps.
+                folder.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             with self.removing_nothing(), self.without_a_foreign_best():
                 super()._save_checkpoint(*args, **kwargs)
@@ -156,7 +192,13 @@ class FineTuner(SFTTrainer):
 
     def _load_best_model(self) -> None:
         if self.preemption is None or not self.preemption.stopped:  # else there may not be the time
-            super()._load_best_model()
+            with self.cut_as(written_as(self.state.best_model_checkpoint)):
+                super()._load_best_model()
+
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        """HF's; the model at the end is whole also where checkpoints are sharded."""
+        with self.cut_as(None if _internal_call else FULL):
+            super().save_model(output_dir, _internal_call)
 
     def _finalize_training(self, *args, **kwargs):
         with self.removing_nothing():  # with a limit of 1, HF would remove all checkpoints but the best, of all runs
@@ -212,7 +254,7 @@ class FineTuner(SFTTrainer):
 
     def diagnostics(self) -> dict[str, float]:
         """What MoFaSGD's last report sums up to, once; empty with another optimizer, or without diagnostics_every."""
-        mofa = optimizer_of(self.model_wrapped)
+        mofa = self.matrix_optimizer()
         report = mofa.matrices.report if mofa is not None else None
         if report is None or report.step == self._reported:
             return {}

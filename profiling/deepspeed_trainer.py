@@ -34,6 +34,10 @@ class DeepSpeedTrainer:
         self.engine, *_ = deepspeed.initialize(model=self.model, model_parameters=parameters, config=config)
         self.micro_batches, self._count = setting.micro_batches, 0
 
+    @property
+    def skipped(self) -> int:
+        return int(self.engine.skipped_steps)
+
     def accumulate_over(self, micro_batches: int) -> None:
         self.micro_batches = micro_batches
         self.engine.set_train_batch_size(micro_batches * self.engine.dp_world_size)

@@ -100,6 +100,7 @@ def measure(trainer: Trainer, setting: RunSetting, args: argparse.Namespace, dev
         **memory,
         **parts,
         "losses": [round(loss, 4) for loss in losses],
+        **({"skipped_steps": trainer.skipped} if trainer.skipped else {}),
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.liger import apply_liger_kernel
 
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import OPTIMIZERS
 from ds_mofa.profiler.setting import RunSetting, SettingError
 
@@ -31,6 +32,7 @@ class Trainer(Protocol):
         parameters: how many it has.
         optimizer: what steps; None where an engine has it.
         engine: DeepSpeed's; None without.
+        skipped: steps so far that have changed nothing, for a gradient held a NaN or Inf.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Trainer(Protocol):
     parameters: int
     optimizer: Any
     engine: Any
+    skipped: int
 
     def accumulate_over(self, micro_batches: int) -> None: ...
 
@@ -133,6 +136,10 @@ class TorchTrainer:
         else:
             on_device = device.type == "cuda" and not setting.offload
             self.optimizer = torch.optim.AdamW(model.parameters(), **params, fused=on_device)
+
+    @property
+    def skipped(self) -> int:
+        return self.optimizer.matrices.skipped if isinstance(self.optimizer, MatrixOptimizer) else 0
 
     def accumulate_over(self, micro_batches: int) -> None:
         self.micro_batches = micro_batches

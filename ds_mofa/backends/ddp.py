@@ -95,12 +95,12 @@ class WholeModels(Engine):
             return None
         before = getattr(model, _IGNORED, None)
         ours = {matrix.param for matrix in matrices}
-        # A tied weight has several names, each of which DDP looks at.
-        shared = [name for name, param in model.named_parameters(remove_duplicate=False) if param in ours]
-        names = [name for each in shared for name in _names(each)]
+        # Each name of a shared one: DDP would reduce it under any that it does not know.
+        every = [name for name, param in model.named_parameters(remove_duplicate=False) if param in ours]
+        names = [known for name in every for known in _names(name)]
         # DDP's own way of setting them; it marks the parameters as well.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*(before or ()), *names])
-        return functools.partial(_take_back, weakref.ref(model), before, [matrix.name for matrix in matrices])
+        return functools.partial(_take_back, weakref.ref(model), before, every)
 
     def connect(
         self, model: nn.Module | None, matrices: Sequence[Matrix], group: dist.ProcessGroup | None
@@ -128,7 +128,7 @@ def _take_back(reference: "weakref.ref[nn.Module]", before: list[str] | None, na
         vars(model).pop(_IGNORED, None)
     else:
         setattr(model, _IGNORED, before)
-    params = dict(model.named_parameters())
+    params = dict(model.named_parameters(remove_duplicate=False))
     for name in names:
         vars(params.get(name, model)).pop("_ddp_ignored", None)
 
@@ -139,7 +139,7 @@ def _refuse_wrapped(matrices: Sequence[Matrix]) -> None:
     for found in gc.get_objects():
         if not issubclass(type(found), DistributedDataParallel):
             continue
-        for name, param in found.module.named_parameters(remove_duplicate=False):
+        for name, param in found.module.named_parameters():
             if param in ours and name not in found.parameters_to_ignore:
                 raise OptionError(
                     f"DistributedDataParallel reduces {name!r}, of which there are sketches alone: it would send zeros. Build "

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Rows
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ds_mofa.capture.sink import Arrived
@@ -249,7 +250,9 @@ def _first_row(param: DTensor, m: int) -> int:
 def _like(param: DTensor, local: Tensor, shape: torch.Size) -> DTensor:
     """A DTensor that lies as ``param`` does, of this process's rows."""
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return DTensor.from_local(local, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride)
+    meta = TensorMeta(shape, stride, local.dtype)
+    # from_local would move it to the mesh's device, and with CPUOffloadPolicy the parameters lie elsewhere.
+    return DTensor(local, DTensorSpec(param.device_mesh, param.placements, meta), requires_grad=False)
 
 
 # Before DDP's, which takes whatever several processes have.

@@ -24,10 +24,13 @@ def key_of(sketch: Any) -> Tensor:
     return torch.tensor(_last_key, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("ds_mofa::add_linear", mutates_args=("Y", "Z"))
-def add_linear(Y: Tensor, Z: Tensor, x: Tensor, dy: Tensor, key: Tensor) -> None:
+@torch.library.custom_op("ds_mofa::add_linear", mutates_args=("key",))
+def add_linear(x: Tensor, dy: Tensor, key: Tensor) -> None:
     """``add_linear`` of the :class:`ds_mofa.capture.sketch.Sketch` with this key. Whether the running backward is asked for
     the weight's gradient is known only when it runs.
+
+    That the key changes is a pretence, which keeps the call where it is and what it is. The sketch itself is not handed to
+    the graph: it is a view into a buffer, of which Inductor makes copies, and in torch 2.11 wrong ones.
     """
     sketch = _sketches[int(key)]
     leaf = sketch.param
@@ -42,7 +45,7 @@ def add_linear(Y: Tensor, Z: Tensor, x: Tensor, dy: Tensor, key: Tensor) -> None
             )
         if not answer:
             return
-    sketch.open(Y, Z)
+    sketch.open()
     # Compiled autograd writes .grad once more, as it was when it was traced, after all has run.
     sketch.unmarked = sketch.grad is not None and torch._dynamo.compiled_autograd.in_compiled_autograd_region
-    sketch.add_linear_to(Y, Z, x, dy)
+    sketch.add_linear_now(x, dy)

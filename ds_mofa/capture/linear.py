@@ -60,7 +60,7 @@ def _backward(ctx, dy: Tensor):
         sketch = ctx.sketch
         if torch.compiler.is_compiling():
             if type(sketch) is Sketch:
-                compiled.add_linear(sketch.Y, sketch.Z, x, dy, sketch.key)
+                compiled.add_linear(x, dy, sketch.key)
             else:
                 sketch.add_linear(x, dy)
         else:

@@ -51,6 +51,14 @@ class Queue:
         if len(self._waiting) >= self.COUNT or self._bytes >= self.BYTES:
             self.flush()
 
+    def take(self, addresses: tuple[int, int, int, int], x: Tensor, dy: Tensor) -> None:
+        """:meth:`add`, at once; anywhere."""
+        if x.numel():
+            from ds_mofa.kernels import _capture
+
+            with phase("capture"):
+                _capture.launch([(addresses, x, dy)], self._rank, self._dtype)
+
     def flush(self) -> None:
         """Take the sketches of all that wait."""
         if self._waiting:

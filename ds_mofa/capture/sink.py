@@ -12,8 +12,8 @@ __all__ = ["Arrived", "Begin", "Capture", "Gathered", "Sink"]
 
 # From a weight to the whole of it, where a backend releases weights between forward and backward.
 Gathered = Callable[[Tensor], AbstractContextManager[Tensor]]
-# Something is about to be added to Y and Z, and ``.grad`` does not say so yet.
-Begin = Callable[[Tensor, Tensor], None]
+# Something is about to be added to a sketch, and ``.grad`` does not say so yet.
+Begin = Callable[[], None]
 
 
 class Arrived(NamedTuple):

@@ -63,33 +63,37 @@ class Sketch:
 
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
         """Add G = dy^T x without forming it. x: (..., n), dy: (..., m), of one dtype."""
-        self.open(self.Y, self.Z)
+        self.open()
         if self._queue is not None and x.dtype == self.V.dtype == dy.dtype:
             self._queue.add(self._addresses, x.contiguous(), dy.contiguous())
             return
-        self.add_linear_to(self.Y, self.Z, x, dy)
+        self._add_products(x, dy)
 
-    def add_linear_to(self, Y: Tensor, Z: Tensor, x: Tensor, dy: Tensor) -> None:
-        """:meth:`add_linear` into other sums, at once."""
+    def add_linear_now(self, x: Tensor, dy: Tensor) -> None:
+        """:meth:`add_linear` for tensors whose memory is someone else's next, as in compiled code."""
+        if self._queue is not None and x.dtype == self.V.dtype == dy.dtype:
+            self._queue.take(self._addresses, x.contiguous(), dy.contiguous())
+        else:
+            self._add_products(x, dy)
+
+    def _add_products(self, x: Tensor, dy: Tensor) -> None:
         with phase("capture"):
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            add_product(Y, dy.mT, x @ self.V.to(x.dtype))
-            add_product(Z, x.mT, dy @ self.U.to(dy.dtype))
+            add_product(self.Y, dy.mT, x @ self.V.to(x.dtype))
+            add_product(self.Z, x.mT, dy @ self.U.to(dy.dtype))
 
     @torch.no_grad()
-    def add_gradient(self, grad: Tensor, Y: Tensor | None = None, Z: Tensor | None = None) -> None:
+    def add_gradient(self, grad: Tensor) -> None:
         """Add a gradient that exists. grad: (m, n); of a sharded matrix its DTensor, or this process's rows of it."""
-        if Y is None or Z is None:
-            Y, Z = self.Y, self.Z
-        self.open(Y, Z)
-        U, weight = self.U, 1.0
+        self.open()
+        Y, U, weight = self.Y, self.U, 1.0
         grad = grad.to_dense() if grad.is_sparse else grad
         if self.arrived is not None:
             grad, first, weight = self.arrived(grad)
             Y, U = Y[first : first + len(grad)], U[first : first + len(grad)]
         if len(grad):
             add_product(Y, grad, self.V.to(grad.dtype), weight)
-            add_product(Z, grad.mT, U.to(grad.dtype), weight)
+            add_product(self.Z, grad.mT, U.to(grad.dtype), weight)
 
     def take(self, grad: Tensor) -> None:
         """Sketch what autograd has put into ``param.grad``: at once, or where ``.grad`` is a mark, when that is begun."""
@@ -98,29 +102,29 @@ class Sketch:
             if self.param is not None:
                 self.param.grad = None
         else:
-            self.open(self.Y, self.Z)
+            self.open()
 
     def add_sums(self, other: "Sketch", scale: Tensor) -> None:
         """Add what another sketch of the same factors holds, times a scalar tensor."""
-        self.open(self.Y, self.Z)
+        self.open()
         self.Y.addcmul_(other.Y, scale.to(other.Y.dtype))
         self.Z.addcmul_(other.Z, scale.to(other.Z.dtype))
 
-    def open(self, Y: Tensor, Z: Tensor) -> None:
+    def open(self) -> None:
         """Before something is added to Y and Z: let ``.grad`` say that there is a gradient."""
         mark = self.grad
         if mark is None or self.begin is None:
             return
         param = self.param
         if param is None or not (self.filled and param.grad is mark):
-            self.begin(Y, Z)
+            self.begin()
 
-    def clear(self, Y: Tensor, Z: Tensor) -> None:
+    def clear(self) -> None:
         """Drop what Y and Z hold, and what waits to be added to them since a backward that raised."""
         if self._queue is not None:
             self._queue.flush()
-        Y.zero_()
-        Z.zero_()
+        self.Y.zero_()
+        self.Z.zero_()
 
     def emptied(self) -> "Sketch":
         """One with the same factors, and sums of its own that are zero."""

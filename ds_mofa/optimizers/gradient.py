@@ -97,7 +97,8 @@ def _norm(func, grad, ord=2, dim=None, keepdim=False, *, dtype=None):
             f"a norm of order {ord}{'' if dim is None else ' along a dimension'} asks for the elements of the gradient of "
             f"{grad.matrix!r}; the 2-norm of its projection is what can be had: clip_grad_norm_ with norm_type=2"
         )
-    return grad.gradients(func).norm_of(grad._index).to(dtype or torch.promote_types(grad.dtype, torch.float32))
+    norm = grad.gradients(func).norm_of(grad._index)
+    return norm.to(grad.device, dtype or torch.promote_types(grad.dtype, torch.float32))
 
 
 def _scale(func, grad, factor):
@@ -212,27 +213,23 @@ class Gradients:
 
     # ------------------------------------------------------------------ backward
 
-    def begin(self, index: int, Y: Tensor, Z: Tensor) -> None:
-        """A backward is about to add to Y and Z, and ``.grad`` does not say that there is a gradient to add to.
+    def begin(self, index: int) -> None:
+        """A backward is about to add to a sketch, and ``.grad`` does not say that there is a gradient to add to.
 
         Where it was let go, what it stood for is dropped, as autograd would have it; where it holds a gradient of another
         making, this is taken in.
-
-        Args:
-            index: of the matrix.
-            Y, Z: the sketch's own; in a compiled backward, what will be copied into them.
         """
         if self._together and self._params[index].grad is None:
             for other, param in enumerate(self._params):
                 if other != index and param.grad is None and param.requires_grad:
                     self._open(other)
         sketch = self._step.captured[index]
-        grad = self._open(index, Y, Z)
+        grad = self._open(index)
         sketch.filled = self._fresh = True
         if grad is not None:
-            sketch.add_gradient(grad, Y, Z)
+            sketch.add_gradient(grad)
 
-    def _open(self, index: int, Y: Tensor | None = None, Z: Tensor | None = None) -> Tensor | None:
+    def _open(self, index: int) -> Tensor | None:
         """Let ``.grad`` be the mark, and return what it was in its place. What was let go is dropped."""
         sketch, param = self._step.captured[index], self._params[index]
         grad, mark = param.grad, sketch.grad
@@ -247,7 +244,7 @@ class Gradients:
         if grad is mark:
             return None
         if sketch.filled:
-            sketch.clear(sketch.Y if Y is None else Y, sketch.Z if Z is None else Z)
+            sketch.clear()
             sketch.filled = False
         self._drop_reduced(index)
         param.grad = mark
@@ -303,7 +300,7 @@ class Gradients:
         """Forget one matrix's gradient."""
         sketch = self._step.captured[index]
         if sketch.filled:
-            sketch.clear(sketch.Y, sketch.Z)
+            sketch.clear()
         sketch.filled = False
         self._drop_reduced(index)
 
@@ -338,7 +335,7 @@ class Gradients:
             elif grad is None:
                 self.drop(index)
             elif grad is not mark:
-                sketch.open(sketch.Y, sketch.Z)
+                sketch.open()
         self.reduce()
 
     def reduce(self) -> None:
@@ -363,7 +360,10 @@ class Gradients:
         if any(not _same(chains[0], chain) for chain in chains):
             self._fold()
             self.reduce()
-        return math.prod(chains[0]) if self._factors else 1.0
+        factor = math.prod(chains[0]) if self._factors else 1.0
+        return (
+            factor.to(self._step.norm.device) if isinstance(factor, Tensor) else factor
+        )  # offloaded gradients have a CPU's
 
     def _fold(self) -> None:
         """Multiply the pending sketches by their factors."""
@@ -386,10 +386,10 @@ class Gradients:
         self.forget()
 
 
-def _begin(gradients: "weakref.ref[Gradients]", index: int, Y: Tensor, Z: Tensor) -> None:
+def _begin(gradients: "weakref.ref[Gradients]", index: int) -> None:
     own = gradients()
     if own is not None:
-        own.begin(index, Y, Z)
+        own.begin(index)
 
 
 def _take_off(params: Sequence[nn.Parameter], sinks: Sequence[Sink]) -> None:
@@ -399,4 +399,9 @@ def _take_off(params: Sequence[nn.Parameter], sinks: Sequence[Sink]) -> None:
 
 
 def _same(one: tuple, other: tuple) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other))
+    """Whether these are the same factors; a DTensor hands out its local tensor as a new view each time."""
+    return len(one) == len(other) and all(a is b or _place(a) == _place(b) is not None for a, b in zip(one, other))
+
+
+def _place(factor: Tensor | float) -> tuple[int, int, torch.dtype] | None:
+    return (factor.data_ptr(), factor._version, factor.dtype) if isinstance(factor, Tensor) else None

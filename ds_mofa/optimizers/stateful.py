@@ -124,6 +124,8 @@ class Stateful(torch.optim.Optimizer):
         if problem:
             raise ValueError(problem)
         own, rest = groups[: len(self._matrix_groups)], groups[len(self._matrix_groups) :]
+        # What only this run's implementation has, where another's group does not say it.
+        rest = [{**group, **saved} for group, saved in zip(self.adamw_groups, rest, strict=True)]
         if not state and self._matrices is None:  # Accelerate hands an optimizer its own state before it is bound
             self.load_group_settings(own)
             return

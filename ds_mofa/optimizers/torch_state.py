@@ -58,7 +58,8 @@ def matrix_states(step: MatrixStep) -> Iterator[dict[str, Tensor]]:
 
 def placeholders(step: MatrixStep) -> dict[str, None]:
     """The keys of a matrix's state, for whoever asks whether there is one."""
-    return dict.fromkeys(("step", *step.rule.field_names()))
+    masters = () if step.masters.of(()) is None else ("master",)
+    return dict.fromkeys(("step", *step.rule.field_names(), *masters))
 
 
 def made_moments(adamw: torch.optim.Optimizer | None) -> Mapping[Any, Any]:

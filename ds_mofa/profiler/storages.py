@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["FOREVER", "Allocation", "StorageTracker", "of_fsdp2"]
+from ds_mofa.optimizers.gradient import SketchedGradient
+
+__all__ = ["FOREVER", "Allocation", "StorageTracker", "of_fsdp2", "with_memory"]
 
 FOREVER = 1 << 62
 
@@ -52,6 +54,17 @@ class Allocation:
 def of_fsdp2(one: Allocation) -> bool:
     """Whether FSDP2's own lines have allocated it: gathered weights, what they travel in, reductions."""
     return any(_FSDP2 in frame for frame in one.stack)
+
+
+def with_memory(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor, or those in it that have memory: a DTensor's or a collective's result, and none of a sketched gradient."""
+    if is_traceable_wrapper_subclass(tensor):
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:
+            if isinstance(part, Tensor):  # a DTensor's mesh is among them
+                yield from with_memory(part)
+    elif not isinstance(tensor, SketchedGradient):
+        yield tensor
 
 
 class StorageTracker(TorchDispatchMode):
@@ -103,8 +116,10 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def _add(self, tensor: Tensor, func) -> None:
-        if isinstance(tensor, DTensor):
-            tensor = tensor._local_tensor
+        for part in with_memory(tensor):
+            self._add_storage(part, func)
+
+    def _add_storage(self, tensor: Tensor, func) -> None:
         storage = tensor.untyped_storage()
         if id(storage) in self._open or not storage.nbytes():
             return

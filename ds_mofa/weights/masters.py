@@ -102,14 +102,14 @@ class Masters:
         self._versions = []
 
     def load_parts(self, parts: Sequence[Tensor | None]) -> None:
-        """Take over this process's elements of each, flat; what is None is read from the weights, which must have been
-        loaded before.
+        """Take over this process's elements of each, flat, which may be the masters' own memory; what is None is read from
+        the weights, which must have been loaded before.
         """
-        if not self._wanted:
+        masters = self.of(range(len(self._matrices)))
+        if masters is None:
             return
-        for master, part in zip(self._read(), parts, strict=True):
-            if part is not None:
-                master.copy_(part)
+        for matrix, master, part in zip(self._matrices, masters, parts, strict=True):
+            master.copy_(self._shard_of(matrix).flat if part is None else part)
         self._versions = []
 
     def _read(self) -> list[Tensor]:

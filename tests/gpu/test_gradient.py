@@ -116,3 +116,21 @@ def test_autograd_grad_of_the_input_adds_nothing():
     assert not optimizer.matrices.sketches.any()
     compiled(x).float().square().mean().backward()
     assert optimizer.matrices.sketches.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductor_fills_the_sketches_as_eager_code_does(dtype):
+    found = []
+    for compiled in (False, True):
+        net, optimizer = build()
+        net.to(dtype)
+        run = torch.compile(net) if compiled else net
+        for seed in range(2):
+            x = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+            run(x).float().square().mean().backward()
+        optimizer.matrices._queue and optimizer.matrices._queue.flush()
+        found.append(optimizer.matrices.sketches.clone())
+        optimizer.zero_grad()
+    eager, other = found
+    assert eager.any()
+    assert (other - eager).norm() <= (1e-4 if dtype == torch.float32 else 2e-2) * eager.norm()

@@ -43,8 +43,17 @@ def train(
     folder: Path, *words: str, config: str = "zero2_mofasgd", ranks: int = 2, script: str = "launch/train.py"
 ) -> subprocess.CompletedProcess:
     """Run `deepspeed launch/train.py` from ``folder``, so from elsewhere than the repository's root."""
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / script)]
-    command += ["--deepspeed", str(ROOT / f"configs/{config}.json")]
+    launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / script)]
+    return start(folder, [*launcher, "--deepspeed", str(ROOT / f"configs/{config}.json")], *words)
+
+
+def train_alone(folder: Path, *words: str, script: str = "launch/train.py") -> subprocess.CompletedProcess:
+    """The same in one process, without a launcher and without DeepSpeed."""
+    return start(folder, [sys.executable, str(ROOT / script), "--optimizer", "MoFaSGD", "--rank", "32"], *words)
+
+
+def start(folder: Path, launcher: list[str], *words: str) -> subprocess.CompletedProcess:
+    command = [*launcher]
     if "--model_name_or_path" not in words:
         command += ["--model_config", "shape.json"]
     command += ["--train_file", "train.txt", "--eval_file", "eval.jsonl", "--max_length", str(LENGTH)]
@@ -52,9 +61,9 @@ def train(
     command += ["--per_device_eval_batch_size", "2"]
     command += ["--per_device_train_batch_size", "2", "--max_steps", str(STEPS)]
     command += ["--logging_steps", "1", "--eval_on_start", *words]
-    return subprocess.run(
-        command, cwd=folder, env=command_environment(folder), capture_output=True, text=True, timeout=300
-    )
+    environment = command_environment(folder)
+    environment.pop("RANK", None)  # of a launcher around these tests
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def succeeded(run: subprocess.CompletedProcess) -> str:

@@ -11,14 +11,9 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from ds_mofa.optimizers import registry
-from launch.arguments import (
-    Parser,
-    TrainingArguments,
-    check_optimizer,
-    deepspeed_config_path,
-    defaults_from_deepspeed,
-    parse_arguments,
-)
+from launch.arguments import Parser, TrainingArguments, parse_arguments
+from launch.deepspeed_json import check_optimizer, deepspeed_config_path, defaults_from_deepspeed
+from launch.engines import Engine
 from launch.errors import UserError
 from launch.json_files import read_json
 
@@ -32,6 +27,8 @@ CONFIG = ["--deepspeed", "configs/zero2_adamw.json"]
 def one_rank_without_a_launcher(monkeypatch, tmp_path):
     """What TrainingArguments needs of a launcher: nothing, once there is no DeepSpeed engine to start."""
     monkeypatch.setattr("launch.arguments.TrainingArguments.__post_init__", lambda self: None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
 
 def parse(*words: str):
@@ -51,7 +48,13 @@ BAD_LINES = {
         "wrapped runs examples together.*Take bfd",
     ),
     "packed evaluation": (MODEL + DATA + CONFIG + ["--eval_packing"], "count some examples twice"),
-    "no DeepSpeed config": (MODEL + DATA, "which optimizer to train with"),
+    "no optimizer": (MODEL + DATA, "which optimizer to train with. Give --optimizer MoFaSGD .*or a DeepSpeed config"),
+    "an optimizer beside a JSON": (MODEL + DATA + CONFIG + ["--rank", "8"], "--rank: under --deepspeed the JSON names"),
+    "weights' dtype beside a JSON": (MODEL + DATA + CONFIG + ["--dtype", "float32"], "--dtype: under --deepspeed"),
+    "fp16 without DeepSpeed": (
+        MODEL + DATA + ["--optimizer", "AdamW", "--fp16"],
+        "--fp16: its loss scaling is DeepSpeed",
+    ),
     "a config that is not there": (MODEL + DATA + ["--deepspeed", "nowhere.json"], "nowhere.json: no such file"),
 }
 
@@ -178,6 +181,40 @@ def test_a_scheduler_without_a_warm_up_needs_none(tmp_path):
     parse(*config_file(tmp_path, scheduler={"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 1}}))
 
 
+def test_the_command_line_s_optimizer_comes_with_its_options_and_the_flags():
+    words = [*MODEL, *DATA, "--optimizer", "mofasgd", "--rank", "16", "--optimizer_args", '{"explore": 4, "lr": 0.5}']
+    args = parse(*words, "--weight_decay", "0.25", "--adam_beta2", "0.75")[2]
+    assert args.engine is Engine.DDP and args.learning_rate == 0.5 and args.max_grad_norm == 1.0
+    fixed = {"rank": 16, "explore": 4, "lr": 0.5}
+    assert args.optimizer_options == fixed | {"weight_decay": 0.25, "adamw_betas": [0.9, 0.75], "adamw_eps": 1e-8}
+    with pytest.raises(UserError, match='"lr" is 0.5 there, and --learning_rate says 0.25'):
+        parse(*words, "--learning_rate", "0.25")
+    assert parse(*MODEL, *DATA, *CONFIG)[2].optimizer_options is None
+
+
+@pytest.mark.parametrize(
+    ("words", "launched", "weights", "mixed"),
+    [
+        (["--bf16"], "no", None, "no"),  # load_model takes --bf16's dtype
+        (["--bf16", "--dtype", "float32"], "no", "float32", "bf16"),
+        (["--dtype", "bfloat16"], "no", "bfloat16", "no"),
+        ([], "no", None, "no"),
+        ([], "bf16", "float32", "bf16"),
+        (["--bf16", "--dtype", "bfloat16"], "bf16", "bfloat16", "no"),
+    ],
+)
+def test_bf16_weights_are_computed_with_as_they_are(monkeypatch, words, launched, weights, mixed):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    args = parse(*MODEL, *DATA, "--optimizer", "MoFaSGD", *words)[2]
+    assert (args.dtype, args.mixed_precision) == (weights, mixed)
+
+
+def test_another_precision_of_the_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="mixed_precision fp8 of accelerate launch"):
+        parse(*MODEL, *DATA, "--optimizer", "MoFaSGD")
+
+
 def test_answers_only_is_asked_of_the_records_and_not_of_trl():
     _, data, args = parse(*MODEL, *DATA, *CONFIG, "--assistant_only_loss")
     assert data.answers_only and not args.assistant_only_loss
@@ -265,8 +302,12 @@ def test_an_optimizer_of_a_plugin_is_one_of_the_config_s(tmp_path, plugin):
     words = config_file(tmp_path, optimizer={"type": "Plugged", "params": {"lr": "auto", "rank": 4}})
     with pytest.raises(UserError, match='"Plugged" in "optimizer" is no optimizer'):
         parse(*words)
+    named = [*MODEL, *DATA, "--optimizer", "plugged"]
+    with pytest.raises(UserError, match="--optimizer plugged: no such optimizer. There are .*--plugins brings others"):
+        parse(*named)
     for _ in range(2):  # importing it again registers nothing anew
         assert parse(*words, "--plugins", str(plugin))[2].learning_rate == 0.125
+    assert parse(*named, "--plugins", str(plugin))[2].optimizer_options["lr"] == 0.125
     words = config_file(tmp_path, optimizer={"type": "plugged", "params": {"rnk": 4}})
     with pytest.raises(UserError, match="unknown option 'rnk' of Plugged; did you mean 'rank'"):
         parse(*words, "--plugins", str(plugin))

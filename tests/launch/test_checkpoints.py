@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoints import checkpoint_to_resume, remove_old, seal, start_run, unseal
+from launch.checkpoints import (
+    check_written_by,
+    checkpoint_to_resume,
+    remove_old,
+    seal,
+    start_run,
+    unseal,
+    written_by,
+)
+from launch.engines import Engine
 from launch.errors import UserError
 
 
@@ -51,6 +60,32 @@ def test_last_of_nothing_raises(tmp_path, folder):
 def test_a_folder_that_is_no_checkpoint_raises(output):
     with pytest.raises(UserError, match="not a checkpoint of this command"):
         checkpoint_to_resume(output, output)
+
+
+WRITTEN_BY = {
+    Engine.DEEPSPEED: ["global_step3/states.pt", "model.safetensors"],
+    Engine.FSDP2: ["pytorch_model_fsdp.bin", "optimizer.bin", "model.safetensors"],
+    Engine.DDP: ["optimizer.pt", "model.safetensors"],
+}
+
+
+@pytest.mark.parametrize("writer", WRITTEN_BY)
+def test_an_engine_resumes_its_own_checkpoints_alone(tmp_path, writer):
+    for name in WRITTEN_BY[writer]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for engine in Engine:
+        if engine is writer or (writer, engine) == (Engine.DDP, Engine.ONE):
+            check_written_by(str(tmp_path), engine)
+        else:
+            with pytest.raises(UserError, match=f"a run under {writer.value}, and this one is under {engine.value}"):
+                check_written_by(str(tmp_path), engine)
+        check_written_by(None, engine)
+
+
+def test_a_sharded_checkpoint_is_fsdp2_s(tmp_path):
+    (tmp_path / "pytorch_model_fsdp_0").mkdir()
+    assert written_by(tmp_path) is Engine.FSDP2
 
 
 def cut(folder: Path) -> None:

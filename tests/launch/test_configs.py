@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from ds_mofa import Options
+from launch.fsdp import FULL, SHARDED
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.json"))
@@ -107,3 +110,12 @@ def test_the_accelerate_config_points_to_a_shipped_one():
     config = yaml.safe_load((CONFIGS / "accelerate_zero2.yaml").read_text())
     assert config["distributed_type"] == "DEEPSPEED"
     assert Path(config["deepspeed_config"]["deepspeed_config_file"]).is_file()
+
+
+def test_the_fsdp2_config_is_one_that_accelerate_knows_and_that_keeps_bf16_weights():
+    config = load_config_from_file(str(CONFIGS / "fsdp2.yaml"))
+    assert config.distributed_type == "FSDP" and config.mixed_precision == "no"
+    options = {string for action in launch_command_parser()._actions for string in action.option_strings}
+    assert {f"--{key}" for key in config.fsdp_config} <= options
+    assert config.fsdp_config["fsdp_version"] == 2
+    assert config.fsdp_config["fsdp_state_dict_type"] in (FULL, SHARDED)

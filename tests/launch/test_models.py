@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launch.arguments import ModelArguments
+from launch.engines import Engine
 from launch.errors import UserError
 from launch.models import (
     build_model,
@@ -92,7 +93,7 @@ def load_shape(tmp_path, kind: str, **options):
     file = tmp_path / "shape.json"
     file.write_text(json.dumps({"model_type": kind, **ATTENTION[kind][0]}))
     args = ModelArguments(model_config=str(file), **options)
-    training = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
+    training = SimpleNamespace(bf16=False, fp16=False, dtype=None, engine=Engine.ONE, device=torch.device("cpu"))
     return args, load_model(args, training, byte_tokenizer())
 
 

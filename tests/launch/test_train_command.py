@@ -7,7 +7,6 @@ shown by tests/ranks/test_train_command.py, in processes that are there already.
 import json
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,13 +20,14 @@ from tests.launch.commands import (
     WITH_A_CHECKPOINT,
     answer_loss,
     assert_same_model,
-    command_environment,
     faulty,
     log_history,
     losses_in,
     make_inputs,
+    start,
     succeeded,
     train,
+    train_alone,
 )
 from tests.ports import free_port
 
@@ -119,13 +119,27 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
     assert "Traceback" not in run.stdout + run.stderr
 
 
-def test_without_a_launcher_it_says_how_to_start(tmp_path):
-    environment = {key: value for key, value in command_environment(tmp_path).items() if key != "RANK"}
-    run = subprocess.run(
-        [sys.executable, ROOT / "launch/train.py"], env=environment, capture_output=True, text=True, timeout=120
-    )
+def test_deepspeed_without_a_launcher_says_how_to_start(tmp_path):
+    make_inputs(tmp_path)
+    run = train_alone(tmp_path, "--deepspeed", str(ROOT / "configs/zero2_mofasgd.json"))
     assert run.returncode == 2
     assert "Use `deepspeed launch/train.py" in run.stderr
+
+
+def test_one_process_trains_and_goes_on_after_sigterm(tmp_path):
+    make_inputs(tmp_path)
+    output = succeeded(train_alone(tmp_path, "--output_dir", "model"))
+    assert "optimizer: MoFaSGD, one process, lr 0.006" in output
+    assert "batch: 2 sequences = 2 each on one process" in output
+    first, last = losses_in(output)
+    assert last < first - 0.1
+    assert answer_loss(tmp_path / "model", tmp_path / "eval.jsonl") == pytest.approx(last, abs=0.006)
+    fault = ["--fault", f"sigterm:{STEPS // 2}:0"]
+    run = train_alone(tmp_path, "--output_dir", "stopped", *fault, script="tests/launch/faulty.py")
+    assert run.returncode == 143, run.stdout[-3000:] + run.stderr[-3000:]
+    assert f"stopped by SIGTERM, saved stopped/checkpoint-{STEPS // 2}" in run.stdout
+    succeeded(train_alone(tmp_path, "--output_dir", "stopped", "--resume_from_checkpoint", "last"))
+    assert_same_model(tmp_path / "model", tmp_path / "stopped")
 
 
 @pytest.mark.slow
@@ -188,14 +202,35 @@ def test_a_saved_model_is_trained_further(tmp_path, finished, stage):
 
 
 @pytest.mark.slow
-def test_accelerate_launches_it_too(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "words", "said"),
+    [
+        ("accelerate_zero2", [], "MoFaSGD, ZeRO stage 2, lr 0.006"),
+        (
+            "fsdp2",
+            ["--optimizer", "MoFaSGD"],
+            "MoFaSGD, FSDP2 (CPU ranks, resharded after forward, checkpoints SHARDED",
+        ),
+    ],
+)
+def test_accelerate_launches_it_too(tmp_path, config, words, said):
     make_inputs(tmp_path)
-    launcher = ["accelerate", "launch", "--config_file", str(ROOT / "configs/accelerate_zero2.yaml")]
-    launcher += ["--main_process_port", str(free_port()), str(ROOT / "launch/train.py")]
-    options = ["--model_config", str(tmp_path / "shape.json"), "--train_file", str(tmp_path / "train.txt")]
-    options += ["--max_length", "64", "--max_steps", "2", "--output_dir", str(tmp_path / "model")]
-    run = subprocess.run(
-        launcher + options, cwd=tmp_path, env=command_environment(tmp_path), capture_output=True, text=True, timeout=300
-    )
-    assert "MoFaSGD, ZeRO stage 2, lr 0.006" in succeeded(run)
-    assert (tmp_path / "model/model.safetensors").is_file()
+    launcher = ["accelerate", "launch", "--config_file", str(ROOT / f"configs/{config}.yaml")]
+    launcher += ["--main_process_port", str(free_port()), str(ROOT / "launch/train.py"), *words]
+    output = succeeded(start(tmp_path, launcher, "--output_dir", "model"))
+    assert said in output
+    # From a saved model: the config has the first rank alone read it.
+    launcher[launcher.index("--main_process_port") + 1] = str(free_port())
+    more = succeeded(start(tmp_path, launcher, "--output_dir", "more", "--model_name_or_path", "model"))
+    assert losses_in(more)[0] == losses_in(output)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["--fsdp"]], ids=["ddp", "fsdp2"])
+def test_torchrun_passes_sigterm_on(tmp_path, words):
+    make_inputs(tmp_path)
+    launcher = ["torchrun", "--standalone", "--nproc_per_node", "2", str(ROOT / "tests/launch/faulty.py")]
+    launcher += ["--fault", "sigterm-all:3:0", "--optimizer", "MoFaSGD", *words]
+    run = start(tmp_path, launcher, "--output_dir", "model")
+    assert run.returncode == 1
+    assert "stopped by SIGTERM, saved model/checkpoint-3" in run.stdout

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from ds_mofa.profiler.claims import judge
+from ds_mofa.profiler.setting import RunSetting
 from profiling import nsight, verify_claim, verify_worker
+from profiling.starting import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs/models/llama-tiny.json")
@@ -63,6 +65,35 @@ def test_it_runs_and_judges(verified):
     report = document["runs"]["torch:MoFaSGD:r=4"]
     assert report["predicted"]["categories"]["weights"] == pytest.approx(3_395_072, rel=1e-3)
     assert report["setting"]["seconds_per_step"] > 0
+
+
+def test_fsdp2_on_one_rank(tmp_path):
+    verify_here(tmp_path, "--runs", "fsdp2:MoFaSGD:r=4", "fsdp2:MoFaSGD:r=4:weights=fp32", "--gpus", "1")
+    claims = {claim["claim"]: claim for claim in json.loads((tmp_path / "report.json").read_text())["claims"]}
+    for run in ("fsdp2:MoFaSGD:r=4", "fsdp2:MoFaSGD:r=4:weights=fp32"):
+        assert claims[f"{run}: no full-rank gradient lives"]["verdict"] == "holds"
+        assert claims[f"{run}: the prediction is within 5% of the peak traced"]["verdict"] == "holds"
+
+
+@pytest.mark.slow
+def test_throughput_measures_and_predicts_on_ranks(tmp_path):
+    words = ["--model_config", TINY, "--shapes", "8x2", "16x1", "--gpus", "2", "--warmup", "1", "--steps", "2"]
+    process = run("throughput.py", *words, "--output_dir", str(tmp_path), "--predict", "--runs", "fsdp2:MoFaSGD:r=4")
+    assert process.returncode == 0, process.stdout + process.stderr
+    printed = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    assert printed == [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    for row, shape in zip(printed, ("8x2", "16x1"), strict=True):
+        assert (row["run"], row["shape"], row["gpus"], row["world_size"]) == ("fsdp2:MoFaSGD:r=4", shape, 2, 2)
+        assert row["tokens_per_second"] > 0 and row["losses"][-1] < row["losses"][0] and "skipped_steps" not in row
+        assert row["predicted_allocated_gb"] == pytest.approx(0.073, abs=0.01)  # mostly cuBLAS's workspaces
+
+
+def test_who_starts_a_run():
+    settings = [RunSetting.of(backend=name, gpus=1 if name == "torch" else 4) for name in ("torch", "ddp", "zero2")]
+    plain, torchrun, deepspeed = map(launcher, settings)
+    assert plain == [sys.executable]
+    assert torchrun[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "4"] and torchrun[-1] == "--"
+    assert deepspeed[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "4"]
 
 
 def test_a_run_that_fails_is_in_the_report(verified):

@@ -10,8 +10,9 @@ from deepspeed import comm as dist
 from launching import on_ranks
 
 from ds_mofa.profiler.measure.inventory import inventory, sizes
+from ds_mofa.profiler.measure.layers import verdict
 from ds_mofa.profiler.predict.always import always
-from ds_mofa.profiler.predict.moments import candidates, highest
+from ds_mofa.profiler.predict.moments import candidates
 from ds_mofa.profiler.predict.prediction import plan_of
 from ds_mofa.profiler.setting import RunSetting
 from profiling import verify_worker
@@ -45,16 +46,8 @@ def reported(run: str, shape: str) -> list[dict[str, Any]]:
     """The same: of each rank its report."""
     Path("predicted.json").write_text('{"error": "this is about what is measured"}')
     words = ["--run", run, "--shape", shape, "--model_config", TINY, "--steps", "1", "--sample_hz", "20"]
-    words += [
-        "--gpus",
-        str(dist.get_world_size()),
-        "--predicted",
-        "predicted.json",
-        "--output_dir",
-        "claim",
-        "--local_rank",
-        str(dist.get_rank()),
-    ]
+    words += ["--gpus", str(dist.get_world_size()), "--local_rank", str(dist.get_rank())]
+    words += ["--predicted", "predicted.json", "--output_dir", "claim"]
     verify_worker.main(words)
     dist.barrier()
     return json.loads(Path("claim/report.json").read_text())["ranks"]
@@ -108,7 +101,10 @@ def test_backward_in_stage_2_is_what_ranks_count(ran):
     assert highest + sum(always(found).values()) == pytest.approx(most, rel=0.015)
 
 
-TORCHS = ["fsdp2:AdamW", "fsdp2:AdamW:weights=fp32", "fsdp2:AdamW:replicas=2", "ddp:AdamW"]
+TORCHS = [
+    "fsdp2:AdamW:weights=fp32", "fsdp2:AdamW:replicas=2", "ddp:AdamW", "fsdp2:MoFaSGD:r=4", "ddp:MoFaSGD:r=4",
+    "fsdp2:MoFaSGD:r=4:explore=3:weights=fp32", "fsdp2:MoFaSGD:r=4:master_weights=1", "fsdp2:GaLore:r=4:replicas=2",
+]  # fmt: skip
 
 
 @on_ranks(
@@ -118,7 +114,7 @@ def test_what_torchs_ranks_keep_is_what_was_predicted(ran):
     """To the byte but for counters, on the first rank; of three, the others hold fewer rows and no more."""
     predicted = always(plan(ran))
     for rank in ran.ranks:
-        for kind in ("weights", "AdamW states", "sketches", "factors"):
+        for kind in ("weights", "master weights", "AdamW states", "sketches", "factors"):
             assert rank.get(kind, 0) == pytest.approx(predicted.get(kind, 0), rel=0.01, abs=600), kind
 
 
@@ -127,19 +123,38 @@ def test_what_torchs_ranks_keep_is_what_was_predicted(ran):
     run=[
         "fsdp2:AdamW",
         "fsdp2:AdamW:weights=fp32",
-        "fsdp2:AdamW:reshard=0",
-        "fsdp2:AdamW:checkpointing=1",
+        "fsdp2:MoFaSGD:r=4",
+        "fsdp2:MoFaSGD:r=4:reshard=0",
+        "fsdp2:MoFaSGD:r=4:weights=fp32:checkpointing=1",
         "ddp:AdamW",
+        "ddp:MoFaSGD:r=4",
     ],
-    shape=["256x2", "64x1", "8x2"],
+    shape=["256x2", "8x1"],
+    pairwise=True,
 )
 def test_torchs_ranks_peak_where_it_was_predicted(ran):
-    """Activations decide, then both, then weights and gradients; AdamW's own temporaries are the CPU's."""
+    """With many tokens activations decide, with few weights and gradients. The step's temporaries are the CPU's own."""
     found = plan(ran)
-    expected = sum(always(found).values()) + sum(highest(found)[0].extra.values())
+    moments = [one for one in candidates(found, 0) if one.when in ("loss", "backward")]
+    expected = sum(always(found).values()) + max(sum(one.extra.values()) for one in moments)
     peaks = {phase["name"]: phase["allocated"] for phase in ran.ranks[0][0]["phase_peaks"]}
     measured = max(peaks["forward"], peaks["backward"])
-    # Gloo copies what it reduces, a layer at a time; fp32 gradients are so large here that it shows.
-    copy = 4 * sum(p.numel for p in found.trained if ".layers.0." in p.name) if "fp32" in ran.run else 0
+    # Gloo copies what it reduces, a layer at a time, which shows where gradients decide.
+    layer = sum(p.numel for p in found.trained if ".layers.0." in p.name)
+    copy = layer * (4 if "fp32" in ran.run else 2) if ran.run.startswith("fsdp2") else 0
     assert expected == pytest.approx(measured, rel=0.003, abs=copy)
     assert expected < 1.003 * measured
+
+
+@on_ranks(reported, run=["fsdp2:MoFaSGD:r=4", "fsdp2:MoFaSGD:r=4:weights=fp32", "fsdp2:AdamW"], shape=["8x1"])
+def test_under_fsdp2_no_gradient_of_a_matrix_lives(ran):
+    """Neither in ``.grad`` nor in what FSDP2 reduces it in; gathered weights, which are as large, are known for such."""
+    for rank in ran.ranks[0]:
+        holds, text = verdict(rank["layers"])
+        assert holds is ("MoFaSGD" in ran.run), text
+        gathered = {phase["name"]: phase["breakdown"].get("communication buffers", 0) for phase in rank["phase_peaks"]}
+        assert gathered["backward"] > max(layer["layer_gradients"] for layer in rank["layers"])
+    layers = ran.ranks[0][0]["layers"]
+    if "AdamW" in ran.run:  # the control: the layer before waits in the buffer that it is reduced in
+        assert max(layer["largest"] for layer in layers) >= layers[0]["layer_gradients"]
+        assert max(layer["held"] for layer in layers) > 0

@@ -11,17 +11,18 @@ frozen parameters), and with what the other family looks for. :func:`restore` lo
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime import engine as ds_engine
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_mofa.backends.deepspeed import checkpoints
 from ds_mofa.backends.deepspeed.checkpoints import CheckpointError
@@ -29,7 +30,7 @@ from ds_mofa.backends.deepspeed.matrices import is_partitioned, local_shard
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.parameters import full_shape
 
-__all__ = ["convert", "restore"]
+__all__ = ["completed", "convert", "model_states", "restore", "write_model_states"]
 
 _MODEL = "mp_rank_00_model_states.pt"
 _MODEL_STAGE3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -87,10 +88,7 @@ def convert(source: Path, target: Path, workers: int = 4, trusted: bool = False)
             if _is_read(name):
                 checkpoints.load(source / name)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
-        folder = Path(partial) / target.name
-        folder.mkdir()
+    with completed(target, manifest) as folder:
         ds_to_universal.main(
             argparse.Namespace(
                 input_folder=str(source),
@@ -103,9 +101,29 @@ def convert(source: Path, target: Path, workers: int = 4, trusted: bool = False)
             )
         )
         _complete(source, folder, manifest, trusted)
+
+
+@contextlib.contextmanager
+def completed(target: Path, description: Mapping[str, Any]) -> Iterator[Path]:
+    """Within: a new folder to write a universal checkpoint into, which then gets its manifest and becomes ``target``.
+
+    Args:
+        target: absolute.
+        description: of the manifest.
+
+    Raises:
+        CheckpointError: ``target`` exists.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists already: give another --output_folder, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
+        folder = Path(partial) / target.name
+        folder.mkdir()
+        yield folder
         files = checkpoints.files_of(folder, sorted(str(path.relative_to(folder)) for path in folder.rglob("*.pt")))
         crc32 = torch.serialization.get_crc32_options()
-        checkpoints.seal(folder, {**manifest, "universal": True, "crc32": crc32}, files)
+        checkpoints.seal(folder, {**description, "universal": True, "crc32": crc32}, files)
         folder.replace(target)
     checkpoints.write_atomically(target.parent / "latest_universal", target.name.encode())
 
@@ -162,8 +180,18 @@ def _complete(source: Path, folder: Path, manifest: Mapping[str, Any], trusted: 
     model = models[0]  # less the weights, which are in zero/
     buffers = {name: model["module"][name] for name in model["buffer_names"]}
     slim = {**model, "module": buffers, "frozen_param_fragments": None, "frozen_param_shapes": None}
+    write_model_states(slim, folder)
+
+
+def write_model_states(slim: Mapping[str, Any], folder: Path) -> None:
+    """What DeepSpeed reads beside ``zero/``, where each of its two families of stages looks for it."""
     for name in (_MODEL, _MODEL_STAGE3):
-        torch.save(slim, folder / name)
+        torch.save(dict(slim), folder / name)
+
+
+def model_states(folder: Path) -> Path:
+    """One of the files of :func:`write_model_states`."""
+    return folder / _MODEL
 
 
 # ---------------------------------------------------------------------- loading one
@@ -206,8 +234,8 @@ def restore(engine, mofa: MatrixOptimizer, folder: Path, with_state: bool) -> No
                 f"original checkpoint with\n  {checkpoints.CONVERT.format('CHECKPOINT', 'CHECKPOINT')}"
             )
         masters[name] = master.flatten()[held].float()
-    for name, buffer in source.buffers():
-        engine.module.get_buffer(name).copy_(buffer)
+    for name, buffer in source.buffers(engine.module):
+        buffer.copy_(source.module[name])
     if not with_state:
         mofa.matrices.masters.refresh()
         return
@@ -250,9 +278,17 @@ class _Outside:
                 f"{self._folder}: the checkpoint has no parameter {name!r}. Use the model that it was saved with"
             ) from None
 
-    def buffers(self) -> list[tuple[str, Tensor]]:
-        model = self._shards()[0]
-        return [(name, model["module"][name]) for name in model["buffer_names"]]
+    @property
+    def module(self) -> Mapping[str, Tensor]:
+        """What was saved with the model's buffers: these, or all that was not trained."""
+        return self._shards()[0]["module"]
+
+    def buffers(self, module: nn.Module) -> list[tuple[str, Tensor]]:
+        """Those of ``module`` that were saved."""
+        names = self._shards()[0]["buffer_names"]
+        if names is None:  # whoever wrote it could not tell buffers from frozen weights
+            return [(name, buffer) for name, buffer in module.named_buffers() if name in self.module]
+        return [(name, module.get_buffer(name)) for name in names]
 
     def _shards(self) -> list[dict]:
         if self._models is None:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ds_mofa.optimizers.gradient import SketchedGradient
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.profiler.measure.fully_sharded import held_by_fsdp2, parameters
+from ds_mofa.profiler.storages import with_memory
+from ds_mofa.step.step import MatrixStep
 
 __all__ = ["Known", "inventory", "buckets", "sizes", "leaves", "tensors", "unwrap_optimizer"]
 
@@ -108,7 +109,7 @@ def tensors(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str, Any]
         yield category, getattr(optimizer, name, None)
     yield from _short_lived(model, optimizer)
     mofa = getattr(optimizer, "mofa", optimizer)  # DeepSpeed's optimizers carry it, a plain loop has it itself
-    matrices = getattr(mofa, "matrices", None)
+    matrices = _matrices(mofa)
     if matrices is not None:
         yield "sketches", [matrices.sketches, matrices._pending]
         yield "factors", [matrices.factors, matrices.working, *matrices.held()]
@@ -120,7 +121,7 @@ def tensors(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str, Any]
 
 def _short_lived(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str, Any]]:
     # Linears whose sketches are taken together keep their inputs and output gradients until then.
-    matrices = getattr(getattr(optimizer, "mofa", optimizer), "matrices", None)
+    matrices = _matrices(getattr(optimizer, "mofa", optimizer))
     for _, x, dy in getattr(getattr(matrices, "_queue", None), "_waiting", ()):
         yield "activations", x
         yield "workspace", dy
@@ -143,20 +144,24 @@ def _short_lived(model: nn.Module | None, optimizer: Any) -> Iterator[tuple[str,
 
 def leaves(item: Any) -> list[Tensor]:
     """Every tensor with memory in a tensor, list, tuple or dict, of a DTensor the local one; nothing of anything else."""
-    if isinstance(item, DTensor):
-        return [item._local_tensor]
     if isinstance(item, Tensor):
-        return [] if isinstance(item, SketchedGradient) else [item]
+        return list(with_memory(item))
     parts = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
     return [leaf for part in parts for leaf in leaves(part)]
 
 
+def _matrices(optimizer: Any) -> MatrixStep | None:
+    """None where it has still to be bound: that is not for the profiler to bring about."""
+    return optimizer._matrices if isinstance(optimizer, MatrixOptimizer) else None
+
+
 def _base_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
-    """The torch optimizers inside, whose ``state`` holds the moments."""
+    """The torch optimizers inside, whose ``state`` holds the moments. Not ds_mofa's own, which makes them when asked."""
     seen = set()
     while optimizer is not None and id(optimizer) not in seen:
         seen.add(id(optimizer))
-        if isinstance(optimizer, torch.optim.Optimizer) and isinstance(getattr(optimizer, "state", None), dict):
+        plain = isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, MatrixOptimizer)
+        if plain and isinstance(getattr(optimizer, "state", None), dict):
             yield optimizer
         optimizer = getattr(optimizer, "adamw", None) or getattr(optimizer, "optimizer", None)
 

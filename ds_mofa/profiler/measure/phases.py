@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.phases import PHASES, listening
 from ds_mofa.profiler.measure.curve import Span
 
@@ -168,7 +169,7 @@ def _tensors_in(item: Any) -> Iterator[Tensor]:
 
 def watch_optimizer(optimizer: Any, recorder: PhaseRecorder) -> list[Callable[[], None]]:
     """Announce the step of an optimizer that does not announce its own; returns what undoes it."""
-    if optimizer is None or hasattr(optimizer, "mofa") or hasattr(optimizer, "matrices"):
+    if optimizer is None or hasattr(optimizer, "mofa") or isinstance(optimizer, MatrixOptimizer):
         return []
     base = getattr(optimizer, "optimizer", optimizer)  # inside DeepSpeed's
     name = "AdamW" if "adam" in type(base).__name__.lower() else "optimizer step"

@@ -26,7 +26,8 @@ def always(plan: Plan) -> dict[str, int]:
     if not setting.offload:
         parts |= _moments(plan, sharded)
     if plan.sketched:
-        state = 0 if setting.offload else 4 * plan.state_layout.segment
+        # CPUOffloadPolicy takes the weights alone, and the state is where the update is computed.
+        state = 0 if setting.offload and not setting.sharded else 4 * plan.state_layout.segment
         parts["sketches"] = 4 * plan.layout.numel
         parts["factors"] = 2 * plan.layout.numel + state + plan.batch.held
     return parts

@@ -103,8 +103,7 @@ def _host(plan: Plan, process: int) -> int:
         return 0
     if setting.sharded:  # weights, and of what AdamW trains gradients and both moments
         held = on_a_rank(plan, plan.batch.parameters) + 3 * on_a_rank(plan, plan.trained)
-        state = 4 * plan.state_layout.segment if plan.sketched else 0
-        return weight_bytes(setting) * held + state + matrix_masters(plan)
+        return weight_bytes(setting) * held + matrix_masters(plan)
     segment = plan.state_layout.segment if plan.sketched else 0
     weights = numbers(plan.batch.parameters)
     own = host_bytes(plan.zero, plan.groups, weights, segment, process, setting.offload == "param")

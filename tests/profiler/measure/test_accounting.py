@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 import ds_mofa
+from ds_mofa.optimizers.gradient import SketchedGradient
 from ds_mofa.profiler.measure import curve as curves
 from ds_mofa.profiler.measure.accounting import account, thin_curve
 from ds_mofa.profiler.measure.history import from_snapshot
-from ds_mofa.profiler.measure.inventory import Known, inventory, sizes
+from ds_mofa.profiler.measure.inventory import Known, inventory, leaves, sizes
 from ds_mofa.profiler.predict.reserved.allocator import CachingAllocator
 from ds_mofa.profiler.storages import FOREVER, Allocation, StorageTracker
 
@@ -214,3 +216,19 @@ def test_the_caching_allocators_rules():
         allocator.free(handle)
     allocator.alloc(32 * MIB)  # freed neighbours have been joined
     assert allocator.reserved == (22 + 32 + 18) * MIB
+
+
+def test_a_tensor_around_others_counts_as_those_and_a_sketched_gradient_as_nothing():
+    model = torch.nn.Linear(6, 6)
+    optimizer = ds_mofa.MoFaSGD(model, lr=1e-3, rank=2)
+    model(torch.ones(1, 6)).sum().backward()
+    with StorageTracker() as tracker:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)  # which scales all gradients in place
+        inner = torch.ones(7)
+        gathered = AsyncCollectiveTensor(inner).view(7, 1)
+    assert type(model.weight.grad) is SketchedGradient and leaves(model.weight.grad) == []
+    assert [leaf.data_ptr() for leaf in leaves({"state": [AsyncCollectiveTensor(inner)]})] == [inner.data_ptr()]
+    sizes = [one.size for one in tracker.allocations]
+    assert sizes.count(inner.nbytes) == 1 and model.weight.nbytes not in sizes
+    assert gathered.shape == (7, 1)
+    optimizer.detach()

@@ -1,4 +1,7 @@
-"""launch/train.py's main on the ranks of a launch, in the scene's folder, as ``deepspeed launch/train.py`` runs it."""
+"""launch/train.py's main on the ranks of a launch, in the scene's folder, as ``deepspeed launch/train.py`` runs it.
+
+Under any of its engines: the processes are the same, and the words of the command line choose.
+"""
 
 import contextlib
 import io
@@ -25,18 +28,31 @@ def make_inputs() -> None:
     dist.barrier()
 
 
-def command(*words: str) -> dict:
+# What configs/zero2_mofasgd.json says, by flags.
+_BY_FLAGS = ["--optimizer", "MoFaSGD", "--rank", "32", "--optimizer_args", '{"adamw_lr": 2e-4}', "--adam_beta2", "0.95"]
+ENGINES = {
+    "zero2": ["--deepspeed", str(ROOT / "configs/zero2_mofasgd.json")],
+    "ddp": _BY_FLAGS,
+    "fsdp2": ["--fsdp", *_BY_FLAGS],
+}
+
+
+def command(*words: str, engine: str = "zero2") -> dict:
     """Run it to its end: what this rank printed, and the code that it ended with; a mistake is raised."""
     from launch.train import main
 
-    given = ["--deepspeed", str(ROOT / "configs/zero2_mofasgd.json"), "--model_config", "shape.json", "--use_cpu"]
+    given = [*ENGINES[engine], "--model_config", "shape.json", "--use_cpu"]
     given += ["--train_file", "train.txt", "--eval_file", "eval.jsonl", "--max_length", str(LENGTH)]
     # Five examples to evaluate do not divide by two ranks of two: Accelerate repeats some, and none may count twice.
     given += ["--per_device_eval_batch_size", "2", "--per_device_train_batch_size", "2", "--max_steps", str(STEPS)]
     given += ["--logging_steps", "1", "--eval_on_start", *words]
     printed, code = io.StringIO(), 0
     try:
-        with contextlib.redirect_stdout(printed), mock.patch("launch.train.leave_ranks", dist.barrier):
+        with (
+            mock.patch.dict(os.environ),  # Accelerate's settings stay there, for the next engine to find
+            contextlib.redirect_stdout(printed),
+            mock.patch("launch.train.leave_ranks", dist.barrier),
+        ):
             main(given)
     except SystemExit as ended:
         code = ended.code
@@ -70,13 +86,14 @@ def saved_model(folder: str) -> dict[str, torch.Tensor]:
     return load_file(path) if path.exists() else {}
 
 
-def finished() -> dict:
+def finished(engine: str = "zero2") -> dict:
     """One uninterrupted run, with a checkpoint half way."""
     make_inputs()
-    run = command(*commands.WITH_A_CHECKPOINT)
+    run = command(*commands.WITH_A_CHECKPOINT, engine=engine)
     if dist.get_rank() == 0:
         history = json.loads(Path(f"model/checkpoint-{STEPS}/trainer_state.json").read_text())["log_history"]
         run["history"] = [{key: float(value) for key, value in entry.items()} for entry in history]
         run["answer loss"] = commands.answer_loss(Path("model"), Path("eval.jsonl"))
+        run["half way"] = saved_model(f"model/checkpoint-{STEPS // 2}")
         run["events"] = len(list(Path("model").glob("runs/*/events.out.tfevents.*")))
     return {**run, "weights": saved_model("model")}

@@ -36,7 +36,8 @@ def pretended_ranks(setting: RunSetting) -> Iterator[DeviceMesh | None]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setting.gpus)
     # Which ranks there are, and which rows are this one's, is worked out with tensors that are no part of the model.
-    real = {name: _on_real_tensors(getattr(fsdp2, name)) for name in ("_group_of", "compute_local_shape_and_global_offset")}
+    names = ("_group_of", "compute_local_shape_and_global_offset")
+    real: dict[str, Any] = {name: _on_real_tensors(getattr(fsdp2, name)) for name in names}
     try:
         with unittest.mock.patch.multiple(fsdp2, **real):
             yield mesh_of(setting, "cpu")
