@@ -4,9 +4,10 @@ from unittest import mock
 
 import pytest
 from comparing import assert_same, dense, distances, equal
-from engines import built, train
+from engines import built, galore, layers, shard, train
 from launching import on_ranks
 from toys import Layers, plenty
+from training import GALORE
 
 from ds_mofa.backends.fsdp2 import ShardExchange
 
@@ -19,6 +20,11 @@ def fp32(cut: str, micro: int, capture: str) -> dict:
 
 def balanced_and_explored(cut: str) -> dict:
     return train(*built(cut, options={"balance": 0.5, "explore": 2}), micro=3)
+
+
+def by_galore() -> dict:
+    model = shard(layers())
+    return train(model, galore(model), micro=3)
 
 
 def with_a_sum_for_a_mean() -> dict:
@@ -43,6 +49,11 @@ def test_balanced_and_explored_matrices_agree(ran):
     assert_same(ran, dense(Layers, data=plenty, balance=0.5, explore=2))
     with pytest.raises(AssertionError):
         assert_same(ran, dense(Layers, data=plenty))
+
+
+@on_ranks(by_galore, world=[3])
+def test_galore_agrees(ran):
+    assert_same(ran, dense(Layers, data=plenty, optimizer="GaLore", adamw_lr=GALORE["adamw_lr"]))
 
 
 @on_ranks(with_a_sum_for_a_mean)

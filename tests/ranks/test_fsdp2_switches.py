@@ -171,6 +171,22 @@ def evaluated_between() -> dict:
     return train(model, optimizer, before=look)
 
 
+@same
+def asked_for_the_input_s_gradient() -> dict:
+    """By autograd.grad before each backward, which is no backward of the weights."""
+    model, optimizer = built()
+    tokens, targets = plenty(1)[0]
+    seen = []
+    model.embed.register_forward_hook(lambda module, args, out: seen.append(out))
+
+    def ask(step: int) -> None:
+        loss = model(tokens, targets)
+        (found,) = torch.autograd.grad(loss, seen.pop())
+        assert found.abs().max() > 0
+
+    return train(model, optimizer, before=ask)
+
+
 def switched(switch: str) -> dict:
     return SAME[switch]()
 
