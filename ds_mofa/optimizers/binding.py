@@ -69,7 +69,7 @@ def connect(model: nn.Module | None, matrices: Sequence[Matrix], group: dist.Pro
 
 
 class FirstForward:
-    """Calls ``bind`` before the first forward of the model, or of any module that holds a matrix.
+    """Calls ``bind`` before the first forward with gradients of the model, or of any module that holds a matrix.
 
     Args:
         model: the whole of it.
@@ -96,7 +96,8 @@ class _Hook:
     @torch.compiler.disable
     def __call__(self, *_: Any) -> None:
         bind = None if self._bind is None else self._bind()
-        if bind is not None:
+        # An evaluation, which one process may do alone, has nothing to sketch.
+        if bind is not None and torch.is_grad_enabled():
             bind()
 
     def __deepcopy__(self, memo: Any) -> "_Hook":

@@ -103,6 +103,16 @@ def in_pairs() -> dict:
     return train(wrapped, optimizer, clip=clipping(model))
 
 
+def evaluated_by_one_rank() -> dict:
+    """Before all train."""
+    model = layers()
+    optimizer = mofasgd(model)
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            model(*plenty(1)[0])
+    return train(DistributedDataParallel(model), optimizer)
+
+
 def with_own_sketches_alone() -> dict:
     model = layers()
     optimizer = mofasgd(model)
@@ -171,6 +181,11 @@ def test_a_process_group_of_some_ranks_keeps_to_itself(ran):
     for one, other in (ran.ranks[:2], ran.ranks[2:]):
         assert equal(one["weights"], other["weights"]) and equal(one["norms"], other["norms"])
     assert not equal(ran.ranks[0]["weights"], ran.ranks[2]["weights"])
+
+
+@on_ranks(evaluated_by_one_rank)
+def test_one_rank_may_evaluate_before_all_train(ran):
+    assert_same(ran, dense(Layers, data=plenty))
 
 
 @on_ranks(without_sync)
