@@ -152,7 +152,7 @@ def leaves(item: Any) -> list[Tensor]:
 
 def _matrices(optimizer: Any) -> MatrixStep | None:
     """None where it has still to be bound: that is not for the profiler to bring about."""
-    return optimizer._matrices if isinstance(optimizer, MatrixOptimizer) else None
+    return getattr(optimizer, "_matrices", None)
 
 
 def _base_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:

@@ -105,7 +105,7 @@ def test_no_gradient_lives_and_adamws_do(folders):
 def test_what_waits_for_its_sketch_is_known():
     x, dy = torch.ones(4, 8), torch.ones(4, 16)
     queue = SimpleNamespace(_waiting=[((0, 0, 0, 0), x, dy)])
-    known = sizes(buckets(None, SimpleNamespace(matrices=SimpleNamespace(_queue=queue))), "cpu")
+    known = sizes(buckets(None, SimpleNamespace(_matrices=SimpleNamespace(_queue=queue))), "cpu")
     assert known == {"activations": x.nbytes, "workspace": dy.nbytes}
 
 
