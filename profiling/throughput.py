@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
+from ds_mofa.profiler.predict import PredictionError, predict
 from ds_mofa.profiler.setting import RunSetting, SettingError
 from profiling.starting import environment, launcher
 
@@ -137,8 +138,6 @@ def measure(setting: RunSetting, args: argparse.Namespace, out: Path) -> list[di
 
 def prediction(setting: RunSetting) -> dict[str, Any]:
     """What profiling/predict.py says of a run, in GB, or why it cannot."""
-    from ds_mofa.profiler.predict import PredictionError, predict  # takes seconds to import
-
     try:
         found = predict(setting)
     except PredictionError as error:

@@ -22,7 +22,8 @@ from torch import Tensor
 import ds_mofa
 from ds_mofa.phases import listening
 from ds_mofa.profiler.setting import RunSetting
-from profiling.trainers import Trainer, make_trainer
+from profiling.engine_trainers import make_trainer
+from profiling.trainers import Trainer
 
 __all__ = ["clock", "freeze_garbage", "measure"]
 

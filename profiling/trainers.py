@@ -17,7 +17,15 @@ from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import OPTIMIZERS
 from ds_mofa.profiler.setting import RunSetting, SettingError
 
-__all__ = ["TorchTrainer", "Trainer", "build_model", "check_measurable", "make_trainer", "optimizer_params"]
+__all__ = [
+    "TorchTrainer",
+    "Trainer",
+    "build_model",
+    "LoRATrainer",
+    "check_measurable",
+    "optimizer_params",
+    "pretend_to_be",
+]
 
 # What a process takes of a GPU beyond what PyTorch's allocator will ever show, once its libraries have loaded.
 _LIBRARIES = 1.7e9  # bytes, seen on an H200: NCCL, cuBLAS's workspaces, the kernels of Triton and PyTorch
@@ -51,26 +59,6 @@ class Trainer(Protocol):
 
     def versions(self) -> dict[str, Any]:
         """Of what the loop brings in, for a result row."""
-
-
-def make_trainer(setting: RunSetting, device: torch.device) -> Trainer:
-    """The loop that the setting names, on a model of its shape.
-
-    Raises:
-        SettingError: a run that can be predicted, and that nothing here trains.
-    """
-    if setting.card is not None:
-        pretend_to_be(setting.card * 2**30, device)
-    check_measurable(setting)
-    if setting.zero is not None:
-        from profiling.deepspeed_trainer import DeepSpeedTrainer  # no other run needs DeepSpeed
-
-        return DeepSpeedTrainer(setting, device)
-    if setting.backend != "torch":
-        from profiling.ranks_trainers import DDPTrainer, FSDP2Trainer  # which build on this module
-
-        return FSDP2Trainer(setting, device) if setting.sharded else DDPTrainer(setting, device)
-    return LoRATrainer(setting, device) if setting.optimizer == "LoRA" else TorchTrainer(setting, device)
 
 
 def check_measurable(setting: RunSetting) -> None:

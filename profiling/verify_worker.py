@@ -17,8 +17,9 @@ import torch
 from ds_mofa.profiler import MemoryProfiler
 from ds_mofa.profiler.setting import RunSetting
 from launch.shared_buffer import unlink_shared_buffer
+from profiling.engine_trainers import make_trainer
 from profiling.throughput_worker import clock, freeze_garbage
-from profiling.trainers import Trainer, make_trainer
+from profiling.trainers import Trainer
 
 __all__ = ["WARM_UP", "main", "turns"]
 

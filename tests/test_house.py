@@ -17,6 +17,9 @@ FOLDERS = ("ds_mofa", "launch", "profiling", "experiments")
 # What may be imported inside a function, and why it is not at the top of its file.
 HIDDEN = {
     "deepspeed": "a plain loop does without it",
+    "ds_mofa.backends.deepspeed": "imports deepspeed",
+    "profiling.deepspeed_trainer": "imports deepspeed",
+    "torch.testing": "makes a pretended backend known, which a prediction alone wants",
     "transformers": "an extra",
     "trl": "an extra",
     "peft": "an extra",

@@ -83,12 +83,14 @@ class Replicas(Backend):
 class WholeModels(Engine):
     """Runs of :class:`Replicas`."""
 
-    def announce(self, model: nn.Module, matrices: Sequence[Matrix]) -> Callable[[], None] | None:
+    def refuse(self, model: nn.Module) -> None:
         if isinstance(model, DistributedDataParallel):
             raise OptionError(
                 "DistributedDataParallel has wrapped this model already, and would send zeros in the place of every matrix's "
                 "gradient: build the optimizer over the module first, and wrap that"
             )
+
+    def announce(self, model: nn.Module, matrices: Sequence[Matrix]) -> Callable[[], None] | None:
         if not (dist.is_available() and dist.is_initialized()):
             return None
         before = getattr(model, _IGNORED, None)

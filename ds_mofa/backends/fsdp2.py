@@ -6,7 +6,7 @@ process's rows of the mean.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class ShardExchange(Exchange):
 
     @property
     def mean_scale(self) -> float:
-        divisors = {float(unit.gradient_divide_factor or self._size) for unit in self._units}
+        divisors = {float(unit.gradient_divide_factor or self._size) for unit in self._units} or {float(self._size)}
         if len(divisors) > 1:
             raise OptionError(
                 f"set_gradient_divide_factor has set {len(divisors)} divisors, {sorted(divisors)}, for modules that hold "
@@ -52,7 +52,7 @@ class Shards(Backend):
 
     Args:
         model: with the modules that ``fully_shard`` was called on.
-        matrices: at least one of them a DTensor.
+        matrices: of that model.
         group: of all the mesh's processes; None: the mesh's own, or all there are.
 
     Raises:
@@ -67,7 +67,7 @@ class Shards(Backend):
             held.sharded_param: unit for module in self._modules for unit in _units(module) for held in unit.fsdp_params
         }
         self._units = {m.index: _unit_of(m, units) for m in matrices if isinstance(m.param, DTensor)}
-        self._mesh = _one_mesh(matrices)
+        self._mesh = _one_mesh(matrices, units)
         unique = list({id(unit): unit for unit in self._units.values()}.values())
         self.exchange = ShardExchange(self._mesh, _group_of(self._mesh, group), unique)
         kind = self._mesh.device_type
@@ -147,13 +147,12 @@ class Shards(Backend):
 class FullyShard(Engine):
     """Runs of :class:`Shards`."""
 
-    def announce(self, model: nn.Module, matrices: Sequence[Matrix]) -> Callable[[], None] | None:
+    def refuse(self, model: nn.Module) -> None:
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise OptionError(
                 "FullyShardedDataParallel (FSDP1) flattens the weights, of which no matrix is left: shard the model with "
                 "torch.distributed.fsdp.fully_shard (in Accelerate, fsdp_version: 2)"
             )
-        return None
 
     def connect(
         self, model: nn.Module | None, matrices: Sequence[Matrix], group: dist.ProcessGroup | None
@@ -167,7 +166,7 @@ class FullyShard(Engine):
                 f"fully_shard has put another parameter in the place of {gone[0].name!r}, and {len(gone)} in all, since this "
                 "optimizer was built: build it after fully_shard"
             )
-        return Shards(model, matrices, group) if sharded else None
+        return Shards(model, matrices, group) if any(isinstance(p, DTensor) for p in model.parameters()) else None
 
 
 # ---------------------------------------------------------------------- FSDP2's own names, in one place
@@ -202,11 +201,15 @@ def _unit_of(matrix: Matrix, units: dict[Tensor, Any]) -> Any:
     return unit
 
 
-def _one_mesh(matrices: Sequence[Matrix]) -> DeviceMesh:
-    meshes = {matrix.param.device_mesh for matrix in matrices if isinstance(matrix.param, DTensor)}
-    if len(meshes) > 1:
-        raise OptionError(f"the matrices lie on {len(meshes)} meshes: give each of them an optimizer of its own")
-    return meshes.pop()
+def _one_mesh(matrices: Sequence[Matrix], others: Iterable[Tensor]) -> DeviceMesh:
+    """That of the matrices; where ``ignored_params`` has left all of them plain, that of the others."""
+    for some in ([matrix.param for matrix in matrices], others):
+        meshes = {param.device_mesh for param in some if isinstance(param, DTensor)}
+        if len(meshes) > 1:
+            raise OptionError(f"the matrices lie on {len(meshes)} meshes: give each of them an optimizer of its own")
+        if meshes:
+            return meshes.pop()
+    raise AssertionError("a sharded model without a mesh")
 
 
 def _group_of(mesh: DeviceMesh, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

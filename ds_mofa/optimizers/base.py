@@ -94,6 +94,7 @@ class MatrixOptimizer(Stateful):
                 f"ZeRO stage 3 holds this model's weights in partitions, which {title} can train in an engine of that stage "
                 f'alone: use deepspeed.initialize with "optimizer": {{"type": "{title}"}} in the config'
             )
+        binding.refuse(model)
         parsed, _ = self.options_class.from_config(options)
         split = split_parameters(model, params, parsed)
         taken = [matrix.param for matrix in split.matrices]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ds_mofa.parameters import Matrix
 from ds_mofa.step.backend import ENGINES, Backend, OneProcess
 
-__all__ = ["FirstForward", "announce", "connect", "say", "say_of_upcast", "settled"]
+__all__ = ["FirstForward", "announce", "connect", "refuse", "say", "say_of_upcast", "settled"]
 
 
 def settled(params: Iterable[Tensor]) -> bool:
@@ -35,12 +35,18 @@ def settled(params: Iterable[Tensor]) -> bool:
     return here is None or all(param.device.type == here.type for param in params)
 
 
-def announce(model: nn.Module, matrices: Sequence[Matrix]) -> Callable[[], None]:
-    """Tell every engine of an optimizer that is built; what it returns undoes it.
+def refuse(model: nn.Module) -> None:
+    """Ask every engine before the parameters are divided, which would not say what has become of them.
 
     Raises:
-        OptionError: it is too late to build one.
+        OptionError: it is too late to build an optimizer.
     """
+    for engine in ENGINES:
+        engine.refuse(model)
+
+
+def announce(model: nn.Module, matrices: Sequence[Matrix]) -> Callable[[], None]:
+    """Tell every engine of an optimizer that is built; what it returns undoes it."""
     undo = contextlib.ExitStack()
     for engine in ENGINES:
         done = engine.announce(model, matrices)
@@ -63,7 +69,7 @@ def connect(model: nn.Module | None, matrices: Sequence[Matrix], group: dist.Pro
 
 
 class FirstForward:
-    """Calls ``bind`` before the first forward of the model, or of any module that holds a matrix.
+    """Calls ``bind`` before the first forward with gradients of the model, or of any module that holds a matrix.
 
     Args:
         model: the whole of it.
@@ -90,7 +96,8 @@ class _Hook:
     @torch.compiler.disable
     def __call__(self, *_: Any) -> None:
         bind = None if self._bind is None else self._bind()
-        if bind is not None:
+        # An evaluation, which one process may do alone, has nothing to sketch.
+        if bind is not None and torch.is_grad_enabled():
             bind()
 
     def __deepcopy__(self, memo: Any) -> "_Hook":

@@ -219,7 +219,8 @@ class Gradients:
         Where it was let go, what it stood for is dropped, as autograd would have it; where it holds a gradient of another
         making, this is taken in.
         """
-        if self._together and self._params[index].grad is None:
+        if self._together and self._params[index].grad is not self._step.captured[index].grad:
+            # Another process may use what this one does not: .grad, and so a norm, is to be the same on all.
             for other, param in enumerate(self._params):
                 if other != index and param.grad is None and param.requires_grad:
                     self._open(other)

@@ -15,7 +15,9 @@ __all__ = ["adamw_of", "fuse"]
 def fuse(groups: Iterable[dict[str, Any]], device: torch.device) -> None:
     """As :func:`adamw_of` does where the device is known from the start."""
     for group in groups if device.type == "cuda" else ():
-        if "fused" in group:  # torch's; on the host too, where CPUOffloadPolicy keeps them, it is one pass instead of ten
+        if (
+            "fused" in group
+        ):  # torch's; on the host too, where CPUOffloadPolicy keeps them, it is one pass instead of ten
             group["fused"] = True
 
 

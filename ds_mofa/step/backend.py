@@ -114,15 +114,20 @@ class OneProcess(Backend):
 class Engine(Protocol):
     """One kind of run outside of DeepSpeed."""
 
+    def refuse(self, model: nn.Module) -> None:
+        """An optimizer is about to be built over a model, whose weights may not be what they were.
+
+        Raises:
+            OptionError: it is too late to build one.
+        """
+
     def announce(self, model: nn.Module, matrices: Sequence[Matrix]) -> Callable[[], None] | None:
         """An optimizer is built over these matrices; the model may not be sharded, wrapped or moved yet.
 
         Returns:
             What undoes whatever this has done to the model.
-
-        Raises:
-            OptionError: it is too late to build one.
         """
+        return None
 
     def connect(
         self, model: nn.Module | None, matrices: Sequence[Matrix], group: dist.ProcessGroup | None

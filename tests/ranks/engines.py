@@ -12,15 +12,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from toys import Layers, micro_batches, plenty
-from training import OPTIONS, TIGHT, mean_over_ranks, toy
+from training import GALORE, OPTIONS, TIGHT, mean_over_ranks, toy
 
-from ds_mofa import MoFaSGD
+from ds_mofa import GaLore, MoFaSGD
+from experiments.baselines.orientation import like
 
 __all__ = [
     "SETTINGS",
     "alone",
     "built",
     "clipping",
+    "galore",
     "layers",
     "line",
     "mofasgd",
@@ -41,6 +43,11 @@ def layers() -> Layers:
 
 def mofasgd(model: nn.Module, **options: Any) -> MoFaSGD:
     return MoFaSGD(model, **{**SETTINGS, **options})
+
+
+def galore(model: nn.Module, **options: Any) -> GaLore:
+    settings = {key: value for key, value in GALORE.items() if key != "torch_adam"}
+    return GaLore(model, **{**settings, **options})
 
 
 @functools.cache
@@ -177,7 +184,10 @@ def bare(name: str) -> str:
     return name
 
 
-def momenta(optimizer: MoFaSGD) -> dict[str, Tensor]:
+def momenta(optimizer: MoFaSGD | GaLore) -> dict[str, Tensor]:
     """The momentum of every matrix, whole, on the first rank at least. Collective."""
     state = optimizer.matrices.state_dict().get("matrices", {})
+    if isinstance(optimizer, GaLore):
+        shapes = {matrix.name: matrix.shape for matrix in optimizer.matrices.members}
+        return {bare(name): like(one["P"] @ one["m"].mT, shapes[name]) for name, one in state.items()}
     return {bare(name): one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}

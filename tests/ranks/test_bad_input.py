@@ -555,18 +555,3 @@ def test_is_refused_before_the_first_step_with_the_way_out(ran):
 
 def test_the_table_is_long_enough():
     assert sum(map(len, CASES.values())) >= 60
-
-
-def built_alone() -> dict:
-    """A MoFaSGD of one's own in a run of two ranks, where nobody would add up its sketches."""
-    try:
-        ds_mofa.MoFaSGD(toy(), rank=4)
-    except ds_mofa.OptionError as error:
-        return {"message": str(error)}
-    return {"message": ""}
-
-
-@on_ranks(built_alone)
-def test_an_optimizer_outside_deepspeed_in_a_run_of_several_is_refused(ran):
-    for result in ran.ranks:
-        assert "deepspeed.initialize" in result["message"]

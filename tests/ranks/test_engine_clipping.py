@@ -95,6 +95,21 @@ def overflowing(engine: str, rank: int) -> dict:
     return {"before": before, "after": whole(model), "scale": scaler.get_scale(), "steps": optimizer.matrices.steps}
 
 
+def without_a_number(engine: str, clip: bool) -> dict:
+    """The loss of the second step is NaN on one rank."""
+    model, called, optimizer = made(engine)
+    first, second, third = plenty(3)
+    step_on(called, optimizer, first)
+    before = whole(model)
+    factor = float("nan") if dist.get_rank() == 1 else 1.0
+    how = {"clip": clipping(model) if clip else None}
+    step_on(called, optimizer, second, backward=lambda loss: (loss * factor).backward(), **how)
+    after = whole(model)
+    step_on(called, optimizer, third, **how)
+    counted = {"skipped": optimizer.matrices.skipped, "steps": optimizer.matrices.steps}
+    return {"before": before, "after": after, "end": whole(model), **counted}
+
+
 def clipped_between(engine: str) -> dict:
     """After the first of two micro-batches: the second counts as it is. And on each rank alone, on the whole batch."""
     results = []
@@ -156,7 +171,7 @@ def test_the_model_s_zero_grad_drops_the_sketches(ran):
     assert_clipped(ran, dense(Layers, data=plenty, clip=TIGHT))
 
 
-@on_ranks(scaled, engine=ENGINES)
+@on_ranks(scaled, {"engine": "ddp"}, {"engine": "fsdp2"}, world=[2, 3], pairwise=True)
 def test_a_grad_scaler_is_honoured(ran):
     assert_clipped(ran, dense(Layers, data=plenty, clip=TIGHT))
 
@@ -166,6 +181,16 @@ def test_a_grad_scaler_skips_a_step_on_all_ranks(ran):
     for result in ran.ranks:
         assert result["scale"] == 512.0 and result["steps"] == 0
         assert equal(result["before"], result["after"])
+
+
+@on_ranks(without_a_number, engine=ENGINES, clip=[False, True])
+def test_a_nan_on_one_rank_skips_the_step_on_all(ran):
+    for result in ran.ranks:
+        assert result["skipped"] == 1 and result["steps"] == 2
+        assert equal(result["before"], result["after"])
+        assert not equal(result["before"], result["end"])
+        assert all(weight.isfinite().all() for weight in result["end"].values())
+        assert equal(result["end"], ran.ranks[0]["end"])
 
 
 @on_ranks(clipped_between, engine=ENGINES)

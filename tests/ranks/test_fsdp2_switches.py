@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from comparing import assert_same, dense, equal
-from engines import built, clipping, layers, mofasgd, shard, train
+from engines import built, clipping, layers, line, mofasgd, shard, train
 from launching import on_ranks
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from toys import Idle, Layers, Marked, Napping, Tied, marked, plenty
 from training import TIGHT, toy
@@ -77,6 +77,14 @@ def ignored() -> dict:
     model = layers()
     shard(model, ignored_params={model.place.weight, model.feed.up.weight})
     return train(model, mofasgd(model), micro=3)
+
+
+@same
+def all_matrices_ignored() -> dict:
+    model = layers()
+    shard(model, ignored_params={model.get_parameter(name) for name in Layers.MATRICES})
+    optimizer = mofasgd(model)
+    return train(model, optimizer, clip=lambda: optimizer.clip_grad_norm_(1e9))
 
 
 @same
@@ -169,6 +177,22 @@ def evaluated_between() -> dict:
         model.train()
 
     return train(model, optimizer, before=look)
+
+
+@same
+def asked_for_the_input_s_gradient() -> dict:
+    """By autograd.grad before each backward, which is no backward of the weights."""
+    model, optimizer = built()
+    tokens, targets = plenty(1)[0]
+    seen = []
+    model.embed.register_forward_hook(lambda module, args, out: seen.append(out))
+
+    def ask(step: int) -> None:
+        loss = model(tokens, targets)
+        (found,) = torch.autograd.grad(loss, seen.pop())
+        assert found.abs().max() > 0
+
+    return train(model, optimizer, before=ask)
 
 
 def switched(switch: str) -> dict:
@@ -267,14 +291,14 @@ def frozen_later(cut: str) -> dict:
     def freeze(step: int) -> None:
         model.gate.requires_grad_(step not in (3, 4))
 
-    return train(model, optimizer, before=freeze)
+    return train(model, optimizer, before=freeze, clip=clipping(model))
 
 
 @on_ranks(frozen_later, cut=["blocks", "each"])
 def test_a_layer_that_is_frozen_later_rests_and_goes_on(ran):
-    assert_same(ran, dense(Napping, data=plenty))
+    assert_same(ran, dense(Napping, data=plenty, clip=TIGHT))
     with pytest.raises(AssertionError):
-        assert_same(ran, dense(Layers, data=plenty))
+        assert_same(ran, dense(Layers, data=plenty, clip=TIGHT))
 
 
 def used_by_one_rank(clip: bool) -> dict:
@@ -325,6 +349,23 @@ def test_16_bits_stay_near_the_reference(ran):
         for name in Layers.MATRICES:
             assert relative(result["weights"][name], wanted[name]) < bound, name
             assert relative(start[name], wanted[name]) > 0.025, name
+
+
+def in_two_dtypes() -> dict:
+    model = layers()
+    fully_shard(model.feed, mesh=line(), mp_policy=BF16)
+    fully_shard(model, mesh=line())
+    return train(model, mofasgd(model), 8)
+
+
+@on_ranks(in_two_dtypes)
+def test_a_unit_of_its_own_dtype_stays_near_the_reference(ran):
+    """The factors are broadcast in fp32, and the others' matrices are the nearer for it."""
+    wanted = dense(Layers, data=plenty, steps=8)["weights"]
+    for result in ran.ranks:
+        assert result["working"].dtype == torch.float32
+        for name in Layers.MATRICES:
+            assert relative(result["weights"][name], wanted[name]) < 2e-3, name
 
 
 def relative(one: Tensor, other: Tensor) -> float:

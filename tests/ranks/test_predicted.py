@@ -16,7 +16,7 @@ from ds_mofa.profiler.predict.moments import candidates
 from ds_mofa.profiler.predict.prediction import plan_of
 from ds_mofa.profiler.setting import RunSetting
 from profiling import verify_worker
-from profiling.trainers import make_trainer
+from profiling.engine_trainers import make_trainer
 
 TINY = str(Path(__file__).resolve().parents[2] / "configs/models/llama-tiny.json")
 
