@@ -75,12 +75,12 @@ def shard(model: Layers, cut: str = "blocks", mesh: DeviceMesh | None = None, **
         cut: "blocks", "whole", or "each", where each linear is a root of its own and those of one matrix are one.
     """
     mesh = line() if mesh is None else mesh
-    units: dict[str, list] = {
-        "whole": [],
-        "blocks": [model.mix, model.feed, model.pair],
-        "each": [model.place, model.feed.up, model.feed.down, [model.pair.twin, model.pair.echo], model.gate],
-    }
-    for unit in units[cut]:
+    if cut == "each":
+        feed, pair = model.feed, model.pair
+        units = [model.place, feed.up, feed.down, [pair.twin, pair.echo], model.gate]
+    else:
+        units = [model.mix, model.feed, model.pair] if cut == "blocks" else []
+    for unit in units:
         fully_shard(unit, mesh=mesh, **switches)
     return fully_shard(model, mesh=mesh, **switches)
 

@@ -15,10 +15,13 @@ from ds_mofa.backends import fsdp2
 
 
 def fp32(cut: str, capture: str, late_all_reduce: bool) -> dict:
-    """``late_all_reduce``: gradients are added up over the replicas after the last micro-batch alone."""
+    """``late_all_reduce``: gradients are added up over the replicas after the last micro-batch alone; and then clipping is the
+    optimizer's own.
+    """
     model, optimizer = built(cut, square(), {"capture": capture})
     sync = model.set_requires_all_reduce if late_all_reduce else None
-    return train(model, optimizer, micro=3, clip=clipping(model), sync=sync)
+    clip = (lambda: optimizer.clip_grad_norm_(TIGHT)) if late_all_reduce else clipping(model)
+    return train(model, optimizer, micro=3, clip=clip, sync=sync)
 
 
 def bf16(masters: bool) -> dict:

@@ -265,13 +265,19 @@ class Marked(Layers):
 
 
 class Idle(Layers):
-    """Whose feed has a second output, which the loss does not use."""
+    """With a second output of feed, which the loss does not use."""
 
-    MATRICES = (*Layers.MATRICES[:4], "feed.aside.weight", *Layers.MATRICES[4:])
+    MATRICES = (
+        *Layers.MATRICES[:2],
+        "feed.used.up.weight",
+        "feed.used.down.weight",
+        "feed.aside.weight",
+        *Layers.MATRICES[4:],
+    )
 
     def __init__(self):
         super().__init__()
-        self.feed = TwoOutputs()
+        self.feed = TwoOutputs(self.feed)
 
     def blocks(self):
         return [self.mix, lambda x: self.feed(x)[0], self.pair, self.narrow]
@@ -290,6 +296,7 @@ class Feed(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
+        nn.init.normal_(self.norm.bias, std=0.1)  # from zero it would be rounding, as far as it goes in a few steps
         self.up = nn.Linear(WIDTH, HIDDEN)
         self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
 
@@ -297,13 +304,13 @@ class Feed(nn.Module):
         return self.down(torch.tanh(self.up(self.norm(x))))
 
 
-class TwoOutputs(Feed):
-    def __init__(self):
+class TwoOutputs(nn.Module):
+    def __init__(self, used: Feed):
         super().__init__()
-        self.aside = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.used, self.aside = used, nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x), self.aside(x)
+        return self.used(x), self.aside(x)
 
 
 class Pair(nn.Module):
