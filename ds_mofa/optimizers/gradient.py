@@ -362,9 +362,8 @@ class Gradients:
             self._fold()
             self.reduce()
         factor = math.prod(chains[0]) if self._factors else 1.0
-        return (
-            factor.to(self._step.norm.device) if isinstance(factor, Tensor) else factor
-        )  # offloaded gradients have a CPU's
+        # Offloaded gradients are scaled by a tensor of the host's.
+        return factor.to(self._step.norm.device) if isinstance(factor, Tensor) else factor
 
     def _fold(self) -> None:
         """Multiply the pending sketches by their factors."""

@@ -11,7 +11,7 @@ from ds_mofa import MoFaSGD, Options, weights
 from ds_mofa.adamw.eight_bit import AdamW8bit
 from ds_mofa.capture.queue import Queue
 from ds_mofa.kernels import svd
-from ds_mofa.kernels.random_bits import Rounding
+from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically, rounding_key
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.linalg.factors import Factors, update_factors
 from ds_mofa.optimizers.gradient import SketchedGradient
@@ -148,9 +148,9 @@ def test_random_words_are_counted_in_32_bits_beyond_two_billion_elements():
     arguments = {"indices": (0,), "step_size": 2.0**-12, "decay": 1.0, "rounding": Rounding(True, 1, 1)}
     write_updates([Shard(W)], U, V, U[:, :1, 0], **arguments)
     row = torch.full((n,), 1.0, dtype=torch.bfloat16)
-    key = weights.rounding_key(Rounding(True, 1, 1), 0)
-    bits = weights.random_bits((m - 1) * n, n, key, row.device)
-    expected = weights.round_stochastically(row.float() - 2.0**-12, bits, torch.bfloat16).bfloat16()
+    key = rounding_key(Rounding(True, 1, 1), 0)
+    bits = random_bits((m - 1) * n, n, key, row.device)
+    expected = round_stochastically(row.float() - 2.0**-12, bits, torch.bfloat16).bfloat16()
     assert torch.equal(W[-n:].cpu(), expected)
 
 
