@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_mofa import MoFaSGD, Options, weights
+from ds_mofa import MoFaSGD, Options
 from ds_mofa.adamw.eight_bit import AdamW8bit
 from ds_mofa.capture.queue import Queue
 from ds_mofa.kernels import svd
