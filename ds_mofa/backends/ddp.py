@@ -60,18 +60,18 @@ class Replicas(Backend):
         return whole_matrix(matrix)
 
     def check(self, rest: Sequence[Tensor]) -> None:
-        """The module's parameters are this optimizer's; and, in the first step, somebody reduces AdamW's part."""
+        """The module's parameters are this optimizer's; and, when there are any first, somebody reduces AdamW's gradients."""
         for module, name, matrix in self._slots:
             if module._parameters.get(name, matrix.param) is not matrix.param:
                 raise RuntimeError(replaced(matrix))
-        grads = [param.grad for param in rest if param.grad is not None]
-        if self._checked or not grads:
+        if self._checked or not rest:
             return
-        self._checked = True
-        norm = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]).norm()
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in rest if p.grad is not None]
+        norm = torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
         bounds = torch.stack([norm, -norm]).to(self.device)
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self._group)
         most, least = float(bounds[0]), -float(bounds[1])
+        self._checked = most > 0  # on every process
         if most - least > _TOLERANCE * most:
             raise RuntimeError(
                 "the processes have different gradients of the parameters that AdamW trains, so nobody adds them up, and the "
