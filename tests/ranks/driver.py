@@ -11,6 +11,7 @@ import random
 import sys
 import time
 import traceback
+import unittest.mock
 from pathlib import Path
 
 import deepspeed
@@ -69,7 +70,8 @@ def run(entry: dict, place: Path, rank: int) -> None:
             faulthandler.dump_traceback_later(getattr(scene, "seconds", SECONDS_PER_SCENE), exit=True, file=file)
             random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
             os.chdir(place)  # where a scene may leave files; shared by its ranks
-            result = scene(**json.loads(entry["arguments"]))
+            with unittest.mock.patch.dict(os.environ):  # Accelerate and the Trainer leave their settings there
+                result = scene(**json.loads(entry["arguments"]))
             faulthandler.cancel_dump_traceback_later()
         stuck.unlink()
         torch.save(result, place / f"rank{rank}.pt")

@@ -91,7 +91,7 @@ def spoilt(stage: int, dtype: str) -> dict:
         state = copy.deepcopy(matrices.state_dict())
         if dist.get_rank() == 0:
             del state["matrices"]["blend"]["V"]
-        with pytest.raises(ValueError, match="V|rank 0 could not load") as refused:
+        with pytest.raises(ValueError, match="V|another rank could not load") as refused:
             matrices.load_state_dict(state)
         return {"found": found, "direct": str(refused.value)}
 
@@ -105,7 +105,7 @@ def test_a_state_that_is_none_is_named_on_every_rank_before_anything_is_loaded(r
         assert re.search(wanted, messages.pop()), what
         assert all(result["found"][what]["untouched"] for result in ran.ranks), what
     assert "no tensor V of 'blend'" in ran.ranks[0]["direct"]
-    assert "rank 0 could not load" in ran.ranks[1]["direct"]
+    assert "another rank could not load" in ran.ranks[1]["direct"]
 
 
 def crossed(stage: int, first: str) -> dict:

@@ -14,7 +14,7 @@ from ds_mofa.profiler.predict.prediction import plan_of
 from ds_mofa.profiler.predict.zero import zero_settings
 from ds_mofa.profiler.setting import RunSetting, SettingError
 from profiling import predict as command
-from profiling.trainers import make_trainer
+from profiling.engine_trainers import make_trainer
 from tests.slow_but import slow_but
 
 ROOT = Path(__file__).resolve().parents[3]
