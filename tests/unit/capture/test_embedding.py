@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MBartConfig, MBartForConditionalGeneration
 
+from ds_mofa import MoFaSGD
 from ds_mofa.capture.attach import attach
 from ds_mofa.capture.sketch import Sketch
 from ds_mofa.options import OptionError, Options
@@ -183,6 +185,41 @@ def test_other_subclasses(kind, monkeypatch):
     for some in (model, plain):
         some.head(some.embed(ids(0), **more)).square().mean().backward()
     check(sketch, plain, 1e-6)
+
+
+def _gemma():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=64, head_dim=16, num_key_value_heads=1, **shape))
+
+
+def _mbart():
+    sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in SIDE.items()}
+    settings = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 20, "scale_embedding": True, **sides}
+    return MBartForConditionalGeneration(MBartConfig(**settings)).eval()  # no dropout
+
+
+SIDE = {"layers": 1, "attention_heads": 2, "ffn_dim": 48}
+
+
+@pytest.mark.usefixtures("no_gradients")
+@pytest.mark.parametrize("build", [_gemma, _mbart])
+def test_models_of_transformers_that_scale_their_embedding(build):
+    """Tied to the head, and mBART's learned positions too: no gradient of any embedding is formed."""
+    torch.manual_seed(0)
+    model = build()
+    plain = copy.deepcopy(model)
+    optimizer = MoFaSGD(model, rank=RANK, include=[r"embed_tokens|embed_positions|shared"])
+    for some in (model, plain):
+        tokens = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+        some(input_ids=tokens, labels=tokens).loss.backward()
+    found = 0
+    for matrix, sketch in zip(optimizer.split.matrices, optimizer.matrices.captured, strict=True):
+        if any(isinstance(module, nn.Embedding) for module in matrix.modules):
+            G = plain.get_parameter(matrix.name).grad
+            assert relative_error(sketch.Y, G @ sketch.V) < 1e-5
+            assert relative_error(sketch.Z, G.mT @ sketch.U) < 1e-5
+            found += 1
+    assert found == (1 if build is _gemma else 3)
 
 
 def test_nan_in_the_padding_goes_nowhere():
