@@ -59,6 +59,7 @@ class DenseMomentum:
         """A step without a gradient: before the first one, what meets it is a projection onto random directions."""
         if self.left is None:
             self.left, self.right = torch.linalg.qr(self.psi).Q, torch.linalg.qr(self.omega).Q
+            self.seen = tuple(torch.ones_like(seen) for seen in self.seen)  # they reach all rows
 
     def square_norm(self, G: Tensor) -> Tensor:
         """|G_hat|^2, which clipping counts; in the first step its estimate from the two sketches."""

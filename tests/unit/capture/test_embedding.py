@@ -187,6 +187,15 @@ def test_other_subclasses(kind, monkeypatch):
     check(sketch, plain, 1e-6)
 
 
+def test_an_embedding_bag_goes_by_the_hook():
+    model = Model(nn.EmbeddingBag)
+    plain, sketch, _ = captured(model)
+    for some in (model, plain):
+        some(ids(0)).backward()
+    assert model.embed.weight.grad is None
+    check(sketch, plain, 1e-6)
+
+
 def _gemma():
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=64, head_dim=16, num_key_value_heads=1, **shape))

@@ -17,13 +17,17 @@ MATRICES = ["embed.weight", "mix.weight"]
 
 
 class Model(nn.Module):
+    """``late``: the embedding has no gradient yet."""
+
     def __init__(self):
         super().__init__()
+        self.late = False
         self.embed, self.mix = nn.Embedding(VOCABULARY, WIDTH, padding_idx=PAD), nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens):
-        logits = self.head(torch.tanh(self.mix(self.embed(tokens[:, :-1]))))
+        x = self.embed(tokens[:, :-1])
+        logits = self.head(torch.tanh(self.mix(x.detach() if self.late else x)))
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
@@ -99,6 +103,23 @@ def test_training_equals_the_dense_reference(options):
         optimizer.named_state_dict()["mofasgd"]["matrices"]["embed.weight"][key] for key in ("U", "sigma", "V")
     )
     assert relative_error(U * sigma @ V.mT, momentum) < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"explore": 3}], ids=["plain", "explored"])
+def test_a_first_gradient_that_comes_late_is_met_by_random_directions_over_all_rows(options):
+    settings = {"lr": 1e-2, "rank": 5, **options}
+    net = model()
+    reference = Reference(copy.deepcopy(net), MATRICES, beta=0.85, adamw_eps=1e-6, **settings)
+    optimizer = MoFaSGD(net, include=["embed"], adamw_eps=1e-6, **settings)
+    for step, tokens in enumerate(batches(4)):
+        for some in (net, reference.model):
+            some.late = step == 0
+        net(tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step((tokens,))
+    for name, wanted in reference.weights().items():
+        assert relative_error(net.get_parameter(name), wanted) < 1e-5, name
 
 
 def test_weight_decay_is_of_every_row():
