@@ -42,12 +42,15 @@ class DenseMomentum:
         M: m x n.
         left, right: m x r and n x r, orthonormal, spanning the column and row space of M and, where M has
             fewer than r directions, fixed ones besides.
+        seen: which rows, and which columns, of a gradient have not been all zero so far. What is fixed or random stays
+            out of the others.
     """
 
     def __init__(self, shape: tuple[int, int], rank: int, *, index: int, seed: int = 0):
         self.rank = rank
         self.M = torch.zeros(shape, dtype=torch.float64)
         self.left = self.right = None
+        self.seen = tuple(torch.zeros(size, dtype=torch.bool) for size in shape)
         generator = torch.Generator().manual_seed(rounding_key(Rounding(False, seed), index))
         psi, omega = (torch.randn(size, rank, generator=generator) / math.sqrt(rank) for size in shape)
         self.psi, self.omega = psi.double(), omega.double()
@@ -56,6 +59,7 @@ class DenseMomentum:
         """A step without a gradient: before the first one, what meets it is a projection onto random directions."""
         if self.left is None:
             self.left, self.right = torch.linalg.qr(self.psi).Q, torch.linalg.qr(self.omega).Q
+            self.seen = tuple(torch.ones_like(seen) for seen in self.seen)  # they reach all rows
 
     def square_norm(self, G: Tensor) -> Tensor:
         """|G_hat|^2, which clipping counts; in the first step its estimate from the two sketches."""
@@ -76,7 +80,9 @@ class DenseMomentum:
             M, kept = beta * self.M + (1 - beta) * self.tangent(G), self.rank
         U, sigma, Vt = torch.linalg.svd(M, full_matrices=False)
         self.M = U[:, :kept] * sigma[:kept] @ Vt[:kept]
-        self.left, self.right = _fill_up(U[:, :kept], self.rank), _fill_up(Vt[:kept].mT, self.rank)
+        self.seen = self._seen_with(G)
+        bases = U[:, :kept], Vt[:kept].mT
+        self.left, self.right = (_fill_up(basis, self.rank, seen) for basis, seen in zip(bases, self.seen))
 
     def direction(self) -> Tensor:
         """U V^T over the directions that hold momentum."""
@@ -90,7 +96,11 @@ class DenseMomentum:
             return torch.zeros_like(G)
         P_left, P_right = (torch.eye(len(one), dtype=one.dtype) - one @ one.mT for one in (self.left, self.right))
         rest = P_left @ G @ P_right
+        F, E = (signs * seen[:, None] for signs, seen in zip((F, E), self._seen_with(G)))
         return _polar(rest @ E, G @ E) @ E.mT + F @ _polar(rest.mT @ F, G.mT @ F).mT
+
+    def _seen_with(self, G: Tensor) -> tuple[Tensor, Tensor]:
+        return self.seen[0] | G.any(dim=1), self.seen[1] | G.any(dim=0)
 
     def _first_look(self, G: Tensor) -> Tensor:
         """Q (Psi^T Q)^+ (G^T Psi)^T, Q the leading ceil(r / 2) left singular vectors of G Omega."""
@@ -105,10 +115,11 @@ def _polar(H: Tensor, whole: Tensor) -> Tensor:
     return P[:, live] @ Qt[live]
 
 
-def _fill_up(basis: Tensor, rank: int) -> Tensor:
-    """``basis`` and as many seeded columns as make ``rank``, orthonormal."""
+def _fill_up(basis: Tensor, rank: int, seen: Tensor) -> Tensor:
+    """``basis`` and as many seeded columns as make ``rank``, orthonormal; zero in the rows that are not ``seen``."""
     missing = rank - basis.shape[1]
     fill = torch.randn(len(basis), missing, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fill = fill * seen[:, None] if seen.sum() >= rank else fill
     return torch.linalg.qr(torch.cat([basis, fill], dim=1)).Q
 
 

@@ -10,8 +10,17 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["WAYS", "Zoo", "inputs"]
 
 
+class Doubled(nn.Embedding):
+    """By the forward of the class below, as Gemma's."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return 2 * super().forward(ids)
+
+
 class Zoo(nn.Module):
-    """Two linears, two that share a weight, a parameter of its own and a norm. ``way`` says how they are used."""
+    """Two linears, two that share a weight, a parameter of its own, an embedding and its head, and a norm. ``way`` says how
+    they are used.
+    """
 
     def __init__(self):
         super().__init__()
@@ -19,6 +28,8 @@ class Zoo(nn.Module):
         self.t1, self.t2 = nn.Linear(16, 16), nn.Linear(16, 16)
         self.t2.weight = self.t1.weight
         self.free = nn.Parameter(0.2 * torch.randn(16, 16))
+        self.embed, self.head = Doubled(20, 16, padding_idx=2), nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embed.weight
         self.norm = nn.LayerNorm(16)
 
     def forward(self, x: Tensor, way: str) -> Tensor:
@@ -66,6 +77,15 @@ def _through_partial_backward(net: Zoo, x: Tensor) -> Tensor:
     return net.b(net.a(x + y.grad).relu())
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """(6, 5): ids below 16, so that four rows never come."""
+    return x.argmax(-1)
+
+
+def _embedding_checkpointed(net: Zoo, x: Tensor) -> Tensor:
+    return checkpoint(lambda y: net.t1(y + net.embed(_tokens(x))), x.clone().requires_grad_(), use_reentrant=False)
+
+
 def _in_place(act: Callable[[Tensor], Tensor]) -> Callable[[Zoo, Tensor], Tensor]:
     return lambda net, x: net.b(act(net.a(x)))
 
@@ -99,6 +119,11 @@ WAYS: dict[str, Callable[[Zoo, Tensor], Tensor]] = {
     "partly without gradients": _partly_without_grad,
     "large values": lambda net, x: net.b(net.a(1e3 * x).relu()),
     "a masked weight": lambda net, x: F.linear(x, torch.where(net.a.weight > 0, net.a.weight, 0.1 * net.a.weight)),
+    "an embedding": lambda net, x: net.t1(net.embed(_tokens(x))),
+    "an embedding twice": lambda net, x: net.embed(_tokens(x)) + net.embed(_tokens(-x)),
+    "an embedding that is the head": lambda net, x: net.head(net.t1(net.embed(_tokens(x)))),
+    "an embedding, checkpointed": _embedding_checkpointed,
+    "an embedding by F.embedding": lambda net, x: F.embedding(_tokens(x), net.embed.weight) + net.embed(_tokens(-x)),
     "under vmap": lambda net, x: torch.vmap(lambda y: F.linear(y, net.a.weight))(x),
     "a module under vmap": lambda net, x: torch.vmap(net.a)(x),
     "activations saved on the host": _saved_on_cpu,

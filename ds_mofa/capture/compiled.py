@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_mofa.capture.autograd import leaf_node, wanted
 
-__all__ = ["add_linear", "key_of"]
+__all__ = ["add_linear", "add_rows", "key_of"]
 
 _sketches: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 _last_key = 0
@@ -27,6 +27,7 @@ def key_of(sketch: Any) -> Tensor:
 # Not torch.library.custom_op, whose Python around each call takes as long again as the call.
 _library = torch.library.Library("ds_mofa", "FRAGMENT")
 _library.define("add_linear(Tensor x, Tensor dy, Tensor(a!) key) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("add_rows(Tensor ids, Tensor dy, Tensor(a!) key) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _add_linear(x: Tensor, dy: Tensor, key: Tensor) -> None:
@@ -36,6 +37,20 @@ def _add_linear(x: Tensor, dy: Tensor, key: Tensor) -> None:
     That the key changes is a pretence, which keeps the call where it is and what it is. The sketch itself is not handed to
     the graph: it is a view into a buffer, of which Inductor makes copies, and in torch 2.11 wrong ones.
     """
+    sketch = _opened(key)
+    if sketch is not None:
+        sketch.add_linear_now(x, dy)
+
+
+def _add_rows(ids: Tensor, dy: Tensor, key: Tensor) -> None:
+    """Likewise ``add_rows``."""
+    sketch = _opened(key)
+    if sketch is not None:
+        sketch.add_rows(ids, dy)
+
+
+def _opened(key: Tensor) -> Any:
+    """The sketch, ready to be added to; None where the running backward is not asked for the weight's gradient."""
     sketch = _sketches[int(key)]
     leaf = sketch.param
     if leaf is not None and sketch.leaf is not None:
@@ -48,13 +63,16 @@ def _add_linear(x: Tensor, dy: Tensor, key: Tensor) -> None:
                 "alone: call the model without torch.compile there"
             )
         if not answer:
-            return
+            return None
     sketch.open()
     # Compiled autograd writes .grad once more, as it was when it was traced, after all has run.
     sketch.unmarked = sketch.grad is not None and torch._dynamo.compiled_autograd.in_compiled_autograd_region
-    sketch.add_linear_now(x, dy)
+    return sketch
 
 
 _library.impl("add_linear", _add_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("ds_mofa::add_linear", lambda x, dy, key: None, lib=_library)
+_library.impl("add_rows", _add_rows, "CompositeExplicitAutograd")
+for _name in ("add_linear", "add_rows"):
+    torch.library.register_fake(f"ds_mofa::{_name}", lambda x, dy, key: None, lib=_library)
 add_linear = torch.ops.ds_mofa.add_linear.default
+add_rows = torch.ops.ds_mofa.add_rows.default

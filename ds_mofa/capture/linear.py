@@ -7,11 +7,8 @@ are two thin products each, and replace the weight-gradient GEMM. Where the modu
 for the gradient itself, G is computed and goes the way of every gradient.
 """
 
-import functools
 import types
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: F401  what TorchScript finds in nn.Linear's forward
@@ -20,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from ds_mofa.capture import compiled
 from ds_mofa.capture.autograd import OURS, plain_linear, wanted
+from ds_mofa.capture.held import holds, leaf_in, own_weight, refuse_replaced
 from ds_mofa.capture.sink import Gathered, Sink
 from ds_mofa.capture.sketch import Sketch
-from ds_mofa.options import OptionError
 from ds_mofa.parameters import Matrix
 
 __all__ = ["LinearCapture", "SketchedLinear"]
@@ -100,17 +97,14 @@ class LinearCapture:
         # Not the module's class: fully_shard makes one of its own, with the same forward, of a linear that is a root.
         if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
             return False
-        weight = module._parameters.get("weight")
-        if weight is None or weight is matrix.param:
-            return weight is not None
-        return _is_sharded(matrix.param) and not _is_sharded(weight) and tuple(weight.shape) == matrix.shape
+        return holds(module, matrix)
 
     def attach(self, module: nn.Module, matrix: Matrix, sink: Sink, gathered: Gathered | None) -> Callable[[], None]:
         """See :class:`ds_mofa.capture.sink.Capture`."""
-        _refuse_replaced(module)
+        refuse_replaced(module, nn.Linear.forward)
         forward = types.MethodType(_forward_of(module, sink, gathered), module)  # its pickle is nn.Linear's
         module.forward = forward
-        sink.leaf = functools.partial(_leaf, weakref.ref(module))
+        sink.leaf = leaf_in(module)
 
         def undo() -> None:
             if vars(module).get("forward") is forward:  # a later optimizer's stays
@@ -119,38 +113,13 @@ class LinearCapture:
         return undo
 
 
-def _refuse_replaced(module: nn.Module) -> None:
-    other = vars(module).get("forward")
-    if other is not None and not hasattr(other, OURS) and getattr(other, "__func__", None) is not nn.Linear.forward:
-        other = getattr(other, "__qualname__", repr(other))
-        raise OptionError(
-            f'the forward of {module} has been replaced by {other}, which capture "linear" would undo: build '
-            'the optimizer before that is done, or set capture to "hook"'
-        )
-
-
-def _leaf(module: "weakref.ref[nn.Module]", param: Tensor) -> Tensor | None:
-    """The tensor that a backward accumulates into: what the module holds by then, where the parameter is sharded."""
-    here = module()
-    return here._parameters.get("weight") if here is not None and _is_sharded(param) else param
-
-
-def _is_sharded(param: Any) -> bool:
-    return hasattr(
-        param, "placements"
-    )  # of a DTensor; isinstance would have every process import torch.distributed.tensor
-
-
 def _forward_of(module: nn.Module, sink: Sink, gathered: Gathered | None):
-    param = sink.param
-    sharded = _is_sharded(param)
+    is_own = own_weight(sink.param)
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        # A deep copy, made for an average or a reference, has no sketch; nor has a weight that is computed or lent. What
-        # FSDP2 has gathered stands in the place of the parameter.
-        own = weight is self._parameters.get("weight") and not _is_sharded(weight) if sharded else weight is param
-        if self is not module or not own or torch._C._get_tracing_state() is not None:
+        # A deep copy, made for an average or a reference, has no sketch; nor has a weight that is computed or lent.
+        if self is not module or not is_own(self, weight) or torch._C._get_tracing_state() is not None:
             return nn.Linear.forward(self, input)
         if not torch.is_grad_enabled() or not weight.requires_grad:
             return plain_linear(input, weight, bias)

@@ -47,6 +47,9 @@ class Sink(Protocol):
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
         """Add G = dy^T x. x: (..., n), dy: (..., m), of one dtype."""
 
+    def add_rows(self, ids: Tensor, dy: Tensor) -> None:
+        """Add G with G[i] the sum of dy over ids == i. ids: (...), integers below m; dy: (..., n)."""
+
     def add_gradient(self, grad: Tensor) -> None:
         """Add a gradient that exists. grad: (m, n)."""
 

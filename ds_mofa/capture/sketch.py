@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_mofa.capture import compiled
-from ds_mofa.capture.products import add_product
+from ds_mofa.capture.products import add_product, add_to_rows
 from ds_mofa.capture.queue import Queue
 from ds_mofa.capture.sink import Arrived, Begin
 from ds_mofa.phases import phase
@@ -81,6 +81,14 @@ class Sketch:
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             add_product(self.Y, dy.mT, x @ self.V.to(x.dtype))
             add_product(self.Z, x.mT, dy @ self.U.to(dy.dtype))
+
+    def add_rows(self, ids: Tensor, dy: Tensor) -> None:
+        """Add G with G[i] the sum of dy over ids == i, without forming it. ids: (...), dy: (..., n)."""
+        self.open()
+        with phase("capture"):
+            ids, dy = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
+            add_to_rows(self.Y, ids, dy @ self.V.to(dy.dtype))
+            add_product(self.Z, dy.mT, self.U.index_select(0, ids).to(dy.dtype))
 
     @torch.no_grad()
     def add_gradient(self, grad: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.svd import jacobi_svd
 from ds_mofa.linalg.batching import together
-from ds_mofa.linalg.orthonormal import Basis, Side, complements, generic_columns, sketch_gram
+from ds_mofa.linalg.orthonormal import Basis, Side, complements, generic_columns, live_rows, sketch_gram
 
 __all__ = [
     "Factors",
@@ -147,6 +147,7 @@ def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float | Tensor) -
     r = Y.shape[-1]
     c = (r + 1) // 2
     Q, R = torch.linalg.qr(Y)
+    Q = Q * live_rows(Y, r)  # a reflection leaves rounding in rows of zeros
     Q = Q @ torch.linalg.svd(R).U[..., :c]
     X = torch.linalg.pinv(psi.mT @ Q) @ Z.mT  # (B, c, n)
     V, T = torch.linalg.qr(X.mT)  # X = T^T V^T
@@ -212,10 +213,11 @@ def _polished(P: Tensor) -> Tensor:
 
 
 def _complete(U: Tensor, r: int) -> Tensor:
-    """Orthonormal columns U (B, m, c) followed by r - c others, orthonormal to them."""
-    fill = generic_columns(U, r - U.shape[-1])
+    """Orthonormal columns U (B, m, c) followed by r - c others, orthonormal to them, zero where U's rows are."""
+    live = live_rows(U, r)
+    fill = generic_columns(U, r - U.shape[-1]) * live
     for _ in range(2):
-        fill = torch.linalg.qr(fill - U @ (U.mT @ fill)).Q
+        fill = torch.linalg.qr(fill - U @ (U.mT @ fill)).Q * live
     return torch.cat([U, fill], dim=-1)
 
 

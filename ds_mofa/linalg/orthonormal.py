@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_mofa.linalg.batching import together
 
-__all__ = ["Side", "Basis", "complements", "sketch_gram", "generic_columns"]
+__all__ = ["Side", "Basis", "complements", "sketch_gram", "generic_columns", "live_rows"]
 
 
 class Side(NamedTuple):
@@ -85,10 +85,24 @@ def generic_columns(like: Tensor, k: int) -> Tensor:
     return _generic_columns(like.shape[-2], k, like.dtype, like.device).expand(*like.shape[:-2], -1, -1)
 
 
+def live_rows(S: Tensor, least: int) -> Tensor:
+    """(B, m, 1), 0 for the rows of S (B, m, k) that are exactly zero, 1 for the others, in S's dtype.
+
+    Of a gradient's sketch they are those of an embedding's tokens that have not come. Columns that fill a basis up stay out
+    of them, so that such a row never moves. All is 1 where fewer than ``least`` rows are left, too few for so many columns.
+    """
+    k = S.shape[-1]
+    # A row's product with a generic column is zero where the row is, at a tenth of what any() takes on a CPU.
+    live = S @ _generic_columns(k, 1, S.dtype, S.device) != 0
+    return (live | (live.sum(-2, keepdim=True) < least)).to(S.dtype)
+
+
 def _rough(U: Tensor, X: Tensor, combination: Tensor, dependent: Tensor) -> Tensor:
     """[U X] combination, with generic columns where X's are dependent."""
-    Q = _joined(U, X) @ combination
-    return torch.where(dependent.unsqueeze(-2), generic_columns(X, X.shape[-1]), Q).to(X.dtype)
+    S = _joined(U, X)
+    live, Q = live_rows(S, S.shape[-1]), S @ combination
+    del S
+    return torch.where(dependent.unsqueeze(-2), generic_columns(X, X.shape[-1]), Q).mul_(live).to(X.dtype)
 
 
 def _gram_beside(U: Tensor, Q: Tensor, X: Tensor) -> Tensor:
@@ -182,6 +196,7 @@ def _with_room(side: Side) -> Side:
 def _by_householder(U: Tensor, Y: Tensor) -> Basis:
     """:func:`complements` of one side in float64, where the squares of a Gram matrix would lose half the digits."""
     m, c = U.shape[-2:]
+    live = live_rows(torch.cat([U, Y], dim=-1), c + Y.shape[-1])
     X = _project_out(U, _project_out(U, Y))
     if m < c + X.shape[-1]:
         Q = generic_columns(X, m - c)
@@ -192,7 +207,7 @@ def _by_householder(U: Tensor, Y: Tensor) -> Basis:
         Q = torch.where((size <= least).unsqueeze(-2), generic_columns(X, X.shape[-1]), X)
     # A direction of relative size s keeps a part eps / s of span U, and a filled one all of its own.
     for _ in range(3):
-        Q = torch.linalg.qr(_project_out(U, Q)).Q
+        Q = torch.linalg.qr(live * _project_out(U, Q)).Q * live  # a reflection leaves rounding in rows of zeros
     both = c + Q.shape[-1]
     combination = torch.eye(both, dtype=X.dtype, device=X.device).repeat(len(X), 1, 1)
     combination[..., :c, :c] = 1.5 * combination[..., :c, :c] - 0.5 * U.mT @ U

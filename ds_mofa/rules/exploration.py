@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_mofa.linalg.exploring import Look, directions
 from ds_mofa.rules.batch import MatrixBatch, PlaceSigns
 
-__all__ = ["explore", "stay", "with_signs"]
+__all__ = ["explore", "seen_rows", "stay", "with_signs"]
 
 
 def explore(batches: Sequence[MatrixBatch], r: int, length: Callable[[int, int], float]) -> None:
@@ -44,12 +44,24 @@ def stay(batch: MatrixBatch, r: int) -> None:
 def with_signs(
     left: Tensor, right: Tensor, coefficients: Tensor, r: int, signs: PlaceSigns
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[U' A F] (B, m, r + 2 k), [V' E B] (B, n, r + 2 k) and [c s s] (B, r + 2 k)."""
+    """[U' A F] (B, m, r + 2 k), [V' E B] (B, n, r + 2 k) and [c s s] (B, r + 2 k).
+
+    F and E are zero in the rows in which [U' A] and [V' B] are: those of tokens that have not come. Neither the sketches
+    nor the momentum would see a difference.
+    """
     R = left.shape[-1]
     k = R - r
     near, far = (view.new_empty(*view.shape[:-1], R + k) for view in (left, right))
     near[..., :R] = left
     far[..., :r] = right[..., :r]
     far[..., R:] = right[..., r:]
-    signs(near[..., R:], far[..., r:R])
+    F, E = near[..., R:], far[..., r:R]
+    signs(F, E)
+    F.mul_(seen_rows(left))
+    E.mul_(seen_rows(right))
     return near, far, torch.cat([coefficients, coefficients[..., r:]], dim=-1)
+
+
+def seen_rows(view: Tensor) -> Tensor:
+    """(B, rows, 1) bool of what is published of one side: a row that has never had a gradient is zero in all columns."""
+    return view.any(-1, keepdim=True)

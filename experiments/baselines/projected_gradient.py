@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ds_mofa.capture.products import add_to_rows
 from experiments.baselines.orientation import wide
 
 __all__ = ["Gradient", "ProjectedGradient"]
@@ -55,6 +56,21 @@ class ProjectedGradient:
         x, dy = x.reshape(-1, n), dy.reshape(-1, m)
         short, long = (dy, x) if m < n else (x, dy)
         self._add((short if P is None else short @ P.to(short.dtype)).mT @ long)
+
+    def add_rows(self, ids: Tensor, dy: Tensor) -> None:
+        """Add G with G[i] the sum of dy over ids == i, formed only where it is not taller than wide, or P is None.
+        ids: (...), dy: (..., n).
+        """
+        P, (m, n) = self._current(), self._shape
+        ids, dy = ids.reshape(-1), dy.reshape(-1, n)
+        if P is not None and m >= n:
+            dy = dy @ P.to(dy.dtype)
+        G = torch.zeros(m, dy.shape[-1], dtype=dy.dtype, device=dy.device)
+        add_to_rows(G, ids, dy)
+        if m >= n:
+            self._add(G.mT)
+        else:
+            self._add(G if P is None else P.to(G.dtype).mT @ G)
 
     @torch.no_grad()
     def add_gradient(self, grad: Tensor) -> None:

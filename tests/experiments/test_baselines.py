@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ds_mofa import MoFaSGD
@@ -17,6 +18,7 @@ from experiments.baselines.galore import GaLore
 from experiments.baselines.gum import GUM, is_sampled
 from experiments.baselines.mlorc import MLorc, mended, randomized_svd
 from experiments.baselines.newton_schulz import orthogonalized
+from experiments.baselines.projected_gradient import ProjectedGradient
 from experiments.baselines.randomness import keyed_generator
 from experiments.baselines.restarts import balanced, lora_pairs, refactorize
 from experiments.baselines.so import SO
@@ -802,6 +804,20 @@ def test_a_sketched_run_equals_the_one_that_forms_gradients(name):
             optimizer.step()
     for (key, value), reference in zip(models[1].named_parameters(), models[0].parameters()):
         assert relative_error(value, reference) < 1e-10, key
+
+
+@SHAPES
+@pytest.mark.parametrize("projected", [False, True])
+def test_the_rows_of_an_embedding_add_up_to_its_gradient(shape, projected):
+    m, n = shape
+    generator = torch.Generator().manual_seed(0)
+    P = torch.randn(min(shape), 2, generator=generator) if projected else None
+    rows, whole = (ProjectedGradient(shape, lambda: P) for _ in range(2))
+    for _ in range(2):
+        ids, dy = torch.randint(m, (4, 3), generator=generator), torch.randn(4, 3, n, generator=generator)
+        rows.add_rows(ids, dy)
+        whole.add_gradient(F.one_hot(ids.flatten(), m).float().mT @ dy.flatten(0, 1))
+    assert relative_error(rows.value, whole.value) < 1e-6
 
 
 @pytest.mark.parametrize("through_linear", [True, False], ids=["linear", "hook"])

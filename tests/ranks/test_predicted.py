@@ -62,7 +62,16 @@ def plan(ran):
 STAGES = [f"zero{stage}:{optimizer}:r=4" for optimizer in ("GaLore", "MoFaSGD") for stage in range(4)]
 
 
-@on_ranks(kept, run=[*STAGES, "zero2:MoFaSGD:r=4:explore=3", "zero3:GaLore:r=4:master_weights=1"], shape=["32x2"])
+@on_ranks(
+    kept,
+    run=[
+        *STAGES,
+        "zero2:MoFaSGD:r=4:explore=3",
+        "zero3:GaLore:r=4:master_weights=1",
+        "zero3:MoFaSGD:r=4:include=embed_tokens",
+    ],
+    shape=["32x2"],
+)
 def test_what_ranks_keep_is_what_was_predicted(ran):
     """Every state, to the byte but for counters of the steps and a partition's padding."""
     predicted = always(plan(ran))
@@ -130,6 +139,7 @@ def test_what_torchs_ranks_keep_is_what_was_predicted(ran):
         "fsdp2:MoFaSGD:r=4:weights=fp32:checkpointing=1",
         "ddp:AdamW",
         "ddp:MoFaSGD:r=4",
+        "fsdp2:MoFaSGD:r=4:include=embed_tokens",
     ],
     shape=["256x2", "8x1"],
     pairwise=True,

@@ -17,6 +17,7 @@ OUTSIDE = {
     "by its module and by F.linear",
     "by matmul alone",
     "a slice",
+    "an embedding by F.embedding",
     "an L2 penalty",
     "a penalty before the use",
     "a masked weight",
@@ -40,7 +41,7 @@ def errors_of(ways, stage, capture):
     net = Zoo()
     plain, errors = copy.deepcopy(net), {}
     never = 10 * len(WAYS) if stage else 1  # micro-batches of a step, so that there is none; stage 0 divides by them
-    with engine_for(config(stage, micro=never, options={"capture": capture}), net) as engine:
+    with engine_for(config(stage, micro=never, options={"capture": capture, "include": ["embed"]}), net) as engine:
         matrices = engine.basic_optimizer.matrices
         for seed, way in enumerate(ways):
             x = inputs(seed * dist.get_world_size() + dist.get_rank())

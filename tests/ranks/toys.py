@@ -15,9 +15,11 @@ __all__ = [
     "Late",
     "Idle",
     "Layers",
+    "Lookup",
     "Marked",
     "Napping",
     "Tied",
+    "TiedLookup",
     "batches",
     "marked",
     "micro_batches",
@@ -223,6 +225,34 @@ class Tied(Layers):
         super().__init__()
         nn.init.normal_(self.embed.weight, std=WIDTH**-0.5)
         self.head.weight = self.embed.weight
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma's and mBART's: by the forward of the class below."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * 3.0
+
+
+class Lookup(Layers):
+    """With a scaled embedding for a matrix. Token 5 is padding, and those from 37 on never come."""
+
+    MATRICES = ("embed.weight", *Layers.MATRICES)
+    INCLUDE = ("^embed",)
+    STILL = (5, *range(VOCABULARY, 61))
+
+    def __init__(self):
+        super().__init__()
+        self.embed = ScaledEmbedding(61, WIDTH, padding_idx=5)
+        self.head = nn.Linear(WIDTH, 61, bias=False)
+
+
+class TiedLookup(Tied):
+    """Whose embedding, which is the head, is a matrix."""
+
+    MATRICES = ("embed.weight", *Layers.MATRICES)
+    INCLUDE = ("^embed",)
+    STILL = ()
 
 
 class Napping(Layers):
