@@ -13,6 +13,8 @@ __all__ = ["WAYS", "Zoo", "inputs"]
 class Zoo(nn.Module):
     """Two linears, two that share a weight, a parameter of its own and a norm. ``way`` says how they are used."""
 
+    INCLUDE = ["^free$"]  # bare, so it is a matrix by the option alone
+
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 16)
