@@ -37,7 +37,8 @@ def load_model(
             model = _load(args, training_args, "eager")
     check_vocabulary(model.config, tokenizer)
     # The cache of keys and values is for generation; training would only carry it along.
-    model.config.use_cache = False
+    for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
+        config.use_cache = False
     return model
 
 

@@ -61,13 +61,15 @@ def _unknown(name: str, why: str) -> str:
 def miniature(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """A model of the same class with a layer of each kind that there is, and random weights."""
     config = copy.deepcopy(model.config)
-    layers = _layers(model, config.num_hidden_layers)
+    text = config.get_text_config()  # the config itself, where it has no parts
+    layers = _layers(_reader(model), text.num_hidden_layers)
     if layers is not None:
-        _truncate(config, _prefix_with_all_kinds(layers))
-    config.vocab_size, config.use_cache = min(config.vocab_size, _VOCABULARY), False
-    for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(config, special, None) is not None:
-            setattr(config, special, 0)
+        _truncate(text, _prefix_with_all_kinds(layers))
+    text.vocab_size, text.use_cache = min(text.vocab_size, _VOCABULARY), False
+    for one in {id(one): one for one in (config, text)}.values():
+        for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(one, special, None) is not None:
+                setattr(one, special, 0)
     config._attn_implementation = model.config._attn_implementation
     before = torch.get_default_dtype()
     torch.set_default_dtype(model.dtype)
@@ -107,6 +109,12 @@ def measure(model: nn.Module, collator: Callable[[list[dict]], dict[str, Any]]) 
         handle.remove()
     first, second = gradient.view(2 * _LENGTH, -1).float().abs().split(_LENGTH)
     return second.max().item(), first.max().item()
+
+
+def _reader(model: PreTrainedModel) -> nn.Module:
+    """The part of the model that reads tokens: all of it, but in one that sees or hears too."""
+    text = model.config.get_text_config()
+    return next((module for module in model.modules() if getattr(module, "config", None) is text), model)
 
 
 def _layers(model: nn.Module, count: int) -> nn.ModuleList | None:

@@ -1,5 +1,7 @@
 """A model's shape, from a JSON such as those of configs/models, and whether a tokenizer fits it."""
 
+from typing import Any
+
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -16,17 +18,27 @@ def config_from_shape(path: str) -> PretrainedConfig:
         config = AutoConfig.for_model(**shape)
     except (ValueError, StrictDataclassError) as error:
         raise UserError(f"{path}: not a model that transformers can build ({error}). Correct it.") from error
-    # A config takes any key, so a misspelt one would leave its default in force.
-    known = type(config)()
-    unknown = [key for key in shape if not hasattr(known, key)]
+    unknown = _unknown(shape, config)
     if unknown:
         raise UserError(f"{path}: {shape['model_type']} has no setting {', '.join(unknown)}. Correct or remove it.")
     return config
 
 
+def _unknown(shape: dict[str, Any], config: PretrainedConfig) -> list[str]:
+    """The keys that mean nothing, of the configs within it too. A config takes any, and leaves its default in force."""
+    known = type(config)()
+    unknown = [key for key in shape if not hasattr(known, key)]
+    for key, value in shape.items():
+        inner = getattr(config, key, None)
+        if isinstance(value, dict) and isinstance(inner, PretrainedConfig):
+            unknown += [f"{key}.{name}" for name in _unknown(value, inner)]
+    return unknown
+
+
 def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    if len(tokenizer) > config.vocab_size:
+    vocabulary = config.get_text_config().vocab_size  # of one that has parts, the part that reads tokens
+    if len(tokenizer) > vocabulary:
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model only {config.vocab_size}. Use the model's own "
+            f"The tokenizer has {len(tokenizer)} tokens and the model only {vocabulary}. Use the model's own "
             "tokenizer, or a larger vocab_size in --model_config."
         )

@@ -72,7 +72,9 @@ def measure(trainer: Trainer, setting: RunSetting, args: argparse.Namespace, dev
     trainer.accumulate_over(micro_batches)
     cuda = device.type == "cuda"
     generator = torch.Generator().manual_seed(args.local_rank)
-    batches = torch.randint(trainer.config.vocab_size, (micro_batches, 1, tokens), generator=generator).to(device)
+    batches = torch.randint(
+        trainer.config.get_text_config().vocab_size, (micro_batches, 1, tokens), generator=generator
+    ).to(device)
     if cuda:  # the driver's figure is to be of this shape
         torch.cuda.empty_cache()
     micro_ms, step_ms, losses = [], [], []

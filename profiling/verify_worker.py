@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         profiler.watch(trainer.engine or trainer.model, trainer.optimizer)
         generator = torch.Generator().manual_seed(args.local_rank)
         size = (setting.micro_batches, setting.micro_batch, setting.seq)
-        batches = torch.randint(trainer.config.vocab_size, size, generator=generator).to(device)
+        batches = torch.randint(trainer.config.get_text_config().vocab_size, size, generator=generator).to(device)
 
         for _ in range(WARM_UP + 1):
             one_step(trainer, batches, profiler, device)

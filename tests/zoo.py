@@ -22,6 +22,8 @@ class Zoo(nn.Module):
     they are used.
     """
 
+    INCLUDE = ["^free$", "embed"]  # a bare one, and an embedding with its head: matrices by the option alone
+
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 16)

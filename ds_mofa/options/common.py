@@ -14,7 +14,7 @@ CaptureMode = Literal["linear", "hook"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonOptions(Checked):
-    """The options of the matrix parameters: 2-D weights that are not embeddings or output heads.
+    """The options of the matrix parameters: 2-D weights of linear maps that are not embeddings or output heads.
 
     Attributes:
         lr: learning rate of the matrices, per step, > 0. A rank-r update has about sqrt(r / min(m, n)) of
@@ -29,7 +29,7 @@ class CommonOptions(Checked):
             anything else falls under ``"hook"``) or ``"hook"`` (the gradient of one parameter at a time is
             sketched as soon as it is there, and dropped).
         include: regular expressions, searched in parameter names: 2-D parameters to make matrices although
-            they are embeddings or output heads.
+            they are embeddings or output heads, or of no module that is known to be a linear map.
         exclude: likewise: parameters to leave to AdamW. Wins over ``include``.
         fused_head: compute the loss of a Hugging Face causal language model in its output head, by chunks of tokens
             (:mod:`ds_mofa.capture.head`): in training no tensor holds all logits, and the output's ``logits`` are None.

@@ -145,7 +145,8 @@ def _other_matrices(saved: Mapping[str, Any], matrices: Sequence[Matrix]) -> str
         return None
     return (
         f"the checkpoint's matrices are not this model's: {len(odd)} are on one side only, such as {odd[0]!r}. "
-        "Use the include and exclude that it was saved with, and a rank that fits the same matrices"
+        "Use the include and exclude that it was saved with, and a rank that fits the same matrices. A parameter that "
+        "is of no known linear map, and was a matrix in earlier versions, is one where include names it"
     )
 
 

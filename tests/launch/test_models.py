@@ -50,10 +50,37 @@ def test_a_tokenizer_larger_than_the_model_raises():
         check_vocabulary(LlamaConfig(vocab_size=100), byte_tokenizer())
 
 
+PARTS = {
+    "model_type": "gemma3",
+    "text_config": {"vocab_size": 270, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                      "image_size": 28, "patch_size": 14},
+}  # fmt: skip
+
+
+def test_of_a_config_with_parts_the_one_that_reads_tokens_counts(tmp_path):
+    file = tmp_path / "shape.json"
+    file.write_text(json.dumps(PARTS))
+    config = config_from_shape(str(file))
+    assert not hasattr(config, "vocab_size")
+    check_vocabulary(config, byte_tokenizer())
+    arguments = SimpleNamespace(engine=Engine.ONE, device=torch.device("cpu"), dtype="float32")
+    model = load_model(ModelArguments(model_config=str(file)), arguments, byte_tokenizer())
+    assert model.config.get_text_config().use_cache is False
+    file.write_text(json.dumps(PARTS | {"text_config": PARTS["text_config"] | {"vocab_size": 100}}))
+    with pytest.raises(UserError, match="262 tokens and the model only 100"):
+        check_vocabulary(config_from_shape(str(file)), byte_tokenizer())
+
+
 BAD_SHAPES = {
     "no type": ({"hidden_size": 8}, 'no "model_type"'),
     "unknown type": ({"model_type": "lama"}, "not a model that transformers can build"),
     "misspelt key": ({"model_type": "llama", "hiden_size": 8}, "llama has no setting hiden_size"),
+    "misspelt key of a part": (
+        {"model_type": "gemma3", "text_config": {"hiden_size": 8}},
+        "gemma3 has no setting text_config.hiden_size",
+    ),
     "heads do not divide": (
         {"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3},
         "not a model that transformers can build",

@@ -8,6 +8,7 @@ from transformers import (
     DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     GptOssConfig,
     JambaConfig,
@@ -33,6 +34,14 @@ MOST = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
 FAMILIES = {
     "LLaMA": (LlamaConfig(**MOST), True),
     "Gemma 2": (Gemma2Config(**MOST, head_dim=8), True),
+    "Gemma 3, which sees": (
+        Gemma3Config(
+            text_config=MOST | {"head_dim": 8, "num_hidden_layers": 7},
+            vision_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=7, num_attention_heads=2,
+                               image_size=28, patch_size=14),
+        ),
+        True,
+    ),
     "GPT-2": (GPT2Config(vocab_size=99, n_embd=32, n_layer=4, n_head=4), True),
     "Qwen3-MoE": (
         Qwen3MoeConfig(**MOST, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
@@ -105,11 +114,20 @@ def test_without_the_collator_s_positions_every_model_leaks():
 
 
 @pytest.mark.parametrize(
-    ("family", "layers"), [("LLaMA", 1), ("Gemma 2", 2), ("DeepSeek-V3", 2), ("LFM2, convolutions", 2), ("Jamba", 5)]
+    ("family", "layers"),
+    [
+        ("LLaMA", 1),
+        ("Gemma 2", 2),
+        ("Gemma 3, which sees", 6),
+        ("DeepSeek-V3", 2),
+        ("LFM2, convolutions", 2),
+        ("Jamba", 5),
+    ],
 )
 def test_a_miniature_has_a_layer_of_each_kind(family, layers):
     small = miniature(model_of(FAMILIES[family][0]), CPU)
-    assert small.config.num_hidden_layers == layers and small.config.vocab_size == 64
+    text = small.config.get_text_config()
+    assert text.num_hidden_layers == layers and text.vocab_size == 64
     assert all(parameter.isfinite().all() for parameter in small.parameters())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from toys import Layers, micro_batches, plenty
+from toys import Layers, including, micro_batches, plenty
 from training import GALORE, OPTIONS, TIGHT, mean_over_ranks, toy
 
 from ds_mofa import GaLore, MoFaSGD
@@ -42,12 +42,12 @@ def layers() -> Layers:
 
 
 def mofasgd(model: nn.Module, **options: Any) -> MoFaSGD:
-    return MoFaSGD(model, **{**SETTINGS, **options})
+    return MoFaSGD(model, **{**SETTINGS, **options, **including(model, options.get("include", ()))})
 
 
 def galore(model: nn.Module, **options: Any) -> GaLore:
     settings = {key: value for key, value in GALORE.items() if key != "torch_adam"}
-    return GaLore(model, **{**settings, **options})
+    return GaLore(model, **{**settings, **options, **including(model, options.get("include", ()))})
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def one_step(engine: str, micro: int = 1, sync: bool = True, clip: bool = False,
         trained = model
     rest = [param for group in optimizer.adamw_groups for param in group["params"]]
     if engine != "ddp":
-        rest.append(model.mix.kernel)  # which no linear holds: fully_shard reduces its gradient
+        rest.append(model.mix.weight)  # which its hook captures: fully_shard reduces its gradient
     padded = [math.ceil(len(param) / shards) * shards * math.prod(param.shape[1:]) for param in rest]
     how = {"micro": micro, "clip": clipping(model) if clip else None}
     how["sync"] = None if sync else model.set_requires_gradient_sync
@@ -42,7 +42,7 @@ def one_step(engine: str, micro: int = 1, sync: bool = True, clip: bool = False,
         "sums": sum(recorded.sums()) - 1,  # but for the loss's, of these tests
         "buffer": optimizer.matrices.layout.numel,
         "gradients": sum(padded),
-        "linears": sum(m.param.numel() for m in optimizer.matrices.members if m.name != "mix.kernel"),
+        "linears": sum(m.param.numel() for m in optimizer.matrices.members if m.name != "mix.weight"),
     }
 
 

@@ -9,7 +9,7 @@ from deepspeed.utils import groups
 from launching import on_ranks
 from torch.distributed.nn.functional import all_gather
 from toys import Toy, batches
-from training import TIGHT, config, toy, whole_momenta, whole_weights
+from training import TIGHT, config, toy, whole_momenta, whole_weights, with_the_toy_s_own
 
 from ds_mofa import OptionError
 
@@ -57,11 +57,9 @@ def over_sequences(stage: int) -> dict:
     before = groups.mpu
     parallel_state_sp.initialize_sequence_parallel(dist.get_world_size())
     try:
-        engine, *_ = deepspeed.initialize(
-            model=toy(),
-            config=config(stage, gradient_clipping=TIGHT, train_batch_size=1),
-            mpu=parallel_state_sp,
-        )
+        model = toy()
+        settings = with_the_toy_s_own(config(stage, gradient_clipping=TIGHT, train_batch_size=1), model)
+        engine, *_ = deepspeed.initialize(model=model, config=settings, mpu=parallel_state_sp)
         losses, norms = [], []
         for tokens, targets in batches(STEPS):
             tokens, targets = (part.chunk(dist.get_world_size(), dim=1)[dist.get_rank()] for part in (tokens, targets))

@@ -17,7 +17,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from launching import on_ranks
 from scenes.huggingface import forget_accelerate, llama, sentences
 from toys import Toy, batches
-from training import config, toy, train_step, whole_weights
+from training import config, toy, train_step, whole_weights, with_the_toy_s_own
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -35,6 +35,7 @@ def build(model, stage: int, kind: str, dtype: str = "fp32", **kwargs):
     elif kind == "GaLore":
         settings["optimizer"] = {"type": "GaLore", "params": {"rank": 4, "torch_adam": True}}
     params = [p for p in model.parameters() if p.requires_grad]
+    settings = with_the_toy_s_own(settings, model)
     return deepspeed.initialize(model=model, model_parameters=params, config=settings, **kwargs)[0]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparing import equal
 from launching import on_ranks
-from toys import batches
+from toys import batches, including
 from training import OPTIONS, toy, train
 
 from tests.extending.toy_rule import Toy
@@ -29,7 +29,7 @@ def lessons(stage: int) -> dict:
 @functools.cache
 def alone() -> tuple[list[float], dict[str, torch.Tensor]]:
     model = toy()
-    optimizer = Toy(model, **{key: value for key, value in SETTINGS.items() if key != "torch_adam"})
+    optimizer = Toy(model, **{key: value for key, value in SETTINGS.items() if key != "torch_adam"}, **including(model))
     losses = []
     for batch in batches(5)[:4]:
         optimizer.zero_grad()

@@ -41,7 +41,7 @@ def errors_of(ways, stage, capture):
     net = Zoo()
     plain, errors = copy.deepcopy(net), {}
     never = 10 * len(WAYS) if stage else 1  # micro-batches of a step, so that there is none; stage 0 divides by them
-    with engine_for(config(stage, micro=never, options={"capture": capture, "include": ["embed"]}), net) as engine:
+    with engine_for(config(stage, micro=never, options={"capture": capture, "include": Zoo.INCLUDE}), net) as engine:
         matrices = engine.basic_optimizer.matrices
         for seed, way in enumerate(ways):
             x = inputs(seed * dist.get_world_size() + dist.get_rank())

@@ -1,5 +1,7 @@
 """A small model with one of everything that has its own road through the optimizer, and batches for it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +23,7 @@ __all__ = [
     "Tied",
     "TiedLookup",
     "batches",
+    "including",
     "marked",
     "micro_batches",
     "plenty",
@@ -35,7 +38,7 @@ LENGTH = 6  # of a sequence
 class Toy(nn.Module):
     """Next-token prediction without attention.
 
-    embed   an embedding, for AdamW          blend   a matrix that is no nn.Linear: captured by its hook
+    embed   an embedding, for AdamW          blend   bare, a matrix by ``include`` (:func:`including`): by its hook
     up      a linear with a bias             down    without one
     twin    and echo share one matrix        frozen  must stay as it is
     norm    for AdamW                        head    an output head, for AdamW
@@ -189,11 +192,11 @@ class Layers(nn.Module):
     """Toy in modules of its own, for engines that shard by modules.
 
     place   a matrix whose input requires no gradient     gate    4 rows: the third of three ranks holds none
-    mix     a matrix that is no nn.Linear                 feed    two linears, one with a bias, and a norm
+    mix     a linear with a forward of its own            feed    two linears, one with a bias, and a norm
     pair    two linears of one matrix, and a frozen one   embed, norm, head   for AdamW
     """
 
-    MATRICES = ("place.weight", "mix.kernel", "feed.up.weight", "feed.down.weight", "pair.twin.weight", "gate.weight")
+    MATRICES = ("place.weight", "mix.weight", "feed.up.weight", "feed.down.weight", "pair.twin.weight", "gate.weight")
 
     def __init__(self):
         super().__init__()
@@ -313,13 +316,13 @@ class Idle(Layers):
         return [self.mix, lambda x: self.feed(x)[0], self.pair, self.narrow]
 
 
-class Mix(nn.Module):
+class Mix(nn.Linear):
     def __init__(self):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+        super().__init__(WIDTH, WIDTH, bias=False)
+        nn.init.normal_(self.weight, std=WIDTH**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x @ self.kernel)
+        return torch.tanh(x @ self.weight)  # not its transpose
 
 
 class Feed(nn.Module):
@@ -352,6 +355,14 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.echo(torch.tanh(self.twin(x))) + self.frozen(x)
+
+
+def including(model: nn.Module, include: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The option ``include``, with the bare matrix of :class:`Toy` where the model has it; nothing where it is empty."""
+    blend = getattr(model, "blend", None)
+    own = ["^blend$"] if isinstance(blend, nn.Parameter) and blend.requires_grad else []
+    patterns = [*include, *own]
+    return {"include": patterns} if patterns else {}
 
 
 def batches(steps: int, seed: int = 0, sequences: int = SEQUENCES) -> list[tuple[Tensor, Tensor]]:

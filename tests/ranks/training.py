@@ -8,8 +8,9 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
-from toys import Toy, batches, micro_batches
+from toys import Toy, batches, including, micro_batches
 
+from ds_mofa.optimizers.registry import find
 from experiments.baselines.orientation import like
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "train_step",
     "whole_momenta",
     "whole_weights",
+    "with_the_toy_s_own",
 ]
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6, "torch_adam": True}
@@ -72,12 +74,23 @@ def toy(model: type[nn.Module] = Toy, seed: int = 0, **kwargs) -> nn.Module:
 def engine_for(settings: dict[str, Any], model: nn.Module | None = None, groups=None, **kwargs) -> Iterator[Any]:
     """A DeepSpeed engine, destroyed at the end."""
     model = toy() if model is None else model
+    settings = with_the_toy_s_own(settings, model)
     groups = [p for p in model.parameters() if p.requires_grad] if groups is None else groups
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings, **kwargs)
     try:
         yield engine
     finally:
         engine.destroy()
+
+
+def with_the_toy_s_own(settings: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The settings, with the model's bare matrix among ``include`` where the optimizer has matrices."""
+    section = settings.get("optimizer")
+    if section is None or find(section["type"]) is None:
+        return settings
+    params = section["params"]
+    params = {**params, **including(model, params.get("include", ()))}
+    return {**settings, "optimizer": {**section, "params": params}}
 
 
 def train_step(engine, batch) -> float:

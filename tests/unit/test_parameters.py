@@ -378,6 +378,7 @@ def test_the_summary_counts_shapes_and_reasons():
     summary = split(NanoGPT(), exclude=[r"blocks\.0\.up"]).summary()
     assert summary.splitlines() == [
         "5 matrices on MoFaSGD (2.82k parameters), 12 tensors on AdamW (2.43k parameters)",
+        "  rank 4, lr 0.006, lr of AdamW 0.0006, explore 0, balance 0.0",
         "  MoFaSGD    2 x (16, 16)",
         "  MoFaSGD    2 x (16, 48)",
         "  MoFaSGD    1 x (48, 16)",
@@ -385,6 +386,13 @@ def test_the_summary_counts_shapes_and_reasons():
         "  AdamW      8 not 2-D, 128 parameters: blocks.0.norm.weight, blocks.0.norm.bias, ...",
         "  AdamW      1 excluded by pattern, 768 parameters: blocks.0.up.weight",
         "  AdamW      1 output head, 640 parameters: lm_head.weight",
+        "ds_mofa: warning: 53.7 % of the trained parameters are matrices. What AdamW trains has whole gradients, 9.73 kB, "
+        "and moments, 19.46 kB, more with fp32 masters",
+        "  blocks.0.up.weight, 768 parameters, excluded by pattern: narrow exclude",
+        '  wte.weight, 640 parameters, embedding: "include": ["wte.weight"] makes it a matrix',
+        '  lm_head.weight, 640 parameters, output head: "include": ["lm_head.weight"] makes it a matrix',
+        '  "adamw_states": "8bit" keeps moments in 2.03 bytes a parameter; offload_optimizer keeps them on the host; '
+        "frozen parameters have none",
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from toys import Toy, batches, micro_batches
+from toys import Toy, batches, including, micro_batches
 from training import OPTIONS, mean_over_ranks, toy
 
 import ds_mofa
@@ -44,7 +44,7 @@ def built(engine: str, *, seed: int = 0, dtype: str = "float32", **options: Any)
         seed: of the first weights.
     """
     whole = toy(Seen, seed=seed).to(getattr(torch, dtype))
-    chosen = {**CHOSEN, **options}
+    chosen = {**CHOSEN, **options, **including(whole, options.get("include", ()))}
     if engine == "one":
         return whole, ds_mofa.MoFaSGD(whole, **chosen)
     if engine == "ddp":

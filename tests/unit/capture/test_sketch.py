@@ -27,6 +27,7 @@ class Captured:
 
     def __init__(self, model, mode, dtype=torch.float64, **options):
         self.model, self.plain = model.to(dtype), copy.deepcopy(model).to(dtype)
+        options = {"include": getattr(model, "INCLUDE", []), **options}
         self.matrices = split_parameters(model, model.parameters(), Options(rank=RANK, **options)).matrices
         generator = torch.Generator().manual_seed(0)
 
@@ -144,6 +145,8 @@ class Checkpointed(nn.Module):
 
 
 class OwnParameter(nn.Module):
+    INCLUDE = ["^weight$"]
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(_inputs(6, 7, seed=1))
@@ -156,6 +159,17 @@ class OwnParameter(nn.Module):
 class LinearOfItsOwnKind(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class Concatenated(nn.Module):
+    """The weights of two linears make one matrix, as in MobileBERT's head: neither forward is ever called."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.more = nn.Linear(3, 7), nn.Linear(7, 3, bias=False)
+
+    def forward(self, x):
+        return x @ torch.cat([self.narrow.weight.T, self.more.weight]) + self.narrow.bias
 
 
 class Attention(nn.Module):
@@ -197,6 +211,7 @@ MODELS = {
     "checkpointed, not reentrant": lambda: Checkpointed(False),
     "a parameter of its own": OwnParameter,
     "subclass of Linear": lambda: nn.Sequential(LinearOfItsOwnKind(6, 7), nn.Linear(7, 5)),
+    "two weights that make one": Concatenated,
     "Conv1D": lambda: nn.Sequential(Conv1D(7, 6), nn.Linear(7, 5)),
     "attention": Attention,
     "frozen bias": HalfFrozenBias,

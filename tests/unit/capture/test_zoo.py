@@ -17,7 +17,7 @@ def pair(capture, dtype=torch.float32):
     torch.manual_seed(0)
     net = Zoo().to(dtype)
     plain = copy.deepcopy(net)
-    return net, plain, MoFaSGD(net, rank=4, capture=capture, include=["embed"])
+    return net, plain, MoFaSGD(net, rank=4, capture=capture, include=Zoo.INCLUDE)
 
 
 def check(plain, optimizer, tolerance):

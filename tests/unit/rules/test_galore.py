@@ -23,22 +23,28 @@ from tests.live_bytes import LiveBytes
 from tests.unit.dense_reference import departure_from_orthonormal, relative_error
 
 SETTINGS = {"lr": 1e-2, "rank": 3, "alpha": 0.3, "betas": (0.8, 0.95), "eps": 1e-6, "adamw_eps": 1e-6}
-MATRICES = ["widen.weight", "narrow.weight", "square.weight", "bare"]
+MATRICES = ["widen.weight", "narrow.weight", "square.weight", "out.weight"]
+
+
+class Product(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight
 
 
 class Model(nn.Module):
-    """A tall, a wide and a square matrix, one that is no nn.Linear, and norms and biases for AdamW."""
+    """A tall, a wide and a square matrix, one whose hook captures it, and norms and biases for AdamW."""
 
     def __init__(self):
         super().__init__()
         self.widen, self.narrow = nn.Linear(8, 13), nn.Linear(13, 8, bias=False)
         self.square = nn.Linear(8, 8, bias=False)
         self.norm = nn.LayerNorm(8)
-        self.bare = nn.Parameter(torch.randn(8, 11) / 3)
+        self.out = Product(11, 8, bias=False)
+        nn.init.normal_(self.out.weight, std=1 / 3)
 
     def forward(self, x, target):
         x = self.square(torch.tanh(self.narrow(torch.tanh(self.widen(x)))))
-        return (self.norm(x) @ self.bare - target).square().mean()
+        return (self.out(self.norm(x)) - target).square().mean()
 
 
 def build(dtype=torch.float64):

@@ -18,7 +18,7 @@ def test_it_goes_on_as_it_did(monkeypatch):
     saved = torch.load(ROOT / "fixtures" / "checkpoints" / "plain_explore.pt", weights_only=True)
     torch.manual_seed(1)
     model = Toy()
-    optimizer = MoFaSGD(model, lr=1e-2, rank=4, weight_decay=0.1, adamw_eps=1e-6, explore=2)
+    optimizer = MoFaSGD(model, lr=1e-2, rank=4, weight_decay=0.1, adamw_eps=1e-6, explore=2, include=["^blend$"])
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     losses = []

@@ -12,7 +12,7 @@ from torch import nn
 from ds_mofa import GaLore, MoFaSGD
 from ds_mofa.linalg.factors import gradient_came, waiting_factors
 from tests.galore_reference import GaLoreReference
-from tests.ranks.toys import Resting, batches
+from tests.ranks.toys import Resting, batches, including
 from tests.reference import Reference
 from tests.unit.dense_reference import departure_from_orthonormal, relative_error
 
@@ -37,7 +37,8 @@ def resting(dtype=torch.float64):
 
 def optimizer_of(kind, model, **more):
     optimizer, options = KINDS[kind]
-    return optimizer(model, **{**(GALORE if optimizer is GaLore else OPTIONS), **options, **more})
+    given = {**(GALORE if optimizer is GaLore else OPTIONS), **options, **more}
+    return optimizer(model, **given, **including(model))
 
 
 def train(model, optimizer, data, clip=None):

@@ -1,10 +1,8 @@
-"""Which parameter goes where: the matrices to MoFaSGD, the rest to AdamW, and the table that says so."""
+"""Divides the parameters of a model: the matrices, and what AdamW trains, with the reason."""
 
 import dataclasses
 import math
 import re
-import sys
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +10,12 @@ from torch import Tensor, nn
 
 from ds_mofa.groups import check_group
 from ds_mofa.options import OptimizerOptions, OptionError
+from ds_mofa.parameters.heads import output_heads
+from ds_mofa.parameters.kinds import Slot, is_embedding, is_linear_map, is_transposed, other_kind, slots_of
+from ds_mofa.parameters.shapes import full_shape
+from ds_mofa.parameters.summary import summary_lines, warning_lines
 
-__all__ = ["Frozen", "Leftover", "Matrix", "Split", "split_parameters", "full_shape"]
+__all__ = ["Frozen", "Leftover", "Matrix", "Split", "full_shape", "split_parameters"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,11 +73,12 @@ class Frozen(NamedTuple):
 
 
 class Leftover(NamedTuple):
-    """A trained parameter that AdamW gets, and why."""
+    """A trained parameter that AdamW gets, and why; ``itemsize``: bytes of one of its numbers."""
 
     name: str
     numel: int
     reason: str
+    itemsize: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Split:
         leftovers: what AdamW trains.
         matrix_groups: one param group for each incoming group that has matrices.
         adamw_groups: one param group for each incoming group that has anything else.
-        title: of the matrices' optimizer.
+        options: of the optimizer, by which it was divided.
         frozen: what of the model was not trained when it was divided, handed over or not.
     """
 
@@ -95,33 +98,22 @@ class Split:
     leftovers: list[Leftover]
     matrix_groups: list[dict[str, Any]]
     adamw_groups: list[dict[str, Any]]
-    title: str = "MoFaSGD"
+    options: OptimizerOptions
     frozen: list[Frozen] = dataclasses.field(default_factory=list)
 
+    @property
+    def share(self) -> float:
+        """Of the trained parameters, what part the matrices are."""
+        matrices = sum(math.prod(matrix.shape) for matrix in self.matrices)
+        return matrices / max(1, matrices + sum(rest.numel for rest in self.leftovers))
+
     def summary(self) -> str:
-        """One paragraph for the log: what the matrices' optimizer trains, by shape, and AdamW, by reason."""
-        shapes: dict[tuple[int, int], int] = defaultdict(int)
-        reasons: dict[str, list[Leftover]] = defaultdict(list)
-        for matrix in self.matrices:
-            shapes[matrix.shape] += 1
-        for leftover in self.leftovers:
-            reasons[leftover.reason].append(leftover)
-        lines = [
-            f"{len(self.matrices)} matrices on {self.title} "
-            f"({_count(sum(m * n * count for (m, n), count in shapes.items()))} parameters), "
-            f"{len(self.leftovers)} tensors on AdamW ({_count(sum(rest.numel for rest in self.leftovers))} parameters)"
-        ]
-        lines += [f"  {self.title:7} {count:4d} x ({m}, {n})" for (m, n), count in shapes.items()]
-        for reason, rests in reasons.items():
-            shown = ", ".join(rest.name for rest in rests[:2]) + (", ..." if len(rests) > 2 else "")
-            numel = _count(sum(rest.numel for rest in rests))
-            lines.append(f"  AdamW   {len(rests):4d} {reason}, {numel} parameters: {shown}")
-        return "\n".join(lines)
-
-
-def full_shape(param: Tensor) -> tuple[int, ...]:
-    """The shape of the whole parameter; ``zero.Init`` leaves (0,) in ``param.shape``."""
-    return tuple(getattr(param, "ds_shape", param.shape))
+        """For the log: what the matrices' optimizer trains, by shape, and AdamW, by reason; and the warning if there is
+        one.
+        """
+        rates = [group["lr"] for group in self.matrix_groups], [g["lr"] * g["lr_scale"] for g in self.adamw_groups]
+        table = summary_lines([matrix.shape for matrix in self.matrices], self.leftovers, self.options, *rates)
+        return "\n".join([*table, *warning_lines(self.share, self.leftovers, self.options)])
 
 
 def split_parameters(
@@ -129,24 +121,21 @@ def split_parameters(
 ) -> Split:
     """Divide ``groups`` (parameters, or param groups as dicts, as for any torch optimizer).
 
-    A parameter is a matrix when it is trained, 2-D, at least rank x rank, no embedding, no output head,
-    and not excluded. Embeddings and heads are told by the modules that hold them, not by their names: a
-    head is what ``get_output_embeddings()`` returns or, where it returns none, the last ``nn.Linear`` outside
-    the modules with that method, if it has the shape of an embedding. A group's own ``lr`` and
+    A parameter is a matrix when it is trained, 2-D, at least rank x rank, the weight of a linear map
+    (:mod:`ds_mofa.parameters.kinds`), no embedding, no output head (:mod:`ds_mofa.parameters.heads`), and not
+    excluded; or when ``include`` names it, whatever it is, and ``exclude`` does not. A group's own ``lr`` and
     ``weight_decay`` go before the options'; its AdamW part steps at ``adamw_lr`` times its ``lr`` over the options'.
 
     Raises:
-        OptionError: nothing is a matrix, a pattern matches nothing, ``include`` names what cannot be one, or a group
-            says what :func:`ds_mofa.groups.check_group` refuses.
+        OptionError: nothing is a matrix, a pattern matches nothing, ``include`` names what cannot be one, a parameter
+            has no shape yet, or a group says what :func:`ds_mofa.groups.check_group` refuses.
     """
     names = names if names is not None else {p: name for name, p in model.named_parameters()}
-    holders = defaultdict(list)
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            holders[param].append(module)
-    heads = _output_heads(model)
+    _refuse_lazy(model)
+    slots = slots_of(model)
+    heads = output_heads(model, slots)
 
-    split = Split([], [], [], [], options.title)
+    split = Split([], [], [], [], options)
     split.frozen.extend(Frozen(name, param) for param, name in names.items() if not param.requires_grad)
     seen: set[nn.Parameter] = set()
     matched: set[tuple[str, str]] = set()
@@ -165,7 +154,7 @@ def split_parameters(
                     f"a parameter of shape {full_shape(param)} is in no module of the model, so it cannot be told "
                     "whether it is an embedding: pass the model that owns the parameters"
                 )
-            reason = _why_adamw(param, names[param], holders[param], heads, options, matched)
+            reason = _why_adamw(param, names[param], slots[param], heads, options, matched)
             if reason is None:
                 if not param.is_contiguous():
                     raise OptionError(
@@ -174,22 +163,24 @@ def split_parameters(
                     )
                 matrices.append(param)
             else:
-                split.leftovers.append(Leftover(names[param], math.prod(full_shape(param)), reason))
+                numel = math.prod(full_shape(param))
+                split.leftovers.append(Leftover(names[param], numel, reason, param.element_size()))
                 rest.append(param)
                 if reason.startswith("smaller"):
                     too_small.append(min(full_shape(param)))
         if matrices:
             for param in matrices:
                 m, n = full_shape(param)
+                modules = _holders(param, slots[param])
                 split.matrices.append(
                     Matrix(
                         name=names[param],
                         param=param,
                         shape=(m, n),
-                        modules=tuple(holders[param]),
+                        modules=modules,
                         group=len(split.matrix_groups),
                         index=len(split.matrices),
-                        transposed=any(map(_is_transposed, holders[param])),
+                        transposed=any(map(is_transposed, modules)),
                     )
                 )
             split.matrix_groups.append(
@@ -208,10 +199,35 @@ def split_parameters(
     if not split.matrices:
         raise OptionError(
             f"{options.title} found no matrix to train: of the parameters that it was given, none is a trained 2-D "
-            f"weight of at least {options.rank} x {options.rank} that is no embedding and no output head"
-            + (f". Set rank to at most {max(too_small)}" if too_small else ". Use AdamW for this model")
+            f"weight of a linear map of at least {options.rank} x {options.rank} that is no embedding and no output head"
+            + (f". Set rank to at most {max(too_small)}" if too_small else _else_than_rank(split.leftovers))
         )
     return split
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if isinstance(param, nn.parameter.UninitializedParameter):
+            place, _, slot = name.rpartition(".")
+            kind = type(model.get_submodule(place)).__name__
+            raise OptionError(
+                f"{name!r} has no shape yet, so it cannot be told whether it is a matrix: its {kind} makes its {slot} in "
+                "the first forward. Call the model once on an input, under torch.no_grad(), before the optimizer is "
+                "built; or give the module its sizes"
+            )
+
+
+def _holders(param: nn.Parameter, slots: Sequence[Slot]) -> tuple[nn.Module, ...]:
+    """The modules whose own parameter it is, each once."""
+    modules = [module for module, _ in slots if any(own is param for own in module._parameters.values())]
+    return tuple(dict.fromkeys(modules))
+
+
+def _else_than_rank(leftovers: Sequence[Leftover]) -> str:
+    bare = [rest.name for rest in leftovers if rest.reason.startswith("2-D in")]
+    if bare:
+        return f". If {bare[0]!r} is the weight of a linear map, name it by include"
+    return ". Use AdamW for this model"
 
 
 def _adamw_settings(settings: dict[str, Any], options: OptimizerOptions) -> dict[str, Any]:
@@ -254,7 +270,7 @@ def _named(items: list[Any]) -> dict[str, Any]:
 def _why_adamw(
     param: nn.Parameter,
     name: str,
-    modules: Sequence[nn.Module],
+    slots: Sequence[Slot],
     heads: set[nn.Parameter],
     options: OptimizerOptions,
     matched: set[tuple[str, str]],
@@ -286,35 +302,11 @@ def _why_adamw(
     if len(shape) == 2:  # what no rank would make a matrix comes before "smaller"
         if hits["exclude"]:
             return "excluded by pattern"
-        if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in modules):
+        if is_embedding(slots):
             return "embedding"
         if param in heads:
             return "output head"
-    return impossible
-
-
-def _output_heads(model: nn.Module) -> set[nn.Parameter]:
-    asked: list[Any] = [
-        module for module in model.modules() if callable(getattr(module, "get_output_embeddings", None))
-    ]
-    heads = [head for head in (module.get_output_embeddings() for module in asked) if head is not None]
-    if not heads:
-        # A module with the method has answered for what is in it, but not for a head that stands beside it.
-        answered = {part for module in asked for part in module.modules()}
-        embeddings = [full_shape(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)]
-        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-        heads = [module for module in last if module not in answered and full_shape(module.weight) in embeddings]
-    return {head.weight for head in heads if getattr(head, "weight", None) is not None}
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether the module computes x W: by its class, which is there if anybody has made one."""
-    transposed = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return transposed is not None and isinstance(module, transposed)
-
-
-def _count(numel: int) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if numel >= limit:
-            return f"{numel / limit:.2f}{unit}"
-    return str(numel)
+        if not is_linear_map(param, slots):
+            return other_kind(param, name, slots)
+        return impossible
+    return other_kind(param, name, slots)
