@@ -293,7 +293,7 @@ def _why_adamw(
                 f"include: {hits['include'][0]!r} names {name!r} of shape {shape}, which cannot be a matrix of rank "
                 f"{options.rank}: it is {impossible}. Narrow the pattern or lower the rank"
             )
-        if any(getattr(slot.module, "max_norm", None) is not None for slot in slots):
+        if any(getattr(module, "max_norm", None) is not None for module, _ in slots):
             raise OptionError(
                 f"include: {hits['include'][0]!r} names {name!r}, whose max_norm shortens rows in every forward, which the "
                 "momentum of a matrix does not see: set max_norm to None, or leave it to AdamW"
