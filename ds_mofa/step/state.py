@@ -13,6 +13,9 @@ from ds_mofa.rules.rule import Rule
 __all__ = ["STATE_FORMAT", "WAY_OUT", "adamw_misfit", "misfit", "packed", "unpack", "whole_misfit"]
 
 STATE_FORMAT = 1
+_BARE = (
+    "A 2-D parameter of no known linear map, which earlier versions took for a matrix, is one where include names it"
+)
 _UNNAMED = "MoFaSGD"  # the states of which name no rule
 
 
@@ -95,7 +98,7 @@ def adamw_misfit(saved: Mapping[str, Any] | None, groups: Sequence[Mapping[str, 
         return None
     return (
         f"AdamW's param groups in the checkpoint have {sizes} parameters, in this run {here}: use the model, include, "
-        "exclude and param groups that it was saved with"
+        f"exclude and param groups that it was saved with. {_BARE}"
     )
 
 
@@ -145,8 +148,7 @@ def _other_matrices(saved: Mapping[str, Any], matrices: Sequence[Matrix]) -> str
         return None
     return (
         f"the checkpoint's matrices are not this model's: {len(odd)} are on one side only, such as {odd[0]!r}. "
-        "Use the include and exclude that it was saved with, and a rank that fits the same matrices. A parameter that "
-        "is of no known linear map, and was a matrix in earlier versions, is one where include names it"
+        f"Use the include and exclude that it was saved with, and a rank that fits the same matrices. {_BARE}"
     )
 
 

@@ -31,3 +31,17 @@ def test_it_goes_on_as_it_did(monkeypatch):
     assert losses == pytest.approx(saved["losses"], rel=1e-4)
     for name, weight in model.state_dict().items():
         assert torch.allclose(weight, saved["weights"][name], rtol=1e-3, atol=1e-4), name
+
+
+def test_without_include_it_is_refused_with_the_way_out(monkeypatch):
+    """Its bare matrix is AdamW's by default since then."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "ranks")])
+    from toys import Toy
+
+    saved = torch.load(ROOT / "fixtures" / "checkpoints" / "plain_explore.pt", weights_only=True)
+    optimizer = MoFaSGD(Toy(), lr=1e-2, rank=4, explore=2)
+    with pytest.raises(
+        ValueError,
+        match="of no known linear map, which earlier versions took for a matrix, is one where include names it",
+    ):
+        optimizer.load_state_dict(saved["optimizer"])
