@@ -162,9 +162,8 @@ class FineTuner(SFTTrainer):
             if first:
                 if folder.exists():
                     unseal(folder)
-                    shutil.rmtree(
-                        folder
-                    )  # other ranks, or another run, may have left files that this save does not write
+                    # Other ranks, or another run, may have left files that this save does not write.
+                    shutil.rmtree(folder)
                 # HF asks on each rank whether the best step's folder is there. Where states are sharded it has by then
                 # written nothing into this one: some would find it, others not, and they would load different steps.
                 folder.mkdir(parents=True)

@@ -75,6 +75,8 @@ class Shards(Backend):
             torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
         )
         self._slots = [(module, name, m) for m in matrices for module, name in m.slots]
+        # Which rows these are takes as long to say as a layer's forward to launch: once, not once a step.
+        self._first_rows = {m.index: _first_row(m.param) for m in matrices if isinstance(m.param, DTensor)}
         for matrix in matrices:
             if matrix.index not in self._units:
                 self.exchange.broadcast(matrix.param.data, 0)
@@ -83,8 +85,7 @@ class Shards(Backend):
         param = matrix.param
         if not isinstance(param, DTensor):
             return whole_matrix(matrix)
-        m, n = matrix.shape
-        return Shard(param.to_local().detach().view(-1), min(_first_row(param, m), m) * n)
+        return Shard(param.to_local().detach().view(-1), self._first_rows[matrix.index] * matrix.shape[1])
 
     def norms(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """One all-reduce for all: a part that several processes hold counts once."""
@@ -105,7 +106,7 @@ class Shards(Backend):
         param = matrix.param
         if not isinstance(param, DTensor):
             return None
-        first = min(_first_row(param, matrix.shape[0]), matrix.shape[0])
+        first = self._first_rows[matrix.index]
         copies, device, exchange = self._mesh.size() / _parts(param), self.device, self.exchange
 
         def arrived(grad: Tensor) -> Arrived:
@@ -135,8 +136,7 @@ class Shards(Backend):
         if not isinstance(param, DTensor):
             return whole
         size, first = compute_local_shape_and_global_offset(whole.shape, param.device_mesh, param.placements)
-        first_row = min(first[0], len(whole))
-        return _like(param, whole[first_row : first_row + size[0]].to(param.device), whole.shape)
+        return _like(param, whole[first[0] :][: size[0]].to(param.device), whole.shape)
 
     def like_weight(self, matrix: Matrix, flat: Tensor) -> Tensor:
         n = matrix.shape[1]
@@ -247,8 +247,10 @@ def _parts(tensor: Tensor) -> int:
     return math.prod(mesh.size(i) for i, placement in enumerate(tensor.placements) if placement.is_shard())
 
 
-def _first_row(param: DTensor, m: int) -> int:
-    return compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)[1][0]
+def _first_row(param: DTensor) -> int:
+    """The first that this process holds; as many as there are where it holds none."""
+    offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)[1]
+    return min(offset[0], len(param))
 
 
 def _like(param: DTensor, local: Tensor, shape: torch.Size) -> DTensor:

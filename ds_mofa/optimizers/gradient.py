@@ -5,6 +5,12 @@ Accelerate, the HF Trainer, Lightning), unscale it (``GradScaler``), drop it (``
 hand. So each matrix gets a tensor of its own shape and dtype without storage, from its first sketch of a step until the
 gradient is let go. It answers with the *projected* gradient's norm, scales what the step will use, sketches what is added
 to it, and raises by name where numbers are asked for that do not exist.
+
+Where a matrix is sharded, a DTensor stands in ``.grad``, as FSDP2 wants it, and this is its local part: it answers with the
+process's share of the norm, which DTensor puts together, and FSDP2 adds to it a gradient that it has reduced.
+
+Several processes must do the same to the same matrices, or their norms differ. So the first backward of a step marks every
+matrix, for another process may use a module that is not used here.
 """
 
 import functools
@@ -26,7 +32,14 @@ aten = torch.ops.aten
 
 
 class SketchedGradient(torch.Tensor):
-    """The gradient of one matrix, (m, n), of the weight's dtype and device: no elements, only what can be known.
+    """The gradient of one matrix, (m, n), or of this process's rows, (k, n): no elements, only what can be known.
+
+    Args:
+        shape: of it.
+        param: of whose dtype and device it is.
+        name: of the matrix.
+        gradients: of all matrices.
+        index: of the matrix among them.
 
     Raises:
         NotImplementedError: an operation that would need the elements.
@@ -198,13 +211,17 @@ class Gradients:
         self._step = matrices
         self.title = matrices.options.title
         self._factors: dict[int, tuple[Any, ...]] = {}  # of matrices that were scaled, not yet in the sketches
-        self._norms: Tensor | None = None  # of the pending gradients, (matrices,), before the factors
+        self._norms: Tensor | None = None  # this process's share of those of the pending gradients, before the factors
         self._fresh = False  # whether a backward has added something since the last reduce
         self._reduced: set[int] = set()  # the matrices that the pending sketches hold something of
         self._stale = False  # whether the pending sketches have changed since they were measured
         self._together = matrices.exchange.processes > 1
         self._params = [matrix.param for matrix in matrices.members]
-        self._parts = [matrices.backend.parts(matrix) for matrix in matrices.members]
+        parts = [matrices.backend.parts(matrix) for matrix in matrices.members]
+        self._shares: Tensor | None = None  # of each norm, where not all of it is this process's
+        if max(parts) > 1:
+            dtype, device = matrices.factors.dtype, matrices.backend.device
+            self._shares = torch.tensor(parts, dtype=dtype, device=device).rsqrt()
         own = weakref.ref(self)
         for index, sketch in enumerate(matrices.captured):
             sketch.grad = self._mark(index)
@@ -273,11 +290,14 @@ class Gradients:
     # ------------------------------------------------------------------ what .grad is asked
 
     def norm_of(self, index: int) -> Tensor:
-        """Norm of one matrix's projected gradient as it stands, 0-dim; in the first step an estimate of the whole one's."""
+        """Norm of one matrix's projected gradient as it stands, 0-dim; in the first step an estimate of the whole one's.
+        Of a sharded one this process's share: the squares of all add up to the whole's. Collective once a step.
+        """
         self.reduce()
         if self._norms is None:
-            self._norms = self._step.norms()
-        norm = self._norms[index] / self._parts[index] ** 0.5
+            norms = self._step.norms()
+            self._norms = norms if self._shares is None else norms * self._shares
+        norm = self._norms[index]
         for factor in self._factors.get(index, ()):
             norm = norm * (factor.to(norm) if isinstance(factor, Tensor) else factor)
         return norm
@@ -403,5 +423,5 @@ def _same(one: tuple, other: tuple) -> bool:
     return len(one) == len(other) and all(a is b or _place(a) == _place(b) is not None for a, b in zip(one, other))
 
 
-def _place(factor: Tensor | float) -> tuple[int, int, torch.dtype] | None:
-    return (factor.data_ptr(), factor._version, factor.dtype) if isinstance(factor, Tensor) else None
+def _place(factor: Tensor | float) -> tuple[int, torch.dtype] | None:
+    return (factor.data_ptr(), factor.dtype) if isinstance(factor, Tensor) else None

@@ -15,10 +15,8 @@ __all__ = ["adamw_of", "fuse"]
 def fuse(groups: Iterable[dict[str, Any]], device: torch.device) -> None:
     """As :func:`adamw_of` does where the device is known from the start."""
     for group in groups if device.type == "cuda" else ():
-        if (
-            "fused" in group
-        ):  # torch's; on the host too, where CPUOffloadPolicy keeps them, it is one pass instead of ten
-            group["fused"] = True
+        if "fused" in group:  # of torch's AdamW
+            group["fused"] = True  # one pass instead of ten on the host too, where CPUOffloadPolicy keeps parameters
 
 
 def adamw_of(groups: list[dict[str, Any]], options: OptimizerOptions, device: torch.device) -> torch.optim.Optimizer:
