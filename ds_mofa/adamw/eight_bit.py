@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ds_mofa.kernels.random_bits import mix
 from ds_mofa.options import OptimizerOptions, OptionError
+from ds_mofa.parameters import is_sharded
 
 __all__ = ["AdamW8bit", "BLOCK", "SMALLEST", "check_states", "moment_bytes", "rounding_seed"]
 
@@ -127,7 +128,7 @@ class AdamW8bit(torch.optim.Optimizer):
         Raises:
             OptionError: there is one.
         """
-        if any(hasattr(param, "placements") for param in self._params()):
+        if any(map(is_sharded, self._params())):
             raise OptionError(
                 "adamw_states='8bit' is not served under fully_shard: set adamw_states='full', or use DeepSpeed's ZeRO"
             )

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ds_mofa.capture import compiled
-from ds_mofa.capture.autograd import OURS, wanted
-from ds_mofa.capture.held import holds, leaf_in, own_weight, refuse_replaced
+from ds_mofa.capture.autograd import wanted
+from ds_mofa.capture.held import holds, leaf_in, own_weight, refuse_replaced, replace_forward
 from ds_mofa.capture.sink import Gathered, Sink
 from ds_mofa.capture.sketch import Sketch
 from ds_mofa.parameters import Matrix
@@ -47,13 +47,8 @@ class SketchedEmbedding(torch.autograd.Function):
             (..., n).
         """
         ctx.save_for_backward(ids)  # and not the weight, which ZeRO-3 and FSDP2 release
-        ctx.rows, ctx.padding_idx, ctx.by_freq, ctx.sparse, ctx.sketch = (
-            len(weight),
-            padding_idx,
-            by_freq,
-            sparse,
-            sketch,
-        )
+        ctx.rows, ctx.sketch = len(weight), sketch
+        ctx.padding_idx, ctx.by_freq, ctx.sparse = padding_idx, by_freq, sparse
         return torch.embedding(weight, ids)
 
     @staticmethod
@@ -103,18 +98,8 @@ class EmbeddingCapture:
         """See :class:`ds_mofa.capture.sink.Capture`. ``gathered`` is not needed: backward has no use for the weight."""
         refuse_replaced(module, type(module).forward)
         plain = type(module).forward is nn.Embedding.forward
-        function = _whole_forward(module, sink) if plain else _inner_forward(module, sink)
-        setattr(function, OURS, True)
-        vars(function)["__wrapped__"] = type(module).forward  # whose source TorchScript compiles
-        forward = types.MethodType(function, module)
-        module.forward = forward
         sink.leaf = leaf_in(module)
-
-        def undo() -> None:
-            if vars(module).get("forward") is forward:  # a later optimizer's stays
-                del module.forward
-
-        return undo
+        return replace_forward(module, _whole_forward(module, sink) if plain else _inner_forward(module, sink))
 
 
 def _whole_forward(module: nn.Module, sink: Sink) -> Callable[..., Tensor]:

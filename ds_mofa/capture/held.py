@@ -1,16 +1,16 @@
 """How a module holds the weight that is captured in it: the parameter itself, or what a backend has put in its place."""
 
+import types
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
 from ds_mofa.capture.autograd import OURS
 from ds_mofa.options import OptionError
-from ds_mofa.parameters import Matrix
+from ds_mofa.parameters import Matrix, is_sharded
 
-__all__ = ["holds", "leaf_in", "own_weight", "refuse_replaced"]
+__all__ = ["holds", "leaf_in", "own_weight", "refuse_replaced", "replace_forward"]
 
 
 def holds(module: nn.Module, matrix: Matrix) -> bool:
@@ -18,15 +18,15 @@ def holds(module: nn.Module, matrix: Matrix) -> bool:
     weight = module._parameters.get("weight")
     if weight is None or weight is matrix.param:
         return weight is not None
-    return _is_sharded(matrix.param) and not _is_sharded(weight) and tuple(weight.shape) == matrix.shape
+    return is_sharded(matrix.param) and not is_sharded(weight) and tuple(weight.shape) == matrix.shape
 
 
 def own_weight(param: Tensor | None) -> Callable[[nn.Module, Tensor], bool]:
     """Tells of a module in its forward, and the weight that it reads, whether that is ``param``; where ``param`` is sharded,
     whether it is what FSDP2 has gathered, which stands in its place.
     """
-    if _is_sharded(param):
-        return lambda module, weight: weight is module._parameters.get("weight") and not _is_sharded(weight)
+    if is_sharded(param):
+        return lambda module, weight: weight is module._parameters.get("weight") and not is_sharded(weight)
     return lambda module, weight: weight is param
 
 
@@ -38,7 +38,7 @@ def leaf_in(module: nn.Module) -> Callable[[Tensor], Tensor | None]:
 
     def leaf(param: Tensor) -> Tensor | None:
         here = reference()
-        return here._parameters.get("weight") if here is not None and _is_sharded(param) else param
+        return here._parameters.get("weight") if here is not None and is_sharded(param) else param
 
     return leaf
 
@@ -60,6 +60,15 @@ def refuse_replaced(module: nn.Module, plain: Callable) -> None:
         )
 
 
-def _is_sharded(param: Any) -> bool:
-    # Of a DTensor; isinstance would have every process import torch.distributed.tensor.
-    return hasattr(param, "placements")
+def replace_forward(module: nn.Module, function: Callable) -> Callable[[], None]:
+    """Let ``function``, which takes the module first, be its forward; what this returns undoes it."""
+    setattr(function, OURS, True)
+    vars(function)["__wrapped__"] = type(module).forward  # whose source TorchScript compiles
+    forward = types.MethodType(function, module)  # its pickle is the class's
+    module.forward = forward
+
+    def undo() -> None:
+        if vars(module).get("forward") is forward:  # a later optimizer's stays
+            del module.forward
+
+    return undo

@@ -7,7 +7,6 @@ are two thin products each, and replace the weight-gradient GEMM. Where the modu
 for the gradient itself, G is computed and goes the way of every gradient.
 """
 
-import types
 from collections.abc import Callable
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ds_mofa.capture import compiled
-from ds_mofa.capture.autograd import OURS, plain_linear, wanted
-from ds_mofa.capture.held import holds, leaf_in, own_weight, refuse_replaced
+from ds_mofa.capture.autograd import plain_linear, wanted
+from ds_mofa.capture.held import holds, leaf_in, own_weight, refuse_replaced, replace_forward
 from ds_mofa.capture.sink import Gathered, Sink
 from ds_mofa.capture.sketch import Sketch
 from ds_mofa.parameters import Matrix
@@ -102,15 +101,8 @@ class LinearCapture:
     def attach(self, module: nn.Module, matrix: Matrix, sink: Sink, gathered: Gathered | None) -> Callable[[], None]:
         """See :class:`ds_mofa.capture.sink.Capture`."""
         refuse_replaced(module, nn.Linear.forward)
-        forward = types.MethodType(_forward_of(module, sink, gathered), module)  # its pickle is nn.Linear's
-        module.forward = forward
         sink.leaf = leaf_in(module)
-
-        def undo() -> None:
-            if vars(module).get("forward") is forward:  # a later optimizer's stays
-                del module.forward
-
-        return undo
+        return replace_forward(module, _forward_of(module, sink, gathered))
 
 
 def _forward_of(module: nn.Module, sink: Sink, gathered: Gathered | None):
@@ -132,6 +124,4 @@ def _forward_of(module: nn.Module, sink: Sink, gathered: Gathered | None):
             return nn.Linear.forward(self, input)  # which says what is wrong, in training as in evaluation
         return _sketched_linear(input, weight, bias, sink, gathered)
 
-    setattr(forward, OURS, True)
-    vars(forward)["__wrapped__"] = nn.Linear.forward  # whose source TorchScript compiles
     return forward

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_mofa.parameters import Matrix
+from ds_mofa.parameters import Matrix, is_sharded
 from ds_mofa.step.backend import ENGINES, Backend, OneProcess
 
 __all__ = ["FirstForward", "announce", "connect", "refuse", "say", "say_of_upcast", "settled"]
@@ -27,7 +27,7 @@ def settled(params: Iterable[Tensor]) -> bool:
     params = list(params)
     if any(param.is_meta for param in params):
         return False
-    if any(hasattr(param, "placements") for param in params):  # DTensors
+    if any(map(is_sharded, params)):
         return True
     if dist.is_available() and dist.is_initialized():
         return False
