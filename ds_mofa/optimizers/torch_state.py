@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ds_mofa.adamw.eight_bit import AdamW8bit
-from ds_mofa.parameters import Matrix
+from ds_mofa.parameters import Matrix, is_sharded
 from ds_mofa.step.backend import Backend
-from ds_mofa.step.state import STATE_FORMAT, WAY_OUT
+from ds_mofa.step.state import WAY_OUT, assembled
 from ds_mofa.step.step import MatrixStep
 
 __all__ = [
@@ -133,15 +133,14 @@ def named(state: Mapping[Any, Any], keys: Sequence[Any], step: MatrixStep) -> tu
             there = ", ".join(map(str, one)) if isinstance(one, Mapping) else "nothing"
             return {}, (
                 f"the state of {matrix.name!r} has {there}, and lacks {lacking[0]!r} of {step.rule.name}: it is another "
-                "optimizer's, or was saved with another include or exclude"
+                f"optimizer's, or was saved with another include or exclude. {WAY_OUT}"
             )
         assert isinstance(one, Mapping)
         steps.add(int(one["step"]))
         found[matrix.name] = {name: _everywhere(one[name]) for name in names}
     if len(steps) != 1:
-        return {}, f"the matrices' states are of different steps, {sorted(steps)}"
-    numbers = {"format": STATE_FORMAT, "steps": steps.pop(), "skipped": 0}
-    return {"rule": step.rule.name, **numbers, "matrices": found}, None
+        return {}, f"the matrices' states are of different steps, {sorted(steps)}. {WAY_OUT}"
+    return assembled(step.rule.name, found, steps=steps.pop(), skipped=0), None
 
 
 def load_masters(state: Mapping[Any, Any], keys: Sequence[Any], step: MatrixStep) -> None:
@@ -154,13 +153,13 @@ def load_masters(state: Mapping[Any, Any], keys: Sequence[Any], step: MatrixStep
     step.masters.load_parts(parts)
 
 
-def _part(value: Tensor, matrix: Matrix, backend: Backend) -> Tensor:
+def _part(value: Any, matrix: Matrix, backend: Backend) -> Tensor:
     """This process's elements of a master, flat."""
-    if hasattr(value, "to_local"):
+    if is_sharded(value):
         return value.to_local().reshape(-1)
     shard = backend.shard_of(matrix)
     return value.reshape(-1)[shard.start : shard.start + shard.flat.numel()]
 
 
 def _everywhere(value: Any) -> Any:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.full_tensor() if is_sharded(value) else value

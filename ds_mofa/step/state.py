@@ -10,7 +10,7 @@ from ds_mofa.parameters import Matrix
 from ds_mofa.partition.layout import Layout
 from ds_mofa.rules.rule import Rule
 
-__all__ = ["STATE_FORMAT", "WAY_OUT", "adamw_misfit", "misfit", "packed", "unpack", "whole_misfit"]
+__all__ = ["STATE_FORMAT", "WAY_OUT", "adamw_misfit", "assembled", "misfit", "packed", "unpack", "whole_misfit"]
 
 STATE_FORMAT = 1
 _BARE = (
@@ -32,10 +32,20 @@ def packed(
     for matrix in matrices:
         views = layout.views(flat, matrix.index)
         named[matrix.name] = {key: view.clone() for key, view in zip(rule.field_names(), views, strict=True)}
-    named_rule = {} if rule.name == _UNNAMED else {"rule": rule.name}
+    return assembled(rule.name, named, steps=steps, skipped=skipped)
+
+
+def assembled(name: str, named: Mapping[str, Any], *, steps: int, skipped: int) -> dict[str, Any]:
+    """The form of a state, around that of each matrix.
+
+    Args:
+        name: of the rule.
+        named: the tensors of each matrix by their names, by the name of the matrix.
+    """
+    named_rule = {} if name == _UNNAMED else {"rule": name}
     counters = {"format": STATE_FORMAT, "steps": steps, "skipped": skipped}
     numbers = {key: torch.tensor(value, device="cpu") for key, value in counters.items()}
-    return {**named_rule, **numbers, "matrices": named}
+    return {**named_rule, **numbers, "matrices": dict(named)}
 
 
 def unpack(

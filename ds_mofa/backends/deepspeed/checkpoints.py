@@ -13,7 +13,7 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "agree",
     "check",
     "check_state",
+    "describe",
     "files_of",
     "invalidate",
     "load",
@@ -129,16 +130,30 @@ def _writes(engine) -> bool:
 
 
 def _description(engine, mofa: MatrixOptimizer) -> dict[str, Any]:
-    title = mofa.options.title
+    return describe(
+        mofa.options.title,
+        {matrix.name: matrix.shape for matrix in mofa.split.matrices},
+        zero_stage=int(engine.zero_optimization_stage()),
+        world_size=engine.seq_dp_world_size,
+        rank=mofa.options.rank,
+        adamw_states=mofa.options.adamw_states,
+    )
+
+
+def describe(title: str, matrices: Mapping[str, Sequence[int]], **run: Any) -> dict[str, Any]:
+    """What a manifest says beside its files.
+
+    Args:
+        title: of the optimizer.
+        matrices: their shapes by name.
+        **run: ``zero_stage``, ``world_size``, ``rank`` and ``adamw_states`` of the run that is saved.
+    """
     return {
         **({} if title == _UNNAMED else {"optimizer": title}),
         "state_format": STATE_FORMAT,
         "universal": False,
-        "zero_stage": int(engine.zero_optimization_stage()),
-        "world_size": engine.seq_dp_world_size,
-        "rank": mofa.options.rank,
-        "adamw_states": mofa.options.adamw_states,
-        "matrices": {matrix.name: list(matrix.shape) for matrix in mofa.split.matrices},
+        **run,
+        "matrices": {name: list(shape) for name, shape in matrices.items()},
         # Without it torch.save writes no checksums into its files, see torch.serialization.set_crc32_options.
         "crc32": torch.serialization.get_crc32_options(),
     }

@@ -23,11 +23,10 @@ from torch import Tensor
 from ds_mofa.backends.deepspeed import checkpoints, universal
 from ds_mofa.backends.deepspeed.checkpoints import CheckpointError
 from ds_mofa.optimizers.registry import OPTIMIZERS, Entry
-from ds_mofa.step.state import STATE_FORMAT
+from ds_mofa.step.state import assembled
 
 __all__ = ["from_universal", "to_universal"]
 
-_UNNAMED = "MoFaSGD"  # whose states and manifests name no optimizer
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SETTINGS = ("lr", "lr_scale", "betas", "eps", "weight_decay")  # what every AdamW has
 _NAMED = (
@@ -56,15 +55,14 @@ def to_universal(state: Mapping[str, Any], target: Path) -> None:
     rest = [group for group in groups if "lr_scale" in group]
     entry = _entry_of(matrices)
     packed = _packed(entry, matrices)
-    description = {
-        **({} if entry.name == _UNNAMED else {"optimizer": entry.name}),
-        "state_format": STATE_FORMAT,
-        "zero_stage": 1,
-        "world_size": 1,
-        "rank": next(iter(matrices.values()))[_fields(entry)[-1]].shape[-1],
-        "adamw_states": "full",
-        "matrices": {name: list(model[name].shape) for name in matrices},
-    }
+    description = checkpoints.describe(
+        entry.name,
+        {name: model[name].shape for name in matrices},
+        zero_stage=1,
+        world_size=1,
+        rank=next(iter(matrices.values()))[_fields(entry)[-1]].shape[-1],
+        adamw_states="full",
+    )
     with universal.completed(Path(target).absolute(), description) as folder:
         for name, weight in model.items():
             _save(folder, name, "fp32", {"param": _plain(states.get(name, {}).get("master", weight))})
@@ -135,11 +133,9 @@ def _entry_of(matrices: Mapping[str, Mapping[str, Any]]) -> Entry:
 
 
 def _packed(entry: Entry, matrices: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """As :func:`ds_mofa.step.state.packed` has it."""
-    counters = {"format": STATE_FORMAT, "steps": max(int(one["step"]) for one in matrices.values()), "skipped": 0}
-    numbers: dict[str, Any] = {key: torch.tensor(value) for key, value in counters.items()}
+    steps = max(int(one["step"]) for one in matrices.values())
     named = {name: {key: _plain(one[key]) for key in _fields(entry)} for name, one in matrices.items()}
-    return {**({} if entry.name == _UNNAMED else {"rule": entry.name}), **numbers, "matrices": named}
+    return assembled(entry.name, named, steps=steps, skipped=0)
 
 
 def _fields(entry: Entry) -> tuple[str, ...]:
