@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from comparing import TOLERANCE, equal
+from engines import whole
 from launching import on_ranks
-from scenes.accelerating import accelerator_for, plain_names, restored
+from scenes.accelerating import accelerator_for, in_folder, restored
 from scenes.huggingface import llama, sentences
-from scenes.plain_torch import weights
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from transformers.optimization import get_linear_schedule_with_warmup
@@ -44,14 +44,14 @@ def accelerated(engine: str, dtype: str = "float32", precision: str = "no", **pl
         accelerator.save_state("state")
         read = is_read(model, optimizer) if engine == "fsdp2" else None
         norms += go(accelerator, model, optimizer, schedule, range(3, STEPS))
-        ended, steps = plain_names(weights(model)), [optimizer.optimizer.matrices.steps]
+        ended, steps = whole(model), [optimizer.optimizer.matrices.steps]
         accelerator.load_state("state")
         steps.append(optimizer.optimizer.matrices.steps)
         again = go(accelerator, model, optimizer, schedule, range(3, STEPS))
         working = str(optimizer.optimizer.matrices.working.dtype)
         return {
             "weights": ended,
-            "resumed": plain_names(weights(model)),
+            "resumed": whole(model),
             "norms": norms,
             "norms again": again,
             "steps": steps,
@@ -85,14 +85,7 @@ def go(accelerator: Any, model: Any, optimizer: Any, schedule: Any, numbers: ran
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The same in one process, this one."""
-    folder = tmp_path_factory.mktemp("alone")
-
-    @functools.cache
-    def trained(**settings: Any) -> dict:
-        with contextlib.chdir(folder):
-            return accelerated("one", **settings)
-
-    return trained
+    return in_folder(tmp_path_factory.mktemp("alone"), functools.partial(accelerated, "one"))
 
 
 FSDP2 = [
@@ -137,7 +130,7 @@ def test_one_process_resumes_and_is_the_loop_without_accelerate(alone):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    assert equal(weights(model), result["weights"])
+    assert equal(whole(model), result["weights"])
 
 
 def assert_resumed(result: dict) -> None:

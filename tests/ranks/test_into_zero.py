@@ -6,9 +6,10 @@ import pytest
 import torch
 from comparing import equal
 from deepspeed import comm as dist
+from engines import whole
 from launching import cases, on_ranks
 from scenes.elastic import masters_of
-from scenes.plain_torch import DATA, Seen, built, full, weights
+from scenes.plain_torch import DATA, Seen, built, full
 from scenes.torch_checkpoints import assert_continued, counters, end_of, load_file, saved
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from training import config, engine_for, toy, train_step, whole_momenta, whole_weights
@@ -69,7 +70,7 @@ def out_of_zero(before: str, engine: str) -> dict:
     """The other three steps, by a loop without DeepSpeed."""
     model, optimizer = built(engine, seed=1)
     load_file(model, optimizer, f"{before}/torch.pt")
-    loaded = {"weights": weights(model), "seen": full(model.seen), "counters": counters(optimizer)}
+    loaded = {"weights": whole(model), "seen": full(model.seen), "counters": counters(optimizer)}
     rates = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return {"loaded": loaded, "end": end_of(model, optimizer), "rates": [group["lr"] for group in rates]}
 

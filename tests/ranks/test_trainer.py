@@ -9,11 +9,11 @@ from unittest import mock
 import pytest
 import torch
 from comparing import TOLERANCE, equal
+from engines import whole
 from launching import on_ranks
 from reference import Reference
-from scenes.accelerating import WRAPPED, plain_names, restored, trainer_of
+from scenes.accelerating import WRAPPED, in_folder, restored, trainer_of
 from scenes.huggingface import VOCABULARY, llama, sentences
-from scenes.plain_torch import weights
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -60,7 +60,7 @@ def lessons(engine: str, world: int = 1, resume: str | None = None, kind: str = 
         optimizer = getattr(hf.optimizer, "optimizer", hf.optimizer)
         entries = [entry for entry in hf.state.log_history if "grad_norm" in entry]
         return {
-            "weights": plain_names(weights(hf.model_wrapped)),
+            "weights": whole(hf.model_wrapped),
             "norms": [float(entry["grad_norm"]) for entry in entries],
             "losses": [float(entry["loss"]) for entry in entries],
             "steps": optimizer.matrices.steps,
@@ -127,14 +127,7 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The same in one process, this one."""
-    folder = tmp_path_factory.mktemp("alone")
-
-    @functools.cache
-    def trained(**settings: Any) -> dict:
-        with contextlib.chdir(folder):
-            return lessons("one", **settings)
-
-    return trained
+    return in_folder(tmp_path_factory.mktemp("alone"), functools.partial(lessons, "one"))
 
 
 @on_ranks(run, {"engine": "ddp"}, {"engine": "fsdp2", **CHECKPOINTING}, {"engine": "fsdp2", **FULL})

@@ -1,8 +1,10 @@
 """Accelerate and HF's Trainer without DeepSpeed: in one process, under DDP, and under FSDP2."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,7 +14,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from scenes.huggingface import forget_accelerate
 
-__all__ = ["WRAPPED", "accelerator_for", "plain_names", "restored", "trainer_of"]
+__all__ = ["WRAPPED", "accelerator_for", "in_folder", "restored", "trainer_of"]
 
 WRAPPED = "LlamaDecoderLayer"
 
@@ -66,8 +68,12 @@ def restored() -> Iterator[None]:
             forget_accelerate()
 
 
-def plain_names(weights: dict[str, Any]) -> dict[str, Any]:
-    """By the names that the bare model has."""
-    for around in ("_checkpoint_wrapped_module.", "_orig_mod."):
-        weights = {name.removeprefix("module.").replace(around, ""): value for name, value in weights.items()}
-    return weights
+def in_folder(folder: Path, train: Callable[..., dict]) -> Callable[..., dict]:
+    """``train`` with its files in ``folder``, once for each of its arguments."""
+
+    @functools.cache
+    def trained(**settings: Any) -> dict:
+        with contextlib.chdir(folder):
+            return train(**settings)
+
+    return trained

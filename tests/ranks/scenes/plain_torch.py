@@ -5,16 +5,15 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from engines import mofasgd
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from toys import Toy, batches, including, micro_batches
-from training import OPTIONS, mean_over_ranks, toy
+from toys import Toy, batches, micro_batches
+from training import mean_over_ranks, toy
 
-import ds_mofa
-
-__all__ = ["CHOSEN", "DATA", "Seen", "built", "full", "lessons", "momenta", "run", "weights"]
+__all__ = ["DATA", "Seen", "built", "full", "lessons", "run"]
 
 
 def lessons(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -33,9 +32,6 @@ class Seen(Toy):
         self.register_buffer("seen", torch.randint(1 << 40, (2,)))
 
 
-CHOSEN = {key: value for key, value in OPTIONS.items() if key != "torch_adam"}  # which is DeepSpeed's
-
-
 def built(engine: str, *, seed: int = 0, dtype: str = "float32", **options: Any) -> tuple:
     """The model, as ``engine`` has it, and its optimizer.
 
@@ -44,18 +40,17 @@ def built(engine: str, *, seed: int = 0, dtype: str = "float32", **options: Any)
         seed: of the first weights.
     """
     whole = toy(Seen, seed=seed).to(getattr(torch, dtype))
-    chosen = {**CHOSEN, **options, **including(whole, options.get("include", ()))}
     if engine == "one":
-        return whole, ds_mofa.MoFaSGD(whole, **chosen)
+        return whole, mofasgd(whole, **options)
     if engine == "ddp":
-        optimizer = ds_mofa.MoFaSGD(whole, **chosen)
+        optimizer = mofasgd(whole, **options)
         return DistributedDataParallel(whole), optimizer
     world = dist.get_world_size()
     shape, names = ((world,), ("shards",)) if engine == "fsdp2" else ((world // 2, 2), ("replicas", "shards"))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     for part in (whole.up, whole.down, whole):
         fully_shard(part, mesh=mesh)
-    return whole, ds_mofa.MoFaSGD(whole, **chosen)
+    return whole, mofasgd(whole, **options)
 
 
 def run(model: nn.Module, optimizer: Any, data: Iterable, clip: float = 0.5) -> list[float]:
@@ -75,14 +70,3 @@ def run(model: nn.Module, optimizer: Any, data: Iterable, clip: float = 0.5) -> 
 def full(tensor: Tensor) -> Tensor:
     """A copy of all of it. Collective for a DTensor."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter, whole, by the name that it has in the bare model. Collective."""
-    return {name.removeprefix("module."): full(param) for name, param in model.named_parameters()}
-
-
-def momenta(optimizer: Any) -> dict[str, Tensor]:
-    """The first moment of every matrix on rank 0; empty elsewhere. Collective."""
-    found = optimizer.matrices.state_dict().get("matrices", {})
-    return {name: one["U"] * one["sigma"] @ one["V"].mT for name, one in found.items()}

@@ -6,7 +6,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from comparing import TOLERANCE, equal
 from deepspeed import comm as dist
-from scenes.plain_torch import DATA, built, full, lessons, momenta, run, weights
+from engines import momenta, whole
+from scenes.plain_torch import DATA, built, full, lessons, run
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -60,18 +61,18 @@ def counters(optimizer) -> list[int]:
 
 def end_of(model, optimizer) -> dict:
     losses = run(model, optimizer, DATA[3:])
-    return {"losses": losses, "weights": weights(model), "momenta": momenta(optimizer)}
+    return {"losses": losses, "weights": whole(model), "momenta": momenta(optimizer)}
 
 
 def saved(engine: str = "fsdp2", **options) -> dict:
     """Six steps, saved after three; and what a reader finds before the first."""
     model, optimizer = built(engine, **options)
-    before, first = weights(model), get_optimizer_state_dict(model, optimizer)
+    before, first = whole(model), get_optimizer_state_dict(model, optimizer)
     keys = sorted(f"{name} {key}" for name, one in first["state"].items() for key in one)
     fresh = {
         "keys": keys,
         "steps": counters(optimizer),
-        "moved": not equal(weights(model), before),
+        "moved": not equal(whole(model), before),
         "left": [name for name, param in model.named_parameters() if param.grad is not None],
         "rows": {name: tuple(one["U"].to_local().shape) for name, one in first["state"].items() if is_cut(one, "U")},
         "lr": [group["lr"] for group in optimizer.param_groups],
@@ -81,7 +82,7 @@ def saved(engine: str = "fsdp2", **options) -> dict:
     save(model, optimizer)
     masters = {name: one["master"] for name, one in state.items() if "master" in one}
     plain = [name for name, master in masters.items() if not isinstance(master, DTensor)]
-    now = {"counters": counters(optimizer), "weights": weights(model), "plain masters": plain, "seen": full(model.seen)}
+    now = {"counters": counters(optimizer), "weights": whole(model), "plain masters": plain, "seen": full(model.seen)}
     now["masters"] = {name: full(master) for name, master in masters.items()}
     return {"fresh": fresh, "now": now, "end": end_of(model, optimizer)}
 
@@ -97,7 +98,7 @@ def resumed(before: str, way: str, engine: str = "fsdp2", **options) -> dict:
     load(model, optimizer, way, before)
     state = get_optimizer_state_dict(model, optimizer)["state"]
     masters = {name: full(one["master"]) for name, one in state.items() if "master" in one}
-    loaded = {"counters": counters(optimizer), "weights": weights(model), "masters": masters}
+    loaded = {"counters": counters(optimizer), "weights": whole(model), "masters": masters}
     return {"loaded": loaded, "end": end_of(model, optimizer)}
 
 
