@@ -36,22 +36,32 @@ class SketchedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, ends: Tensor, transposed: bool, sketch: Sink | None, gathered: Gathered | None
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        ends: Tensor,
+        transposed: bool,
+        sketch: Sink | None,
+        gathered: Gathered | None,
+        rows: Tensor | None = None,
+        back: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
-            x: (S, in), sorted by expert.
+            x: (S, in), sorted by expert; with ``rows`` (T, in), of which each goes to S / T experts.
             weight: (E, out, in), or (E, in, out) where ``transposed``.
             ends: (E,), int32; rows [ends[e - 1], ends[e]) are expert e's, and there are no others.
             sketch: takes the place of the gradient; None: it is formed.
             gathered: see :class:`ds_mofa.capture.sink.Capture`.
+            rows: (S,), int32, which row of x each of the sorted is.
+            back: (S,), where the S / T of each row of x are among the sorted, row by row.
 
         Returns:
             (S, out).
         """
-        ctx.save_for_backward(x, weight, ends)
+        ctx.save_for_backward(x, weight, ends, rows, back)
         ctx.transposed, ctx.sketch, ctx.gathered = transposed, sketch, gathered
-        return _forward(x, weight, ends, transposed)
+        return _forward(x if rows is None else x[rows], weight, ends, transposed)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -64,7 +74,7 @@ def _forward(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tenso
 
 
 def _backward(ctx, dy: Tensor):
-    x, weight, ends = ctx.saved_tensors
+    x, weight, ends, rows, back = ctx.saved_tensors
     dx = dw = None
     dy = dy.contiguous()  # a broadcast one is not, which no grouped product takes
     if ctx.needs_input_grad[0]:
@@ -73,21 +83,23 @@ def _backward(ctx, dy: Tensor):
         else:
             with ctx.gathered(weight) as whole:
                 dx = _forward(dy, whole, ends, not ctx.transposed)
+        dx = dx if back is None else _gathered_sums(dx, back, x.shape[0])
     if ctx.needs_input_grad[1]:
-        left, right = (x, dy) if ctx.transposed else (dy, x)
+        left, right, left_rows, right_rows = (x, dy, rows, None) if ctx.transposed else (dy, x, None, rows)
         sketch = ctx.sketch
         if sketch is not None and torch.compiler.is_compiling():
             if type(sketch) is Sketch:
-                compiled.add_grouped(left, right, ends, sketch.key)
+                compiled.add_grouped(left, right, ends, left_rows, right_rows, sketch.key)
             else:
-                sketch.add_grouped(left, right, ends)
+                sketch.add_grouped(left, right, ends, left_rows, right_rows)
         else:
             asked = sketch is None or wanted(ctx.next_functions[1][0])
             if sketch is None or asked is None or asked and sketch.param is not None and sketch.param._backward_hooks:
+                left, right = (a if own is None else a[own] for a, own in ((left, left_rows), (right, right_rows)))
                 dw = _dense(left, right, ends).to(weight.dtype)
             elif asked:
-                sketch.add_grouped(left, right, ends)
-    return dx, dw, None, None, None, None
+                sketch.add_grouped(left, right, ends, left_rows, right_rows)
+    return dx, dw, None, None, None, None, None, None
 
 
 _backward_once = once_differentiable(_backward)
@@ -103,28 +115,25 @@ def _dense(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-class _Moved(torch.autograd.Function):
-    """Rows in another order, each taken ``copies`` times; backward gathers too, where autograd's scatters, and adds in one
-    order.
-    """
+def _gathered_sums(dx: Tensor, back: Tensor, count: int) -> Tensor:
+    """What autograd would scatter, gathered and added in one order: (count, n) from (S, n)."""
+    dx = dx[back]
+    return dx if len(dx) == count else dx.view(count, -1, dx.shape[-1]).sum(1)
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order, whose backward gathers, where autograd's scatters."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, back: Tensor, copies: int) -> Tensor:
-        """
-        Args:
-            x: (T, n).
-            order: (copies T,); row i of the result is row order[i] // copies of x.
-            back: (copies T,), its inverse.
-        """
+    def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        """Row i of the result is row order[i] of x, (S, n); ``back`` is the inverse of ``order``, (S,)."""
         ctx.save_for_backward(back)
-        ctx.copies = copies
-        return x[order // copies if copies > 1 else order]
+        return x[order]
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         (back,) = ctx.saved_tensors
-        dx = dy[back]
-        return (dx.view(-1, ctx.copies, dx.shape[-1]).sum(1) if ctx.copies > 1 else dx), None, None, None
+        return dy[back], None, None
 
 
 class ExpertsCapture:
@@ -191,13 +200,11 @@ def _forward_of(module: Any, sinks: dict[str, Any]) -> Callable[..., Tensor]:
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         ends = _ends(experts, self.num_experts)
-        x = _Moved.apply(hidden_states, order, back, k)
-        dtype = _autocast(hidden_states)
-        project = functools.partial(_project, self, sinks, experts, ends, dtype)
-        x = project("gate_up_proj" if self.has_gate else "up_proj", x)
+        project = functools.partial(_project, self, sinks, experts, ends, _autocast(hidden_states))
+        x = project("gate_up_proj" if self.has_gate else "up_proj", hidden_states, (order // k).int(), back)
         x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
         x = project("down_proj", x) * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        x = _Moved.apply(x, back, order, 1)
+        x = _Permuted.apply(x, back, order)
         return x.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
     return forward
@@ -216,14 +223,22 @@ def _ends(experts: Tensor, count: int) -> Tensor:
 
 
 def _project(
-    module: Any, sinks: dict[str, Any], experts: Tensor, ends: Tensor, dtype: torch.dtype | None, name: str, x: Tensor
+    module: Any,
+    sinks: dict[str, Any],
+    experts: Tensor,
+    ends: Tensor,
+    dtype: torch.dtype | None,
+    name: str,
+    x: Tensor,
+    rows: Tensor | None = None,
+    back: Tensor | None = None,
 ) -> Tensor:
     weight = getattr(module, name)
     x = x.to(weight.dtype if dtype is None else dtype)
     any_gathered = next((gathered for _, gathered, _ in sinks.values()), None)
     sink, gathered, _ = sinks.get(name, (None, any_gathered, None))
     if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
-        y = SketchedExperts.apply(x, weight, ends, module.is_transposed, sink, gathered)
+        y = SketchedExperts.apply(x, weight, ends, module.is_transposed, sink, gathered, rows, back)
     else:
-        y = _forward(x, weight, ends, module.is_transposed)
+        y = _forward(x if rows is None else x[rows], weight, ends, module.is_transposed)
     return y + getattr(module, f"{name}_bias").to(y.dtype)[experts] if module.has_bias else y

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ds_mofa.kernels import triton_serves
+
 __all__ = ["add_grouped", "add_product", "add_to_rows", "grouped_product"]
 
 
@@ -34,8 +36,21 @@ def add_to_rows(out: Tensor, ids: Tensor, rows: Tensor) -> None:
         out.index_add_(0, ids, rows)
 
 
-def add_grouped(Y: Tensor, Z: Tensor, left: Tensor, right: Tensor, U: Tensor, V: Tensor, ends: Tensor) -> None:
+def add_grouped(
+    Y: Tensor,
+    Z: Tensor,
+    left: Tensor,
+    right: Tensor,
+    U: Tensor,
+    V: Tensor,
+    ends: Tensor,
+    left_rows: Tensor | None = None,
+    right_rows: Tensor | None = None,
+) -> None:
     """Y[e] += left_e^T (right_e V[e]) and Z[e] += right_e^T (left_e U[e]) for every matrix e of a stack.
+
+    On a GPU the 16-bit products of all matrices are two launches; otherwise they follow one another, and the host waits for
+    ``ends``.
 
     Args:
         Y: (E, m, r).
@@ -45,8 +60,10 @@ def add_grouped(Y: Tensor, Z: Tensor, left: Tensor, right: Tensor, U: Tensor, V:
         U: (E, m, r).
         V: (E, n, r).
         ends: (E,), int32. A matrix without rows keeps its sketches bit for bit.
+        left_rows: (S,), int32: ``left`` is (T, m) in any order, and its row for each of S.
+        right_rows: the same of ``right``.
     """
-    torch.ops.ds_mofa.sketch_grouped(Y, Z, left, right, U, V, ends)
+    torch.ops.ds_mofa.sketch_grouped(Y, Z, left, right, U, V, ends, left_rows, right_rows)
 
 
 def grouped_product(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
@@ -68,12 +85,32 @@ _library = torch.library.Library("ds_mofa", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
 _library.define("grouped_product(Tensor x, Tensor stack, Tensor ends) -> Tensor", tags=_tags)
 _library.define(
-    "sketch_grouped(Tensor(a!) Y, Tensor(b!) Z, Tensor left, Tensor right, Tensor U, Tensor V, Tensor ends) -> ()",
+    "sketch_grouped(Tensor(a!) Y, Tensor(b!) Z, Tensor left, Tensor right, Tensor U, Tensor V, Tensor ends,"
+    " Tensor? left_rows, Tensor? right_rows) -> ()",
     tags=_tags,
 )
 
 
-def _sketch_grouped(Y: Tensor, Z: Tensor, left: Tensor, right: Tensor, U: Tensor, V: Tensor, ends: Tensor) -> None:
+def _sketch_grouped(
+    Y: Tensor,
+    Z: Tensor,
+    left: Tensor,
+    right: Tensor,
+    U: Tensor,
+    V: Tensor,
+    ends: Tensor,
+    left_rows: Tensor | None,
+    right_rows: Tensor | None,
+) -> None:
+    operands = left, right, U, V
+    if triton_serves(left) and Y.dtype == torch.float32 and {t.dtype for t in operands} in _KERNEL_DTYPES:
+        from ds_mofa.kernels import _experts
+
+        rows = {"left_rows": left_rows, "right_rows": right_rows}
+        _experts.launch(left.contiguous(), right.contiguous(), ends, U, V, Y, Z, **rows)
+        return
+    left = left if left_rows is None else left[left_rows]
+    right = right if right_rows is None else right[right_rows]
     for e, rows in _groups(ends):
         L, R = left[rows], right[rows]
         add_product(Y[e], L.mT, R @ V[e].to(R.dtype))
@@ -105,6 +142,7 @@ torch.library.register_fake(
 )
 torch.library.register_fake("ds_mofa::sketch_grouped", lambda *args: None, lib=_library)
 
+_KERNEL_DTYPES = ({torch.bfloat16}, {torch.float16})
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)
 
 

@@ -50,9 +50,17 @@ class Sink(Protocol):
     def add_rows(self, ids: Tensor, dy: Tensor) -> None:
         """Add G with G[i] the sum of dy over ids == i. ids: (...), integers below m; dy: (..., n)."""
 
-    def add_grouped(self, left: Tensor, right: Tensor, ends: Tensor) -> None:
+    def add_grouped(
+        self,
+        left: Tensor,
+        right: Tensor,
+        ends: Tensor,
+        left_rows: Tensor | None = None,
+        right_rows: Tensor | None = None,
+    ) -> None:
         """Add G_e = left_e^T right_e to every matrix e of a stack. left: (S, m), right: (S, n), of one dtype, of which the
-        rows [ends[e - 1], ends[e]) are e's; ends: (E,), int32.
+        rows [ends[e - 1], ends[e]) are e's; ends: (E,), int32. With rows (S,), int32, of either, that is (T, ...) in any
+        order, and they say which of its rows each of the S is.
         """
 
     def add_gradient(self, grad: Tensor) -> None:

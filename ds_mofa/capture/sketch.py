@@ -91,17 +91,20 @@ class Sketch:
             add_to_rows(self.Y, ids, dy @ self.V.to(dy.dtype))
             add_product(self.Z, dy.mT, self.U.index_select(0, ids).to(dy.dtype))
 
-    def add_grouped(self, left: Tensor, right: Tensor, ends: Tensor) -> None:
-        """Add G_e = left_e^T right_e to each matrix e of a stack. left: (S, m), right: (S, n), ends: (E,); see
+    def add_grouped(
+        self,
+        left: Tensor,
+        right: Tensor,
+        ends: Tensor,
+        left_rows: Tensor | None = None,
+        right_rows: Tensor | None = None,
+    ) -> None:
+        """Add G_e = left_e^T right_e to each matrix e of a stack, without forming it; see
         :class:`ds_mofa.capture.sink.Sink`.
         """
         self.open()
-        self.add_grouped_now(left, right, ends)
-
-    def add_grouped_now(self, left: Tensor, right: Tensor, ends: Tensor) -> None:
-        """:meth:`add_grouped` where ``.grad`` says already that there is a gradient."""
         with phase("capture"):
-            add_grouped(self.Y, self.Z, left, right, self.U, self.V, ends)
+            add_grouped(self.Y, self.Z, left, right, self.U, self.V, ends, left_rows, right_rows)
 
     @torch.no_grad()
     def add_gradient(self, grad: Tensor) -> None:

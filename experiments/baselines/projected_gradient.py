@@ -72,7 +72,14 @@ class ProjectedGradient:
         else:
             self._add(G if P is None else P.to(G.dtype).mT @ G)
 
-    def add_grouped(self, left: Tensor, right: Tensor, ends: Tensor) -> None:
+    def add_grouped(
+        self,
+        left: Tensor,
+        right: Tensor,
+        ends: Tensor,
+        left_rows: Tensor | None = None,
+        right_rows: Tensor | None = None,
+    ) -> None:
         """No baseline trains a stack."""
         raise NotImplementedError
 
