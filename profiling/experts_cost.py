@@ -1,0 +1,189 @@
+"""What the sketches of stacked experts cost beside the experts' own products, on one GPU.
+
+    python profiling/experts_cost.py
+    python profiling/experts_cost.py --models Qwen3-30B-A3B --tokens 8192 --columns 16 40 --output out/experts.jsonl
+
+For the experts of one layer, both stacks, in bf16 with random weights: milliseconds of the forward, of the backward's dX
+and of the dense dW of all experts, which AdamW needs, by torch's grouped_mm; and of the sketches of all experts in its
+place, by ds_mofa's kernel and by grouped_mm. ``share`` is the kernel's time over that of forward and dX. Neither the
+activation nor the router is in it. Tokens choose their experts at random; ``--spread`` says how unlike the experts are in
+popularity: the standard deviation of the logarithm, so that 1 makes some experts of 128 a hundred times as full as others.
+
+Medians, by events on the GPU, the cache flushed before each repetition. ``host_us`` is how long the host takes to launch a
+layer's sketches. Prints a line of JSON for each result, with hardware, versions and date.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The experts of a layer: a gated MLP of which a token takes ``chosen``, as in the model's config."""
+
+    count: int
+    hidden: int
+    width: int
+    chosen: int
+    transposed: bool = False  # stored (E, in, out)
+
+    def stacks(self) -> list[tuple[int, int]]:
+        """Outputs and inputs of a token in gate_up_proj and down_proj."""
+        return [(2 * self.width, self.hidden), (self.hidden, self.width)]
+
+
+MODELS = {
+    "Qwen3-30B-A3B": Experts(128, hidden=2048, width=768, chosen=8),
+    "Mixtral-8x7B": Experts(8, hidden=4096, width=14336, chosen=2),
+    "GPT-OSS-20B": Experts(32, hidden=2880, width=2880, chosen=4, transposed=True),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 8192])
+    parser.add_argument(
+        "--columns", nargs="+", type=int, default=[16], help="of the sketches: rank and explore together"
+    )
+    parser.add_argument("--spread", type=float, default=1.0, help="of the experts' popularity; 0: all alike")
+    parser.add_argument("--milliseconds", type=int, default=40, help="of repetitions for each number")
+    parser.add_argument("--output", help="a file to which the lines are added")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        sys.exit("experts_cost.py: error: needs a CUDA device: grouped_mm and the kernel are timed on one")
+    for name in args.models:
+        for tokens in args.tokens:
+            for columns in args.columns:
+                result = {"model": name, "tokens": tokens, "columns": columns, "spread": args.spread}
+                result |= measure(MODELS[name], tokens, columns, args.spread, args.milliseconds)
+                line = json.dumps(result | surroundings())
+                print(line, flush=True)
+                if args.output:
+                    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+                    with open(args.output, "a") as file:
+                        file.write(line + "\n")
+
+
+def rows_of_experts(experts: Experts, tokens: int, spread: float) -> Tensor:
+    """(E,), int64: how many tokens each expert gets, of ``tokens`` that choose ``experts.chosen`` different ones each."""
+    generator = torch.Generator().manual_seed(0)
+    popularity = spread * torch.randn(experts.count, generator=generator)
+    uniform = torch.rand(tokens, experts.count, generator=generator)
+    # The largest of logits with Gumbel noise: a sample without replacement from their softmax.
+    chosen = (popularity - (-uniform.log()).log()).topk(experts.chosen).indices
+    return chosen.flatten().bincount(minlength=experts.count)
+
+
+class Stack:
+    """One stack of a layer, with its activations X (S, in), output gradients dY (S, out), factors and sketches."""
+
+    def __init__(self, outputs: int, inputs: int, counts: Tensor, columns: int, transposed: bool):
+        def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.randn(shape, device="cuda", dtype=dtype)
+
+        E, S = len(counts), int(counts.sum())
+        self.ends = counts.cumsum(0).int().cuda()
+        self.x, self.dy = draw(S, inputs), draw(S, outputs)
+        stored = draw(E, inputs, outputs) if transposed else draw(E, outputs, inputs)
+        self.weight = stored if transposed else stored.mT  # (E, in, out), as the forward takes it
+        self.left, self.right = (self.x, self.dy) if transposed else (self.dy, self.x)
+        m, n = stored.shape[1:]
+        self.U, self.V = draw(E, m, columns), draw(E, n, columns)
+        self.Y, self.Z = (torch.zeros(E, size, columns, device="cuda") for size in (m, n))
+
+    def forward(self) -> Tensor:
+        return F.grouped_mm(self.x, self.weight, offs=self.ends)
+
+    def input_gradient(self) -> Tensor:
+        return F.grouped_mm(self.dy, self.weight.mT, offs=self.ends)
+
+    def weight_gradient(self) -> Tensor:
+        return F.grouped_mm(self.left.mT, self.right, offs=self.ends)
+
+    def sketch(self) -> None:
+        from ds_mofa.kernels import _experts
+
+        _experts.launch(self.left, self.right, self.ends, self.U, self.V, self.Y, self.Z)
+
+    def sketch_by_grouped_mm(self) -> None:
+        """The same but for its sums, which leave the product in bf16; columns must be a multiple of 8."""
+        P = F.grouped_mm(self.right, self.V, offs=self.ends)
+        Q = F.grouped_mm(self.left, self.U, offs=self.ends)
+        self.Y += F.grouped_mm(self.left.mT, P, offs=self.ends)
+        self.Z += F.grouped_mm(self.right.mT, Q, offs=self.ends)
+
+
+def measure(experts: Experts, tokens: int, columns: int, spread: float, milliseconds: int) -> dict[str, Any]:
+    """Times of one layer's experts."""
+    counts = rows_of_experts(experts, tokens, spread)
+    stacks = [Stack(out, into, counts, columns, experts.transposed) for out, into in experts.stacks()]
+
+    def of_layer(part: Callable[[Stack], Any]) -> Callable[[], None]:
+        def run() -> None:
+            for stack in stacks:
+                part(stack)
+
+        return run
+
+    parts = {"forward_ms": Stack.forward, "dx_ms": Stack.input_gradient, "dw_ms": Stack.weight_gradient}
+    parts["sketches_ms"] = Stack.sketch
+    if columns % 8 == 0:  # as grouped_mm wants it
+        parts["sketches_by_grouped_mm_ms"] = Stack.sketch_by_grouped_mm
+    times = {name: median_ms(of_layer(part), milliseconds) for name, part in parts.items()}
+    return {
+        "rows": int(counts.sum()),
+        "fullest": int(counts.max()),
+        "emptiest": int(counts.min()),
+        **{name: round(ms, 4) for name, ms in times.items()},
+        "share": round(times["sketches_ms"] / (times["forward_ms"] + times["dx_ms"]), 4),
+        "share_of_dw": round(times["sketches_ms"] / times["dw_ms"], 4),
+        "host_us": round(host_us(of_layer(Stack.sketch))),
+    }
+
+
+def median_ms(run: Callable[[], None], milliseconds: int) -> float:
+    import triton  # only there where a GPU is
+
+    return triton.testing.do_bench(run, warmup=milliseconds // 4, rep=milliseconds, return_mode="median")
+
+
+def host_us(run: Callable[[], None]) -> float:
+    """Microseconds until the host has launched it, while the device is free to follow."""
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return sorted(times)[len(times) // 2] * 1e6
+
+
+def surroundings() -> dict[str, str]:
+    import triton
+
+    return {
+        "hardware": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+if __name__ == "__main__":
+    main()
