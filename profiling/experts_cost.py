@@ -5,8 +5,9 @@
 
 For the experts of one layer, both stacks, in bf16 with random weights: milliseconds of the forward, of the backward's dX
 and of the dense dW of all experts, which AdamW needs, by torch's grouped_mm; and of the sketches of all experts in its
-place, by ds_mofa's kernel and by grouped_mm. ``share`` is the kernel's time over that of forward and dX. Neither the
-activation nor the router is in it. Tokens choose their experts at random; ``--spread`` says how unlike the experts are in
+place, by ds_mofa's kernel and by grouped_mm. ``share`` is the kernel's time over that of forward and dX. ``of_tokens``: the
+kernel finds the rows of gate_up_proj's inputs by their token, of which each stands once in memory. Neither the activation
+nor the router is in it. Tokens choose their experts at random; ``--spread`` says how unlike the experts are in
 popularity: the standard deviation of the logarithm, so that 1 makes some experts of 128 a hundred times as full as others.
 
 Medians, by events on the GPU, the cache flushed before each repetition. ``host_us`` is how long the host takes to launch a
@@ -79,32 +80,51 @@ def main(argv: Sequence[str] | None = None) -> None:
                         file.write(line + "\n")
 
 
-def rows_of_experts(experts: Experts, tokens: int, spread: float) -> Tensor:
-    """(E,), int64: how many tokens each expert gets, of ``tokens`` that choose ``experts.chosen`` different ones each."""
+def route(experts: Experts, tokens: int, spread: float) -> tuple[Tensor, Tensor]:
+    """Which of ``tokens`` each expert gets, where each token chooses ``experts.chosen`` different experts.
+
+    Returns:
+        (E,), int64: how many rows each expert has; (S,), int32: the token of each row, sorted by expert.
+    """
     generator = torch.Generator().manual_seed(0)
     popularity = spread * torch.randn(experts.count, generator=generator)
     uniform = torch.rand(tokens, experts.count, generator=generator)
     # The largest of logits with Gumbel noise: a sample without replacement from their softmax.
-    chosen = (popularity - (-uniform.log()).log()).topk(experts.chosen).indices
-    return chosen.flatten().bincount(minlength=experts.count)
+    chosen = (popularity - (-uniform.log()).log()).topk(experts.chosen).indices.flatten()
+    return chosen.bincount(minlength=experts.count), (chosen.argsort(stable=True) // experts.chosen).int()
 
 
 class Stack:
     """One stack of a layer, with its activations X (S, in), output gradients dY (S, out), factors and sketches."""
 
-    def __init__(self, outputs: int, inputs: int, counts: Tensor, columns: int, transposed: bool):
+    def __init__(
+        self, outputs: int, inputs: int, counts: Tensor, columns: int, *, transposed: bool, rows: Tensor | None
+    ):
+        """``rows``: which token each row of X is; None: X is not a token's."""
+
         def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.randn(shape, device="cuda", dtype=dtype)
 
         E, S = len(counts), int(counts.sum())
         self.ends = counts.cumsum(0).int().cuda()
-        self.x, self.dy = draw(S, inputs), draw(S, outputs)
+        self.dy = draw(S, outputs)
+        self.rows = None if rows is None else rows.cuda()
+        self.tokens = draw(S if rows is None else int(rows.max()) + 1, inputs)
+        self.x = self.tokens if rows is None else self.tokens[self.rows]
         stored = draw(E, inputs, outputs) if transposed else draw(E, outputs, inputs)
         self.weight = stored if transposed else stored.mT  # (E, in, out), as the forward takes it
-        self.left, self.right = (self.x, self.dy) if transposed else (self.dy, self.x)
+        self.transposed = transposed
         m, n = stored.shape[1:]
         self.U, self.V = draw(E, m, columns), draw(E, n, columns)
         self.Y, self.Z = (torch.zeros(E, size, columns, device="cuda") for size in (m, n))
+
+    @property
+    def left(self) -> Tensor:
+        return self.x if self.transposed else self.dy
+
+    @property
+    def right(self) -> Tensor:
+        return self.dy if self.transposed else self.x
 
     def forward(self) -> Tensor:
         return F.grouped_mm(self.x, self.weight, offs=self.ends)
@@ -120,6 +140,16 @@ class Stack:
 
         _experts.launch(self.left, self.right, self.ends, self.U, self.V, self.Y, self.Z)
 
+    def sketch_tokens(self) -> None:
+        """The same, with X once for each token where it is a token's."""
+        from ds_mofa.kernels import _experts
+
+        stack = self.ends, self.U, self.V, self.Y, self.Z
+        if self.transposed:
+            _experts.launch(self.tokens, self.dy, *stack, left_rows=self.rows)
+        else:
+            _experts.launch(self.dy, self.tokens, *stack, right_rows=self.rows)
+
     def sketch_by_grouped_mm(self) -> None:
         """The same but for its sums, which leave the product in bf16; columns must be a multiple of 8."""
         P = F.grouped_mm(self.right, self.V, offs=self.ends)
@@ -130,8 +160,11 @@ class Stack:
 
 def measure(experts: Experts, tokens: int, columns: int, spread: float, milliseconds: int) -> dict[str, Any]:
     """Times of one layer's experts."""
-    counts = rows_of_experts(experts, tokens, spread)
-    stacks = [Stack(out, into, counts, columns, experts.transposed) for out, into in experts.stacks()]
+    counts, rows = route(experts, tokens, spread)
+    stacks = [
+        Stack(outputs, inputs, counts, columns, transposed=experts.transposed, rows=of)
+        for (outputs, inputs), of in zip(experts.stacks(), (rows, None))
+    ]
 
     def of_layer(part: Callable[[Stack], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -141,7 +174,7 @@ def measure(experts: Experts, tokens: int, columns: int, spread: float, millisec
         return run
 
     parts = {"forward_ms": Stack.forward, "dx_ms": Stack.input_gradient, "dw_ms": Stack.weight_gradient}
-    parts["sketches_ms"] = Stack.sketch
+    parts |= {"sketches_ms": Stack.sketch, "sketches_of_tokens_ms": Stack.sketch_tokens}
     if columns % 8 == 0:  # as grouped_mm wants it
         parts["sketches_by_grouped_mm_ms"] = Stack.sketch_by_grouped_mm
     times = {name: median_ms(of_layer(part), milliseconds) for name, part in parts.items()}
@@ -151,6 +184,7 @@ def measure(experts: Experts, tokens: int, columns: int, spread: float, millisec
         "emptiest": int(counts.min()),
         **{name: round(ms, 4) for name, ms in times.items()},
         "share": round(times["sketches_ms"] / (times["forward_ms"] + times["dx_ms"]), 4),
+        "share_of_tokens": round(times["sketches_of_tokens_ms"] / (times["forward_ms"] + times["dx_ms"]), 4),
         "share_of_dw": round(times["sketches_ms"] / times["dw_ms"], 4),
         "host_us": round(host_us(of_layer(Stack.sketch))),
     }

@@ -1,6 +1,8 @@
 """Sketches of all experts of a stack in two launches: P = R V and Q = L U row by row, then Y += L^T P and Z += R^T Q.
 
-Neither the host nor a table says how many rows an expert has: each program finds its expert in ``ends``.
+The twin is a loop over the experts, as in ``ds_mofa.capture.products``. No host and no table says how many rows an expert
+has: each program finds its own in ``ends``. Each launch reads every row once, which is what it costs: little beside the
+products of wide experts, more beside those of narrow ones.
 """
 
 import triton
@@ -13,7 +15,18 @@ _TILE = 64  # rows of a tile that is projected
 _STRIP = 128  # columns of a sketch that a program adds to
 
 
-def launch(left: Tensor, right: Tensor, ends: Tensor, U: Tensor, V: Tensor, Y: Tensor, Z: Tensor) -> None:
+def launch(
+    left: Tensor,
+    right: Tensor,
+    ends: Tensor,
+    U: Tensor,
+    V: Tensor,
+    Y: Tensor,
+    Z: Tensor,
+    *,
+    left_rows: Tensor | None = None,
+    right_rows: Tensor | None = None,
+) -> None:
     """Y[e] += L_e^T (R_e V[e]) and Z[e] += R_e^T (L_e U[e]) for every expert e; its gradient L_e^T R_e is not formed.
 
     The products in brackets are rounded to the dtype of ``left``. All sums are fp32 and in the same order in every run.
@@ -27,35 +40,43 @@ def launch(left: Tensor, right: Tensor, ends: Tensor, U: Tensor, V: Tensor, Y: T
         V: (E, n, r).
         Y: (E, m, r), fp32.
         Z: (E, n, r), fp32.
+        left_rows: (S,), int32: ``left`` is (T, m) in any order, and its row for each of S; None: as above.
+        right_rows: the same of ``right``. So a token that goes to eight experts stands once in memory.
 
     Raises:
         ValueError: a tensor is not contiguous.
     """
-    if not all(tensor.is_contiguous() for tensor in (left, right, ends, U, V, Y, Z)):
+    indices = left_rows, right_rows
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (left, right, ends, U, V, Y, Z, *indices)):
         raise ValueError("the kernel reads and writes contiguous tensors: call .contiguous() on the rows")
-    (rows, m), n = left.shape, right.shape[1]
+    m, n = left.shape[1], right.shape[1]
+    rows = len(left) if left_rows is None else len(left_rows)
     E, _, rank = U.shape
     if rows == 0:
         return
     R = max(16, triton.next_power_of_2(rank))
     P, Q = left.new_empty(rows, rank), left.new_empty(rows, rank)
-    shape = {"RANK": rank, "R": R, "num_warps": 8 if R > 128 else 4}
+    shape = {"RANK": rank, "R": R}
     tiles = triton.cdiv(rows, _TILE) + min(E, rows)  # each expert's last may not be full
     block_w = 128
-    stages = stages_that_fit(left.device, 2 * block_w * (_TILE + R))
     _project_kernel[(2 * tiles,)](
-        *(left, right, ends, U, V, P, Q, E, m, n),
+        *(left, right, *indices, ends, U, V, P, Q, E, m, n),
         EXPERTS=triton.next_power_of_2(E),
         BLOCK_T=_TILE,
         BLOCK_W=block_w,
-        STAGES=stages,
+        STAGES=stages_that_fit(left.device, 2 * block_w * (_TILE + R)),
+        num_warps=4 if R <= 128 else 8,
         **shape,
     )
     block_t, block_w = 64, _STRIP if R <= 64 else 64
-    stages = stages_that_fit(left.device, 2 * block_t * (block_w + R))
     strips = triton.cdiv(m, block_w) + triton.cdiv(n, block_w)
     _accumulate_kernel[(E * strips,)](
-        *(left, right, ends, P, Q, Y, Z, E, m, n), BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, **shape
+        *(left, right, *indices, ends, P, Q, Y, Z, E, m, n),
+        BLOCK_T=block_t,
+        BLOCK_W=block_w,
+        STAGES=stages_that_fit(left.device, 2 * block_t * (block_w + R)),
+        num_warps=4 if R <= 32 else 8,
+        **shape,
     )
 
 
@@ -80,10 +101,23 @@ def _expert_of(tile, ends, E, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr):
     return tl.sum(passed.to(tl.int32), 0), tile - tl.max(tl.where(passed, until, 0), 0)
 
 
+@triton.jit
+def _source(left_rows, right_rows, t, stop, is_left):
+    """The rows of ``left`` or ``right`` that rows t are."""
+    row = t
+    if left_rows is not None:
+        row = tl.where(is_left, tl.load(left_rows + t, mask=is_left & (t < stop), other=0), row)
+    if right_rows is not None:
+        row = tl.where(is_left, row, tl.load(right_rows + t, mask=(not is_left) & (t < stop), other=0))
+    return row
+
+
 @triton.jit(do_not_specialize=["E"])
 def _project_kernel(
     left,
     right,
+    left_rows,
+    right_rows,
     ends,
     U,
     V,
@@ -99,40 +133,25 @@ def _project_kernel(
     BLOCK_W: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """P = right V or Q = left U of the tile's expert, a tile of rows a program."""
-    expert, number = _expert_of(tl.program_id(0) // 2, ends, E, EXPERTS, BLOCK_T)
+    """P = right V, then Q = left U, of each tile's expert; a tile of rows a program."""
+    # One side after the other: tokens that many rows share stay in the cache.
+    tiles = tl.num_programs(0) // 2
+    is_left = tl.program_id(0) >= tiles
+    expert, number = _expert_of(tl.program_id(0) % tiles, ends, E, EXPERTS, BLOCK_T)
     if expert >= E:
         return
     first, stop = _rows_of(ends, expert)
     first += number * BLOCK_T
-    # Not a call in each branch: each would have shared memory of its own.
-    if tl.program_id(0) % 2 == 0:
-        a, factor, product, width = right, V, P, n
-    else:
-        a, factor, product, width = left, U, Q, m
-    _project(a, factor, product, first, stop, expert, width, RANK, R, BLOCK_T, BLOCK_W, STAGES)
-
-
-@triton.jit
-def _project(
-    a,
-    factor,
-    product,
-    first,
-    stop,
-    expert,
-    width,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """product = A factor for the rows from ``first``; A (S, width), factor (E, width, RANK), product (S, RANK)."""
     t = first + tl.arange(0, BLOCK_T)
+    source = _source(left_rows, right_rows, t, stop, is_left)
+    # Branches that choose arguments, not loops: each loop would have shared memory of its own.
+    if is_left:
+        a, factor, product, width = left, U, Q, m
+    else:
+        a, factor, product, width = right, V, P, n
     w = tl.arange(0, BLOCK_W)
     k = tl.arange(0, R)
-    a += first.to(tl.int64) * width + (tl.arange(0, BLOCK_T) * width)[:, None] + w[None, :]
+    a += source.to(tl.int64)[:, None] * width + w[None, :]
     factor += expert.to(tl.int64) * width * RANK + (w * RANK)[:, None] + k[None, :]
     total = tl.zeros([BLOCK_T, R], dtype=tl.float32)
     for at in tl.range(0, width, BLOCK_W, num_stages=STAGES):
@@ -148,6 +167,8 @@ def _project(
 def _accumulate_kernel(
     left,
     right,
+    left_rows,
+    right_rows,
     ends,
     P,
     Q,
@@ -162,47 +183,32 @@ def _accumulate_kernel(
     BLOCK_W: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Y += left^T P or Z += right^T Q, a strip of one expert's sketch a program."""
-    strips = tl.cdiv(m, BLOCK_W) + tl.cdiv(n, BLOCK_W)
-    # Backwards: the rows that were projected last are in the cache.
-    expert = E - 1 - tl.program_id(0) // strips
-    strip = tl.program_id(0) % strips
+    """Y += left^T P, then Z += right^T Q; a strip of one expert's sketch a program."""
+    lefts = E * tl.cdiv(m, BLOCK_W)
+    is_left = tl.program_id(0) < lefts
+    if is_left:
+        a, product, sketch, width, program = left, P, Y, m, tl.program_id(0)
+    else:
+        a, product, sketch, width, program = right, Q, Z, n, tl.program_id(0) - lefts
+    # From the last row to the first: those that were projected last are in the cache.
+    strips = tl.cdiv(width, BLOCK_W)
+    expert = E - 1 - program // strips
+    strip = program % strips
     first, stop = _rows_of(ends, expert)
     if first == stop:
         return
-    if strip < tl.cdiv(m, BLOCK_W):
-        a, product, sketch, width = left, P, Y, m
-    else:
-        a, product, sketch, width = right, Q, Z, n
-        strip -= tl.cdiv(m, BLOCK_W)
-    _accumulate(a, product, sketch, first, stop, expert, strip, width, RANK, R, BLOCK_T, BLOCK_W, STAGES)
-
-
-@triton.jit
-def _accumulate(
-    a,
-    product,
-    sketch,
-    first,
-    stop,
-    expert,
-    strip,
-    width,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """sketch[expert] += A^T product over the rows from ``first`` to ``stop``; sketch (E, width, RANK), fp32."""
     w = strip * BLOCK_W + tl.arange(0, BLOCK_W)
     k = tl.arange(0, R)
     total = tl.zeros([BLOCK_W, R], dtype=tl.float32)
     for at in tl.range(first, stop, BLOCK_T, num_stages=STAGES):
         t = at + tl.arange(0, BLOCK_T)
-        row = t.to(tl.int64)[:, None]
-        x = tl.load(a + row * width + w[None, :], mask=(t < stop)[:, None] & (w < width)[None, :], other=0.0)
-        p = tl.load(product + row * RANK + k[None, :], mask=(t < stop)[:, None] & (k < RANK)[None, :], other=0.0)
+        source = _source(left_rows, right_rows, t, stop, is_left).to(tl.int64)[:, None]
+        x = tl.load(a + source * width + w[None, :], mask=(t < stop)[:, None] & (w < width)[None, :], other=0.0)
+        p = tl.load(
+            product + t.to(tl.int64)[:, None] * RANK + k[None, :],
+            mask=(t < stop)[:, None] & (k < RANK)[None, :],
+            other=0.0,
+        )
         total = tl.dot(tl.trans(x), p, total)
     sketch += expert.to(tl.int64) * width * RANK + (w * RANK)[:, None] + k[None, :]
     held = (w < width)[:, None] & (k < RANK)[None, :]
