@@ -1,17 +1,18 @@
-"""The product of which a sketch is made, and the sum by rows that an embedding's is made of."""
+"""The product of which a sketch is made, the sum by rows that an embedding's is made of, and those of a stack's matrices."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_product", "add_to_rows"]
+__all__ = ["add_grouped", "add_product", "add_to_rows", "grouped_product"]
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """out += alpha a @ b, summed in out's precision where the device's GEMM can."""
+    """out += alpha a @ b of matrices, or of batches of them, summed in out's precision where the device's GEMM can."""
+    add, add_ = (torch.addmm, out.addmm_) if out.dim() == 2 else (torch.baddbmm, out.baddbmm_)
     if a.dtype == out.dtype:
-        out.addmm_(a, b, alpha=alpha)
+        add_(a, b, alpha=alpha)
     elif out.is_cuda:
-        torch.addmm(out, a, b, alpha=alpha, out_dtype=out.dtype, out=out)
+        add(out, a, b, alpha=alpha, out_dtype=out.dtype, out=out)
     else:
         out.add_(a @ b, alpha=alpha)
 
@@ -29,3 +30,57 @@ def add_to_rows(out: Tensor, ids: Tensor, rows: Tensor) -> None:
         out.index_put_((ids.long(),), rows, accumulate=True)
     else:
         out.index_add_(0, ids, rows)
+
+
+def add_grouped(Y: Tensor, Z: Tensor, left: Tensor, right: Tensor, U: Tensor, V: Tensor, ends: Tensor) -> None:
+    """Y[e] += left_e^T (right_e V[e]) and Z[e] += right_e^T (left_e U[e]) for every matrix e of a stack.
+
+    Args:
+        Y: (E, m, r).
+        Z: (E, n, r).
+        left: (S, m), of which rows [ends[e - 1], ends[e]) are e's.
+        right: (S, n), likewise, of the same dtype.
+        U: (E, m, r).
+        V: (E, n, r).
+        ends: (E,), int32. A matrix without rows keeps its sketches bit for bit.
+    """
+    first = 0
+    for e, last in enumerate(ends.tolist()):
+        if last > first:
+            L, R = left[first:last], right[first:last]
+            add_product(Y[e], L.mT, R @ V[e].to(R.dtype))
+            add_product(Z[e], R.mT, L @ U[e].to(L.dtype))
+        first = last
+
+
+def grouped_product(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    """The rows of x times each group's own matrix.
+
+    Args:
+        x: (S, k), of which rows [ends[e - 1], ends[e]) are of group e; there are no others.
+        stack: (E, k, p), of x's dtype; or a transposed view of such a stack.
+        ends: (E,), int32.
+
+    Returns:
+        (S, p).
+    """
+    if x.is_cuda and _grouped_mm is not None and _is_aligned(x) and _is_aligned(stack):
+        return _grouped_mm(x, stack, offs=ends)
+    out = x.new_empty(x.shape[0], stack.shape[-1])
+    first = 0
+    for e, last in enumerate(ends.tolist()):
+        if last > first:
+            torch.mm(x[first:last], stack[e], out=out[first:last])
+        first = last
+    return out
+
+
+_grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    """Whether torch's grouped product takes it: one of the last two strides is 1, and the other 16 bytes or a multiple."""
+    if matrix.dtype not in (torch.bfloat16, torch.float16, torch.float32) or matrix.data_ptr() % 16:
+        return False
+    low, high = sorted(matrix.stride()[-2:])
+    return low == 1 and high * matrix.element_size() % 16 == 0
