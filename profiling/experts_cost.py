@@ -10,14 +10,15 @@ kernel finds the rows of gate_up_proj's inputs by their token, of which each sta
 nor the router is in it. Tokens choose their experts at random; ``--spread`` says how unlike the experts are in
 popularity: the standard deviation of the logarithm, so that 1 makes some experts of 128 a hundred times as full as others.
 
-Medians, by events on the GPU, the cache flushed before each repetition. ``host_us`` is how long the host takes to launch a
-layer's sketches. Prints a line of JSON for each result, with hardware, versions and date.
+Medians, by events on the GPU, which does not wait for the host; the cache is flushed before each repetition. ``host_us`` is
+how long the host takes to launch a layer's sketches. Prints a line of JSON for each result, with hardware, versions and date.
 """
 
 import argparse
 import dataclasses
 import datetime
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +55,9 @@ MODELS = {
 }
 
 
+_BUSY_CYCLES = 4_000_000  # two milliseconds at 2 GHz
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--columns", nargs="+", type=int, default=[16], help="of the sketches: rank and explore together"
     )
     parser.add_argument("--spread", type=float, default=1.0, help="of the experts' popularity; 0: all alike")
-    parser.add_argument("--milliseconds", type=int, default=40, help="of repetitions for each number")
+    parser.add_argument("--repetitions", type=int, default=30, help="of which a number is the median")
     parser.add_argument("--output", help="a file to which the lines are added")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for tokens in args.tokens:
             for columns in args.columns:
                 result = {"model": name, "tokens": tokens, "columns": columns, "spread": args.spread}
-                result |= measure(MODELS[name], tokens, columns, args.spread, args.milliseconds)
+                result |= measure(MODELS[name], tokens, columns, args.spread, args.repetitions)
                 line = json.dumps(result | surroundings())
                 print(line, flush=True)
                 if args.output:
@@ -158,7 +162,7 @@ class Stack:
         self.Z += F.grouped_mm(self.right.mT, Q, offs=self.ends)
 
 
-def measure(experts: Experts, tokens: int, columns: int, spread: float, milliseconds: int) -> dict[str, Any]:
+def measure(experts: Experts, tokens: int, columns: int, spread: float, repetitions: int) -> dict[str, Any]:
     """Times of one layer's experts."""
     counts, rows = route(experts, tokens, spread)
     stacks = [
@@ -177,7 +181,7 @@ def measure(experts: Experts, tokens: int, columns: int, spread: float, millisec
     parts |= {"sketches_ms": Stack.sketch, "sketches_of_tokens_ms": Stack.sketch_tokens}
     if columns % 8 == 0:  # as grouped_mm wants it
         parts["sketches_by_grouped_mm_ms"] = Stack.sketch_by_grouped_mm
-    times = {name: median_ms(of_layer(part), milliseconds) for name, part in parts.items()}
+    times = {name: median_ms(of_layer(part), repetitions) for name, part in parts.items()}
     return {
         "rows": int(counts.sum()),
         "fullest": int(counts.max()),
@@ -190,10 +194,22 @@ def measure(experts: Experts, tokens: int, columns: int, spread: float, millisec
     }
 
 
-def median_ms(run: Callable[[], None], milliseconds: int) -> float:
-    import triton  # only there where a GPU is
-
-    return triton.testing.do_bench(run, warmup=milliseconds // 4, rep=milliseconds, return_mode="median")
+def median_ms(run: Callable[[], None], repetitions: int) -> float:
+    """Milliseconds on the GPU, which is kept busy before each repetition until the host has launched it."""
+    flush = torch.empty(1 << 26, device="cuda")  # 256 MiB, more than any cache
+    for _ in range(3):
+        run()
+    spans = []
+    for _ in range(repetitions):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(_BUSY_CYCLES)
+        start.record()
+        run()
+        end.record()
+        spans.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in spans)
 
 
 def host_us(run: Callable[[], None]) -> float:
@@ -205,7 +221,7 @@ def host_us(run: Callable[[], None]) -> float:
         run()
         times.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    return sorted(times)[len(times) // 2] * 1e6
+    return statistics.median(times) * 1e6
 
 
 def surroundings() -> dict[str, str]:
