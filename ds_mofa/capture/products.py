@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ds_mofa.kernels import triton_serves
+
 __all__ = ["add_grouped", "add_product", "add_to_rows", "grouped_product"]
 
 
@@ -43,7 +45,16 @@ def add_grouped(Y: Tensor, Z: Tensor, left: Tensor, right: Tensor, U: Tensor, V:
         U: (E, m, r).
         V: (E, n, r).
         ends: (E,), int32. A matrix without rows keeps its sketches bit for bit.
+
+    On a GPU the 16-bit products of all matrices are two launches; otherwise they follow one another, and the host waits for
+    ``ends``.
     """
+    operands = left, right, U, V
+    if triton_serves(left) and Y.dtype == torch.float32 and {t.dtype for t in operands} in _KERNEL_DTYPES:
+        from ds_mofa.kernels import _experts
+
+        _experts.launch(left.contiguous(), right.contiguous(), ends, U, V, Y, Z)
+        return
     first = 0
     for e, last in enumerate(ends.tolist()):
         if last > first:
@@ -75,6 +86,7 @@ def grouped_product(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
+_KERNEL_DTYPES = ({torch.bfloat16}, {torch.float16})
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)
 
 

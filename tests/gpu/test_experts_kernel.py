@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+from ds_mofa.capture import products
+
 _experts = pytest.importorskip("ds_mofa.kernels._experts", reason="needs Triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -166,6 +168,22 @@ def test_no_rows_and_what_is_not_contiguous():
     problem.left = problem.left.new_zeros(16, 8).mT
     with pytest.raises(ValueError, match="contiguous"):
         problem.launch()
+
+
+@pytest.mark.parametrize(("dtype", "by_the_kernel"), [(torch.float16, True), (torch.float32, False)])
+def test_the_capture_takes_the_kernel(dtype, by_the_kernel, monkeypatch):
+    """For 16-bit rows, contiguous or not; others follow one another."""
+    if INTERPRETED:
+        monkeypatch.setattr(products, "triton_serves", lambda tensor: True)
+    launched = []
+    launch = _experts.launch
+    monkeypatch.setattr(_experts, "launch", lambda *tensors: launched.append(launch(*tensors)))
+    problem = Problem(ROUTINGS["few"], 40, 64, 8, dtype)
+    Y, Z = problem.Y.clone(), problem.Z.clone()
+    left = problem.left.mT.contiguous().mT
+    products.add_grouped(Y, Z, left, problem.right, problem.U, problem.V, problem.ends)
+    problem.check((Y, Z))
+    assert bool(launched) == by_the_kernel
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
