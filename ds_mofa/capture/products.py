@@ -1,5 +1,7 @@
 """The product of which a sketch is made, the sum by rows that an embedding's is made of, and those of a stack's matrices."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -49,19 +51,7 @@ def add_grouped(Y: Tensor, Z: Tensor, left: Tensor, right: Tensor, U: Tensor, V:
     On a GPU the 16-bit products of all matrices are two launches; otherwise they follow one another, and the host waits for
     ``ends``.
     """
-    operands = left, right, U, V
-    if triton_serves(left) and Y.dtype == torch.float32 and {t.dtype for t in operands} in _KERNEL_DTYPES:
-        from ds_mofa.kernels import _experts
-
-        _experts.launch(left.contiguous(), right.contiguous(), ends, U, V, Y, Z)
-        return
-    first = 0
-    for e, last in enumerate(ends.tolist()):
-        if last > first:
-            L, R = left[first:last], right[first:last]
-            add_product(Y[e], L.mT, R @ V[e].to(R.dtype))
-            add_product(Z[e], R.mT, L @ U[e].to(L.dtype))
-        first = last
+    torch.ops.ds_mofa.sketch_grouped(Y, Z, left, right, U, V, ends)
 
 
 def grouped_product(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
@@ -75,16 +65,56 @@ def grouped_product(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     Returns:
         (S, p).
     """
+    return torch.ops.ds_mofa.grouped_product(x, stack, ends)
+
+
+# Operators: what the rows of a group are is known only when they run, and neither a graph nor a simulation looks into them.
+_library = torch.library.Library("ds_mofa", "FRAGMENT")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define("grouped_product(Tensor x, Tensor stack, Tensor ends) -> Tensor", tags=_tags)
+_library.define(
+    "sketch_grouped(Tensor(a!) Y, Tensor(b!) Z, Tensor left, Tensor right, Tensor U, Tensor V, Tensor ends) -> ()",
+    tags=_tags,
+)
+
+
+def _sketch_grouped(Y: Tensor, Z: Tensor, left: Tensor, right: Tensor, U: Tensor, V: Tensor, ends: Tensor) -> None:
+    operands = left, right, U, V
+    if triton_serves(left) and Y.dtype == torch.float32 and {t.dtype for t in operands} in _KERNEL_DTYPES:
+        from ds_mofa.kernels import _experts
+
+        _experts.launch(left.contiguous(), right.contiguous(), ends, U, V, Y, Z)
+        return
+    for e, rows in _groups(ends):
+        L, R = left[rows], right[rows]
+        add_product(Y[e], L.mT, R @ V[e].to(R.dtype))
+        add_product(Z[e], R.mT, L @ U[e].to(L.dtype))
+
+
+def _grouped_product(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     if x.is_cuda and _grouped_mm is not None and _is_aligned(x) and _is_aligned(stack):
         return _grouped_mm(x, stack, offs=ends)
     out = x.new_empty(x.shape[0], stack.shape[-1])
+    for e, rows in _groups(ends):
+        torch.mm(x[rows], stack[e], out=out[rows])
+    return out
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """The groups that have rows, and these. The host waits to know."""
     first = 0
     for e, last in enumerate(ends.tolist()):
         if last > first:
-            torch.mm(x[first:last], stack[e], out=out[first:last])
+            yield e, slice(first, last)
         first = last
-    return out
 
+
+_library.impl("grouped_product", _grouped_product, "CompositeExplicitAutograd")
+_library.impl("sketch_grouped", _sketch_grouped, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "ds_mofa::grouped_product", lambda x, stack, ends: x.new_empty(x.shape[0], stack.shape[-1]), lib=_library
+)
+torch.library.register_fake("ds_mofa::sketch_grouped", lambda *args: None, lib=_library)
 
 _KERNEL_DTYPES = ({torch.bfloat16}, {torch.float16})
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)
