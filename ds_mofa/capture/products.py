@@ -106,8 +106,8 @@ def _sketch_grouped(
     if triton_serves(left) and Y.dtype == torch.float32 and {t.dtype for t in operands} in _KERNEL_DTYPES:
         from ds_mofa.kernels import _experts
 
-        rows = {"left_rows": left_rows, "right_rows": right_rows}
-        _experts.launch(left.contiguous(), right.contiguous(), ends, U, V, Y, Z, **rows)
+        of = {"left_rows": left_rows, "right_rows": right_rows}
+        _experts.launch(left.contiguous(), right.contiguous(), ends, U, V, Y, Z, **of)
         return
     left = left if left_rows is None else left[left_rows]
     right = right if right_rows is None else right[right_rows]
