@@ -24,9 +24,8 @@ from ds_mofa.capture.held import holds, leaf_in, own_weight, refuse_replaced, re
 from ds_mofa.capture.products import grouped_product
 from ds_mofa.capture.sink import Gathered, Sink
 from ds_mofa.capture.sketch import Sketch
-from ds_mofa.options import OptionError
 from ds_mofa.parameters import Matrix
-from ds_mofa.parameters.kinds import EXPERTS_WEIGHTS, holds_experts
+from ds_mofa.parameters.experts import WEIGHTS, holds_experts
 
 __all__ = ["ExpertsCapture", "SketchedExperts"]
 
@@ -141,13 +140,12 @@ class ExpertsCapture:
 
     def serves(self, module: nn.Module, matrix: Matrix) -> bool:
         name = matrix.name.rpartition(".")[2]
-        return holds_experts(module) and name in EXPERTS_WEIGHTS and holds(module, matrix, name)
+        return holds_experts(module) and name in WEIGHTS and holds(module, matrix, name)
 
     def attach(self, module: nn.Module, matrix: Matrix, sink: Sink, gathered: Gathered | None) -> Callable[[], None]:
         """See :class:`ds_mofa.capture.sink.Capture`. The forward is replaced with the first of its weights, and put back with
         the last.
         """
-        _refuse_parallel(module, matrix)
         name = matrix.name.rpartition(".")[2]
         sink.leaf = leaf_in(module, name)
         present = vars(module).get("forward")
@@ -173,15 +171,6 @@ class ExpertsCapture:
 
 
 _SINKS, _UNDO = "ds_mofa_sinks", "ds_mofa_undo"
-
-
-def _refuse_parallel(module: nn.Module, matrix: Matrix) -> None:
-    count = module.num_experts
-    if matrix.stack != count:
-        raise OptionError(
-            f"{matrix.name!r} holds {matrix.stack} of the module's {count} experts: expert parallelism is not served. Leave "
-            "enable_expert_parallel out, and shard the model with ZeRO-3 or fully_shard; or exclude the experts"
-        )
 
 
 def _forward_of(module: Any, sinks: dict[str, Any]) -> Callable[..., Tensor]:

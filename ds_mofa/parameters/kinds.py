@@ -11,14 +11,13 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ds_mofa.parameters.experts import holds_experts
 from ds_mofa.parameters.shapes import full_shape
 
 __all__ = [
     "Slot",
-    "holds_experts",
     "is_convolution",
     "is_embedding",
-    "is_experts",
     "is_linear_map",
     "is_transposed",
     "other_kind",
@@ -27,8 +26,6 @@ __all__ = [
 
 Slot = tuple[nn.Module, str]  # a module, and the name of a parameter of its own
 
-EXPERTS_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-_OF_EXPERTS = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate", "down_proj")
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -66,18 +63,6 @@ def _is_weight(param: nn.Parameter, module: nn.Module, name: str) -> bool:
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return name.startswith("weight_")
     return is_transposed(module) and name == "weight"
-
-
-def holds_experts(module: nn.Module) -> bool:
-    """Whether it is one of transformers' modules of stacked experts, which are computed by a function of its registry: by
-    what that function reads of a module.
-    """
-    return all(hasattr(module, name) for name in _OF_EXPERTS) and hasattr(type(module).forward, "__wrapped__")
-
-
-def is_experts(param: nn.Parameter, slots: Iterable[Slot]) -> bool:
-    """Whether a 3-D parameter (E, m, n) is the weights of E linear maps, each of some of the tokens."""
-    return any(name in EXPERTS_WEIGHTS and holds_experts(module) for module, name in slots)
 
 
 def is_convolution(slots: Iterable[Slot]) -> bool:

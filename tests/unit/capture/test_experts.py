@@ -306,10 +306,34 @@ def test_an_expert_that_no_token_goes_to_stays_bit_for_bit():
         assert same.tolist() == [False] * 4 + [True], name
 
 
-def test_a_part_of_the_experts_is_refused():
-    model = experts_of(gate=True, bias=False, transposed=False)
-    model.num_experts = 10
-    with pytest.raises(OptionError, match=r"holds 5 of the module's 10 experts: expert parallelism is not served"):
+def test_experts_that_cannot_be_trained_right_are_refused_by_name():
+    model = nn.ModuleDict({"mlp": experts_of(gate=True, bias=False, transposed=False), "out": nn.Linear(8, 8)})
+    model.mlp.num_experts = 10
+    with pytest.raises(
+        OptionError, match=r"mlp.gate_up_proj holds 5 of the 10 experts: expert parallelism is not served"
+    ):
+        MoFaSGD(model, rank=RANK)
+    model.mlp.down_proj = nn.Parameter(torch.zeros(5, 7, 6, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(OptionError, match=r"the experts of 'mlp' are quantised .*Mxfp4Config\(dequantize=True\)"):
+        MoFaSGD(model, rank=RANK)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["by a kernel", "by a wrapper"])
+def test_a_block_that_computes_its_experts_itself_is_refused(ours, monkeypatch):
+    model = model_of("gpt-oss", torch.float32)
+    block = model.model.layers[1].mlp
+    monkeypatch.setattr(
+        type(block), "kernel_layer_name", "MegaBlocksMoeMLP", raising=False
+    )  # as the package kernels does
+    before = block.forward
+    block.forward = lambda *args: before(*args)
+    if not ours:
+        block._old_forward = before  # as Accelerate's hooks leave it
+        assert MoFaSGD(model, rank=RANK).split.share > 0.5
+        return
+    with pytest.raises(
+        OptionError, match=r"'model.layers.1.mlp' computes its experts by the kernel 'MegaBlocksMoeMLP'"
+    ):
         MoFaSGD(model, rank=RANK)
 
 

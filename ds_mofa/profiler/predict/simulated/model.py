@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_mofa.parameters.kinds import holds_experts
+from ds_mofa.parameters.experts import holds_experts
 from ds_mofa.profiler.predict.simulated.errors import PredictionError
 from ds_mofa.profiler.predict.simulated.liger import MODELS, fused
 from ds_mofa.profiler.setting import RunSetting
