@@ -83,7 +83,9 @@ def smallest(setting: RunSetting, way: Mapping[str, Any]) -> dict[str, str]:
 
 def weights(setting: RunSetting) -> int:
     """Bytes of all of them."""
-    return predict(RunSetting.of(setting.model_config, setting.optimizer, zero=3, liger=setting.liger))["categories"]["weights"]
+    return predict(RunSetting.of(setting.model_config, setting.optimizer, zero=3, liger=setting.liger))["categories"][
+        "weights"
+    ]
 
 
 def needs(setting: RunSetting) -> tuple[int, int]:
