@@ -5,10 +5,10 @@
     python profiling/capacity.py --model_configs configs/models/qwen3-30b-a3b.json --include embed_tokens lm_head
 
 Prints, for each model, optimizer and size of card, the smallest number of GPUs and in brackets the host memory that each
-needs, in GB. One sequence a micro-batch, two micro-batches a step, activations checkpointed, liger-kernel's operators where
-it is known which of the model's they replace, small buckets. A plain loop is on one GPU, with AdamW's states in the weights'
-dtype. What a card has to hold is what PyTorch's allocator has in use, the CUDA context and NCCL; the
-allocator's slack, which shrinks when memory is short, is not in it.
+needs, in GB. One sequence a micro-batch, two micro-batches a step, activations checkpointed, small buckets; liger-kernel's
+operators where it is known which of the model's they replace, else ``fused_head`` of ds_mofa's optimizers. A plain loop is on
+one GPU, with AdamW's states in the weights' dtype. What a card has to hold is what PyTorch's allocator has in
+use, the CUDA context and NCCL; the allocator's slack, which shrinks when memory is short, is not in it.
 """
 
 import argparse
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
+from ds_mofa.optimizers.registry import find
 from ds_mofa.profiler.predict import predict
 from ds_mofa.profiler.predict.simulated.liger import MODELS as LIGER
 from ds_mofa.profiler.setting import RunSetting, SettingError
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 setting = RunSetting.from_args(
                     args, model_config=path, optimizer=optimizer, zero=3, seq=args.tokens, micro_batches=2,
                     checkpointing=True, liger=liger, bucket=20_000_000, prefetch=50_000_000, leaf=True,
+                    **({} if liger or find(optimizer) is None else {"fused_head": True}),
                 )  # fmt: skip
             except SettingError as error:
                 sys.exit(f"capacity.py: error: {error}")
