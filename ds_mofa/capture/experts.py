@@ -101,8 +101,7 @@ def _sorted(module: Any, sinks: Sinks, x: Tensor, counts: Tensor | Sequence[int]
 def _batched(module: Any, sinks: Sinks, hidden_states: Tensor) -> Tensor:
     """Llama 4's: every expert has all tokens, (E * T, in), of which the router has weighed most with zero."""
     E = module.num_experts
-    each = hidden_states.shape[0] // E
-    ends = torch.arange(each, each * E + 1, each, dtype=torch.int32, device=hidden_states.device)
+    ends = hidden_states.shape[0] // E * torch.arange(1, E + 1, dtype=torch.int32, device=hidden_states.device)
     gate, up = _projected(module, sinks, "gate_up_proj", hidden_states, ends).chunk(2, dim=-1)
     return _projected(module, sinks, "down_proj", up * module.act_fn(gate), ends)
 
