@@ -56,7 +56,7 @@ def run(command: Sequence[str], count: int) -> int:
 
 def _wait(processes: list[subprocess.Popen], asked: Callable[[], bool]) -> int:
     failed, deadline = None, None
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:
         if failed is None:
             failed = next(
                 (status for status in map(_status, processes) if status and not (asked() and status == ENDED)), None

@@ -1,6 +1,6 @@
 """The scripts, configs and model shapes that come with the package, and ``ds-mofa config NAME``, which prints one.
 
-From a clone they lie in its root. A wheel has the same three folders under shipped/ (pyproject.toml).
+From a clone they lie in its root. A wheel has the same three folders beside this file, under clone/ (setup.py).
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["ROOT", "main", "names", "path_of"]
 
-_INSTALLED = Path(__file__).resolve().parent / "shipped"
+_INSTALLED = Path(__file__).resolve().parent / "clone"
 ROOT = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2]
 
 
