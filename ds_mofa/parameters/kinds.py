@@ -11,9 +11,18 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ds_mofa.parameters.experts import holds_experts
 from ds_mofa.parameters.shapes import full_shape
 
-__all__ = ["Slot", "is_embedding", "is_linear_map", "is_transposed", "other_kind", "slots_of"]
+__all__ = [
+    "Slot",
+    "is_convolution",
+    "is_embedding",
+    "is_linear_map",
+    "is_transposed",
+    "other_kind",
+    "slots_of",
+]
 
 Slot = tuple[nn.Module, str]  # a module, and the name of a parameter of its own
 
@@ -56,8 +65,14 @@ def _is_weight(param: nn.Parameter, module: nn.Module, name: str) -> bool:
     return is_transposed(module) and name == "weight"
 
 
+def is_convolution(slots: Iterable[Slot]) -> bool:
+    return any(isinstance(module, nn.modules.conv._ConvNd) for module, _ in slots)
+
+
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the module computes x W: by its class, which is there if anybody has made one."""
+    """Whether the module computes x W: by its class, which is there if anybody has made one; stacked experts say it."""
+    if holds_experts(module):
+        return bool(module.is_transposed)
     transposed = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return transposed is not None and isinstance(module, transposed)
 
@@ -81,8 +96,8 @@ def other_kind(param: nn.Parameter, name: str, slots: Iterable[Slot]) -> str:
         if name.rpartition(".")[2].endswith("bias"):
             return "stacked biases"
         return f"2-D in {type(holders[0]).__name__}, of no known linear map"
-    if any(isinstance(module, nn.modules.conv._ConvNd) for module in holders) and dims > 2:
+    if is_convolution(slots) and dims > 2:
         return "convolution"
-    if dims == 3 and any("Expert" in type(module).__name__ for module in holders):
-        return "stacked experts, not yet matrices"
+    if dims == 3:
+        return f"3-D in {type(holders[0]).__name__}, of no known experts"
     return "not 2-D"

@@ -97,6 +97,12 @@ def test_a_bad_shape_is_named(tmp_path, shape, message):
     assert str(raised.value).startswith(str(file))
 
 
+def test_a_setting_that_the_model_reads_and_its_config_does_not_declare_is_known(tmp_path):
+    file = tmp_path / "shape.json"
+    file.write_text(json.dumps({"model_type": "qwen3_moe", "hidden_size": 16, "num_attention_heads": 2, "head_dim": 4}))
+    assert config_from_shape(str(file)).head_dim == 4
+
+
 SMALL = {"vocab_size": 262, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 ATTENTION = {
     "llama": (SMALL | {"intermediate_size": 16}, "sdpa"),
