@@ -18,9 +18,7 @@ if torch.distributed.is_available():
 
 
 def _join_deepspeed() -> None:
-    from ds_mofa.backends.deepspeed import register
-
-    register()
+    import ds_mofa.backends.deepspeed  # noqa: F401  which registers
 
 
 after_import("deepspeed", _join_deepspeed)

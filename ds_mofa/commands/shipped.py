@@ -24,15 +24,15 @@ def names() -> dict[str, Path]:
 
 
 def path_of(name: str) -> str | None:
-    """The file that is meant by ``name``: that of one of :func:`names`, or one of "configs/..." that is not here; else
-    None. What is at hand by that name goes before.
+    """The file that is meant by ``name``: one of :func:`names` ("zero2" is zero2_mofasgd), or by its place in a clone,
+    "configs/zero2_mofasgd.json". None for other names, and for what is at hand by that name.
     """
     if Path(name).exists():
         return None
-    inside = ROOT / name
-    if name.startswith("configs/") and inside.is_file():
-        return str(inside)
-    found = names().get(name)
+    if name.startswith("configs/") and (ROOT / name).is_file():
+        return str(ROOT / name)
+    known = names()
+    found = known.get(name, known.get(f"{name}_mofasgd"))
     return None if found is None else str(found)
 
 
@@ -40,13 +40,13 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="ds-mofa config", description="Print a config, or without a name list those that there are."
     )
-    parser.add_argument("name", nargs="?", help="such as zero2_mofasgd or llama-3.1-8b")
+    parser.add_argument("name", nargs="?", help="such as zero2, zero2_adamw or llama-3.1-8b")
     parser.add_argument("--path", action="store_true", help="print where it lies instead")
     arguments = parser.parse_args(argv)
     if arguments.name is None:
         print("\n".join(names()))
         return
-    found = names().get(arguments.name)
+    found = path_of(arguments.name)
     if found is None:
         sys.exit(f"ds-mofa config: error: no {arguments.name!r}; there are {', '.join(names())}")
-    print(found if arguments.path else found.read_text().rstrip())
+    print(found if arguments.path else Path(found).read_text().rstrip())

@@ -54,4 +54,12 @@ class Plugin(BasePlugin):
             raise OptionError(
                 '"mofasgd" in the YAML: under DeepSpeed write it into the JSON, "optimizer": {"type": "MoFaSGD"}'
             )
-        trainer.optimizer_cls_and_kwargs = (_Factory, dict(options))
+        trainer.optimizer_cls_and_kwargs = (_Factory, {name: _number(value) for name, value in options.items()})
+
+
+def _number(value: Any) -> Any:
+    """6e-3 without a dot is a string to the YAML reader that Axolotl has."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

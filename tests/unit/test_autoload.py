@@ -104,9 +104,12 @@ def test_torch_brings_the_finder_and_nothing_else_and_deepspeed_the_rest(tmp_pat
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
-@pytest.mark.slow  # as the one before, the other way round
-def test_deepspeed_before_torch_is_joined_too(tmp_path):
-    ran = run(tmp_path, KNOWN)
+@pytest.mark.slow  # as the one before, in other orders; the last one's first import of deepspeed is ds_mofa's
+@pytest.mark.parametrize(
+    "first", ["", "import deepspeed, ds_mofa\n", "import ds_mofa.backends.deepspeed.checkpoints\n"]
+)
+def test_deepspeed_is_joined_in_every_order(tmp_path, first):
+    ran = run(tmp_path, first + KNOWN, "-W", "error::UserWarning")
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 

@@ -15,6 +15,8 @@ replicated.py     stage 0, in fp32 and bf16
 bases.py          what the mixins count on in DeepSpeed's optimizers, for type checkers
 checkpoints.py    whether a checkpoint is whole and fits, before anything is loaded
 universal.py      universal checkpoints: another number of ranks, another stage
+
+Importing this registers; :func:`register` again does nothing.
 """
 
 import deepspeed
@@ -48,3 +50,8 @@ def register() -> None:
                 f"pip install deepspeed=={versions.NEWEST}"
             )
     versions.refuse_when_used(why)
+
+
+# Not left to who imports this: whoever is first to import deepspeed may be a module of this package, and then ds_mofa is
+# told of it while that is half imported.
+register()
