@@ -23,6 +23,6 @@ class Toy(lightning.LightningModule):
 
 
 if __name__ == "__main__":
-    trainer = lightning.Trainer(max_steps=20, accelerator="auto", strategy="auto", logger=False, gradient_clip_val=1.0)
+    trainer = lightning.Trainer(max_steps=100, accelerator="auto", strategy="auto", logger=False, gradient_clip_val=1.0)
     trainer.fit(Toy(), torch.utils.data.DataLoader(torch.randn(256, 32), batch_size=16))
     print("loss", trainer.callback_metrics["loss"].item())

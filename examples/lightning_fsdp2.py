@@ -25,6 +25,6 @@ class Toy(lightning.LightningModule):
 if __name__ == "__main__":
     ranks = max(2, torch.cuda.device_count())  # without a GPU two CPU ranks
     strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
-    trainer = lightning.Trainer(max_steps=20, strategy=strategy, devices=ranks, logger=False)
+    trainer = lightning.Trainer(max_steps=100, strategy=strategy, devices=ranks, logger=False)
     trainer.fit(Toy(), torch.utils.data.DataLoader(torch.randn(256, 32), batch_size=16))
     print("loss", trainer.callback_metrics["loss"].item())

@@ -11,7 +11,7 @@ if __name__ == "__main__":
     config = MoFaSGDContainer.Config(options={"lr": 1e-2, "rank": 4})
     optimizers = config.build(model_parts=[model])
     data = torch.randn(64, 32)
-    for _ in range(20):
+    for _ in range(100):
         loss = nn.functional.mse_loss(model(data), data)
         loss.backward()
         optimizers.step()
