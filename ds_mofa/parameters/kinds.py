@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ds_mofa.parameters.experts import holds_experts
+from ds_mofa.parameters import experts
 from ds_mofa.parameters.shapes import full_shape
 
 __all__ = [
@@ -71,8 +71,8 @@ def is_convolution(slots: Iterable[Slot]) -> bool:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module computes x W: by its class, which is there if anybody has made one; stacked experts say it."""
-    if holds_experts(module):
-        return bool(module.is_transposed)
+    if experts.holds_experts(module):
+        return experts.is_transposed(module)
     transposed = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return transposed is not None and isinstance(module, transposed)
 
