@@ -1,5 +1,6 @@
 """Optimizers by name, each made ready for a model: the one thing that a comparison varies."""
 
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from experiments import baselines
+from experiments.baselines import comera
 from experiments.comparison.reading import unknown
 from launch.errors import UserError
 
@@ -16,7 +18,7 @@ __all__ = ["build", "clip_gradients", "names"]
 
 def names() -> list[str]:
     """What :func:`build` can build."""
-    return [*baselines.names(), "LoRA"]
+    return [*baselines.names(), "LoRA", "CoMERA"]
 
 
 def build(
@@ -31,7 +33,7 @@ def build(
         clips: whether :func:`clip_gradients` will be called.
 
     Returns:
-        The model to train, which LoRA wraps, and its optimizer.
+        The model to train, which LoRA wraps and CoMERA changes, and its optimizer.
 
     Raises:
         UserError: no such optimizer, an option that it does not take, or gradients that cannot be clipped.
@@ -46,6 +48,8 @@ def build(
     try:
         if name == "LoRA":
             return _lora(model, head_modules, **options)
+        if name == "CoMERA":
+            return model, _comera(model, **options)
         return model, baselines.build(name, model, **options)
     except (TypeError, ValueError) as error:
         shown = ", ".join(f"{option}={value!r}" for option, value in options.items())
@@ -88,3 +92,11 @@ def _lora(
     return adapted, baselines.build(
         "AdamW", adapted, rank=1, **options
     )  # the rank is the adapters', and AdamW has none
+
+
+def _comera(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """Trains in the place of the linears and the embedding; a kept model is dense again."""
+    optimizer = comera.build(model, **options)
+    optimizer.attach(model)
+    model.merge_and_unload = functools.partial(comera.densify, model)
+    return optimizer

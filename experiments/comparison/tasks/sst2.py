@@ -11,8 +11,15 @@ from torch import Tensor, nn
 
 from experiments.comparison.digests import digest_of_files
 from experiments.comparison.tasks.base import Batch, Split, Task, shuffled
-from experiments.comparison.tasks.encoder import PACKAGE, encoder_files, load_classifier, load_encoder_tokenizer
+from experiments.comparison.tasks.encoder import (
+    PACKAGE,
+    encoder_files,
+    load_classifier,
+    load_encoder_tokenizer,
+    new_classifier,
+)
 from launch.errors import UserError
+from launch.json_files import read_json
 
 __all__ = ["Sst2", "read_sentences"]
 
@@ -21,11 +28,12 @@ _EVAL_BATCH = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sst2(Task):
-    """Fine-tuning on SST-2, or on any other sentences with two labels.
+    """Fine-tuning on SST-2, or on any other sentences with two labels; or training on them from random weights.
 
     Attributes:
         data_dir: folder with train.txt, dev.txt and test.txt, each line a label, 0 or 1, a space and a sentence.
         encoder: the name of the package that carries one, or the folder of another.
+        model_config: JSON with an encoder's shape (configs/models): random weights, and of ``encoder`` the tokenizer alone.
         max_length: tokens after which a sentence is cut.
     """
 
@@ -38,6 +46,7 @@ class Sst2(Task):
 
     data_dir: str | None = None
     encoder: str = PACKAGE
+    model_config: str | None = None
     max_length: int = 64
 
     def __post_init__(self):
@@ -51,14 +60,19 @@ class Sst2(Task):
 
     def identity(self) -> dict[str, Any]:
         data = [self._file(split) for split in ("train", "dev", "test")]
-        return {
+        identity = {
             "name": self.name,
             "max_length": self.max_length,
             "data": digest_of_files(data),
             "encoder": digest_of_files(encoder_files(self.encoder)),
         }
+        if self.model_config is not None:  # without one the keys of runs that were made before it still hold
+            identity["model_config"] = read_json(self.model_config, "task.model_config")
+        return identity
 
     def model(self, seed: int) -> nn.Module:
+        if self.model_config is not None:
+            return new_classifier(self.model_config, self.encoder, classes=2, seed=seed)
         return load_classifier(self.encoder, classes=2, seed=seed)
 
     def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
