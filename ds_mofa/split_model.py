@@ -5,7 +5,6 @@ backward gathers and an update's temporaries come on top: ``profiling/predict.py
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def described(
         "on_matrices": trained - rest,
         "on_adamw": rest,
         "share": split.share,
-        "matrices": len(split.matrices),
+        "matrices": sum(matrix.stack or 1 for matrix in split.matrices),
         "largest_on_adamw": [
             {"name": name, "tensors": many, "parameters": numel, "reason": reason, "remedy": remedy(name, reason)}
             for name, many, numel, reason in largest(split.leftovers)
@@ -129,7 +128,7 @@ def held(model: nn.Module, split: Split, rule: Rule, engine: str, gpus: int) -> 
     zero, sharded = engine.startswith("zero"), engine in ("zero3", "fsdp2")
     options, rests = split.options, split.leftovers
     owners = 1 if engine == "ddp" else gpus
-    places = [(matrix.shape, matrix.group) for matrix in split.matrices]
+    places = [matrix.place for matrix in split.matrices]
     sketches = Layout(places, rule.columns, owners)
     state = Layout(places, rule.r, owners, rule.field_shapes)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -143,7 +142,7 @@ def held(model: nn.Module, split: Split, rule: Rule, engine: str, gpus: int) -> 
     wide = any(matrix.param.element_size() == 4 for matrix in split.matrices)
     masters = 0
     if options.master_weights:
-        masters = 4 * sum(math.prod(matrix.shape) for matrix in split.matrices if matrix.param.element_size() < 4)
+        masters = 4 * sum(matrix.numel for matrix in split.matrices if matrix.param.element_size() < 4)
     parts = gpus if sharded else 1
     found = {
         "weights": weights // parts,

@@ -81,7 +81,7 @@ def pretend_to_be(size: float, device: torch.device) -> None:
 def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
     """In training mode, with what the setting says of its layers; weights are random, on ``device``."""
     config = AutoConfig.for_model(**json.loads(Path(setting.model_config).read_text()))
-    config.use_cache = False
+    config.get_text_config().use_cache = config.use_cache = False
     dtype = torch.float32 if setting.weights == "fp32" else torch.bfloat16
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

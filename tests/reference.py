@@ -35,6 +35,17 @@ def random_columns(shapes: list[tuple[int, int]], k: int, steps: int, seed: int 
     return found
 
 
+def test_matrices(shape: tuple[int, ...], rank: int, *, index: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Psi (m x r) and Omega (n x r) of the first step, of a stack (E, ., r): its matrices' are drawn together."""
+    *stack, m, n = shape
+    generator = torch.Generator().manual_seed(rounding_key(Rounding(False, seed), index))
+    psi, omega = (torch.randn(*stack, size, rank, generator=generator) / math.sqrt(rank) for size in (m, n))
+    return psi.double(), omega.double()
+
+
+test_matrices.__test__ = False  # no test of pytest's
+
+
 class DenseMomentum:
     """The momentum of one m x n matrix: ``M``, dense, of rank at most r, with bases of its two subspaces.
 
@@ -46,14 +57,12 @@ class DenseMomentum:
             out of the others.
     """
 
-    def __init__(self, shape: tuple[int, int], rank: int, *, index: int, seed: int = 0):
+    def __init__(self, shape: tuple[int, int], rank: int, *, index: int, seed: int = 0, tests=None):
         self.rank = rank
         self.M = torch.zeros(shape, dtype=torch.float64)
         self.left = self.right = None
         self.seen = tuple(torch.zeros(size, dtype=torch.bool) for size in shape)
-        generator = torch.Generator().manual_seed(rounding_key(Rounding(False, seed), index))
-        psi, omega = (torch.randn(size, rank, generator=generator) / math.sqrt(rank) for size in shape)
-        self.psi, self.omega = psi.double(), omega.double()
+        self.psi, self.omega = tests or test_matrices(shape, rank, index=index, seed=seed)
 
     def wait(self) -> None:
         """A step without a gradient: before the first one, what meets it is a projection onto random directions."""
@@ -123,6 +132,38 @@ def _fill_up(basis: Tensor, rank: int, seen: Tensor) -> Tensor:
     return torch.linalg.qr(torch.cat([basis, fill], dim=1)).Q
 
 
+class DenseStack:
+    """The momenta of a stack (E, m, n), one by one; a matrix without a gradient does nothing."""
+
+    def __init__(self, shape: tuple[int, int, int], rank: int, *, index: int, seed: int = 0):
+        psi, omega = test_matrices(shape, rank, index=index, seed=seed)
+        self.parts = [DenseMomentum(shape[1:], rank, index=index, tests=some) for some in zip(psi, omega)]
+        self.moved = torch.zeros(shape[0], dtype=torch.bool)
+
+    @property
+    def M(self) -> Tensor:
+        return torch.stack([part.M for part in self.parts])
+
+    def square_norm(self, G: Tensor) -> Tensor:
+        return sum(part.square_norm(own) for part, own in zip(self.parts, G))
+
+    def wait(self) -> None:
+        self.moved[:] = False
+        for part in self.parts:
+            part.wait()
+
+    def move(self, G: Tensor, beta: float) -> None:
+        self.moved = G.flatten(1).any(1)
+        for part, own, moves in zip(self.parts, G, self.moved):
+            part.move(own, beta) if moves else part.wait()
+
+    def direction(self) -> Tensor:
+        return torch.stack([part.direction() if moves else 0 * part.M for part, moves in zip(self.parts, self.moved)])
+
+    def beside(self, G: Tensor, signs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return torch.stack([part.beside(own, F, E) for part, own, (F, E) in zip(self.parts, G, signs)])
+
+
 class Reference:
     """Trains ``model`` in float64: ``matrices`` by MoFaSGD, its other trained parameters by AdamW.
 
@@ -156,10 +197,12 @@ class Reference:
     ):
         self.model = model.double()
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.momenta = {
-            name: DenseMomentum(tuple(self.params[name].shape), rank, index=i, seed=seed)
-            for i, name in enumerate(matrices)
-        }
+        self.momenta, number = {}, 0
+        for name in matrices:
+            shape = tuple(self.params[name].shape)
+            kind = DenseMomentum if len(shape) == 2 else DenseStack
+            self.momenta[name] = kind(shape, rank, index=number, seed=seed)
+            number += math.prod(shape[:-2])
         self.explore, self.explore_scale, self.seed = explore, explore_scale, seed
         self.moments = {name: (0.0, 0.0) for name in self.params if name not in self.momenta}
         self.clip_apart = tuple(clip_apart)
@@ -222,6 +265,9 @@ class Reference:
 
     def _move_matrix(self, name: str, param: Tensor, grad: Tensor) -> None:
         lr, momentum = self.lr(self.steps), self.momenta[name]
+        if isinstance(momentum, DenseStack):
+            self._move_stack(param, momentum, name)
+            return
         sizes = [float(self.momenta[other].M.norm()) for other in self.moving]
         mean = math.prod(size for size in sizes if size) ** (1 / max(1, sum(size > 0 for size in sizes)))
         factor = (mean / float(momentum.M.norm() or mean)) ** self.balance
@@ -231,14 +277,25 @@ class Reference:
         direction = momentum.direction() + length * self.beside[name]
         param.sub_(factor * lr * 0.2 * math.sqrt(max(param.shape)) * direction)
 
+    def _move_stack(self, param: Tensor, momentum: DenseStack, name: str) -> None:
+        assert not self.balance, "the reference balances no stacks"
+        lr, shape = self.lr(self.steps), param.shape[1:]
+        length = self.explore_scale * math.sqrt(min(shape) / max(1, self.explore))
+        update = 0.2 * math.sqrt(max(shape)) * (momentum.direction() + length * self.beside[name])
+        moved = momentum.moved.view(-1, 1, 1)
+        param.copy_(torch.where(moved, param * (1 - lr * self.weight_decay) - lr * update, param))
+
     def _directions_beside(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.explore:
             return dict.fromkeys(self.momenta, 0.0)
-        shapes = [tuple(self.params[name].shape) for name in self.momenta]
-        drawn = random_columns(shapes, self.explore, self.steps - 1, self.seed)
-        return {
-            name: momentum.beside(grads[name], F, E) for (name, momentum), (F, E) in zip(self.momenta.items(), drawn)
-        }
+        stacks = {name: tuple(self.params[name].shape) for name in self.momenta}
+        shapes = [shape[-2:] for shape in stacks.values() for _ in range(math.prod(shape[:-2]))]
+        drawn, found = iter(random_columns(shapes, self.explore, self.steps - 1, self.seed)), {}
+        for name, momentum in self.momenta.items():
+            signs = [next(drawn) for _ in range(math.prod(stacks[name][:-2]))]
+            one = isinstance(momentum, DenseMomentum)
+            found[name] = momentum.beside(grads[name], *signs[0]) if one else momentum.beside(grads[name], signs)
+        return found
 
     def _move_by_adamw(self, name: str, param: Tensor, grad: Tensor) -> None:
         lr, decay = self.adamw_lr(self.steps), 0.0 if name in self.no_decay else self.weight_decay

@@ -48,7 +48,8 @@ class ShardExchange(Exchange):
 
 
 class Shards(Backend):
-    """The rows of each matrix on the processes of one mesh. A matrix that ``ignored_params`` has left plain is whole.
+    """The rows of each matrix, and the matrices of each stack, on the processes of one mesh. What ``ignored_params`` has left
+    plain is whole.
 
     Args:
         model: with the modules that ``fully_shard`` was called on.
@@ -85,7 +86,9 @@ class Shards(Backend):
         param = matrix.param
         if not isinstance(param, DTensor):
             return whole_matrix(matrix)
-        return Shard(param.to_local().detach().view(-1), self._first_rows[matrix.index] * matrix.shape[1])
+        return Shard(
+            param.to_local().detach().view(-1), self._first_rows[matrix.index] * math.prod(matrix.full_shape[1:])
+        )
 
     def norms(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """One all-reduce for all: a part that several processes hold counts once."""
@@ -117,7 +120,7 @@ class Shards(Backend):
 
     def mark(self, matrix: Matrix, local: Tensor) -> Tensor:
         param = matrix.param
-        return _like(param, local, torch.Size(matrix.shape)) if isinstance(param, DTensor) else local
+        return _like(param, local, torch.Size(matrix.full_shape)) if isinstance(param, DTensor) else local
 
     def parts(self, matrix: Matrix) -> int:
         return _parts(matrix.param)
@@ -139,9 +142,10 @@ class Shards(Backend):
         return _like(param, whole[first[0] :][: size[0]].to(param.device), whole.shape)
 
     def like_weight(self, matrix: Matrix, flat: Tensor) -> Tensor:
-        n = matrix.shape[1]
         param = matrix.param
-        return _like(param, flat.view(-1, n), param.shape) if isinstance(param, DTensor) else flat.view(matrix.shape)
+        if not isinstance(param, DTensor):
+            return flat.view(matrix.full_shape)
+        return _like(param, flat.view(-1, *matrix.full_shape[1:]), param.shape)
 
 
 class FullyShard(Engine):

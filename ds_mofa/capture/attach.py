@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from ds_mofa.capture.embedding import EmbeddingCapture
+from ds_mofa.capture.experts import ExpertsCapture
 from ds_mofa.capture.hook import attach_hook
 from ds_mofa.capture.linear import LinearCapture
 from ds_mofa.capture.sink import Capture, Gathered, Sink
@@ -12,7 +13,7 @@ from ds_mofa.parameters import Matrix
 __all__ = ["CAPTURES", "Attachment", "attach"]
 
 # The first that serves a module gets it. Put one of your own before them: CAPTURES.insert(0, MyCapture()).
-CAPTURES: list[Capture] = [LinearCapture(), EmbeddingCapture()]
+CAPTURES: list[Capture] = [LinearCapture(), EmbeddingCapture(), ExpertsCapture()]
 
 
 def attach(

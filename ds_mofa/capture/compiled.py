@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_mofa.capture.autograd import leaf_node, wanted
 
-__all__ = ["add_linear", "add_rows", "key_of"]
+__all__ = ["add_grouped", "add_linear", "add_rows", "key_of"]
 
 _sketches: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 _last_key = 0
@@ -27,6 +27,10 @@ def key_of(sketch: Any) -> Tensor:
 # Not torch.library.custom_op, whose Python around each call takes as long again as the call.
 _library = torch.library.Library("ds_mofa", "FRAGMENT")
 _library.define("add_linear(Tensor x, Tensor dy, Tensor(a!) key) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "add_grouped(Tensor left, Tensor right, Tensor ends, Tensor? left_rows, Tensor? right_rows, Tensor(a!) key) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _library.define("add_rows(Tensor ids, Tensor dy, Tensor(a!) key) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -47,6 +51,15 @@ def _add_rows(ids: Tensor, dy: Tensor, key: Tensor) -> None:
     sketch = _opened(key)
     if sketch is not None:
         sketch.add_rows(ids, dy)
+
+
+def _add_grouped(
+    left: Tensor, right: Tensor, ends: Tensor, left_rows: Tensor | None, right_rows: Tensor | None, key: Tensor
+) -> None:
+    """Likewise ``add_grouped``."""
+    sketch = _opened(key)
+    if sketch is not None:
+        sketch.add_grouped(left, right, ends, left_rows, right_rows)
 
 
 def _opened(key: Tensor) -> Any:
@@ -72,7 +85,10 @@ def _opened(key: Tensor) -> Any:
 
 _library.impl("add_linear", _add_linear, "CompositeExplicitAutograd")
 _library.impl("add_rows", _add_rows, "CompositeExplicitAutograd")
+_library.impl("add_grouped", _add_grouped, "CompositeExplicitAutograd")
+torch.library.register_fake("ds_mofa::add_grouped", lambda *args: None, lib=_library)
 for _name in ("add_linear", "add_rows"):
     torch.library.register_fake(f"ds_mofa::{_name}", lambda x, dy, key: None, lib=_library)
 add_linear = torch.ops.ds_mofa.add_linear.default
+add_grouped = torch.ops.ds_mofa.add_grouped.default
 add_rows = torch.ops.ds_mofa.add_rows.default

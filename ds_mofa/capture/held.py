@@ -13,24 +13,24 @@ from ds_mofa.parameters import Matrix, is_sharded
 __all__ = ["holds", "leaf_in", "own_weight", "refuse_replaced", "replace_forward"]
 
 
-def holds(module: nn.Module, matrix: Matrix) -> bool:
-    """Whether the module's ``weight`` is the matrix, or what FSDP2 has gathered of it."""
-    weight = module._parameters.get("weight")
+def holds(module: nn.Module, matrix: Matrix, name: str = "weight") -> bool:
+    """Whether the module's parameter of this name is the matrix, or what FSDP2 has gathered of it."""
+    weight = module._parameters.get(name)
     if weight is None or weight is matrix.param:
         return weight is not None
-    return is_sharded(matrix.param) and not is_sharded(weight) and tuple(weight.shape) == matrix.shape
+    return is_sharded(matrix.param) and not is_sharded(weight) and tuple(weight.shape) == matrix.full_shape
 
 
-def own_weight(param: Tensor | None) -> Callable[[nn.Module, Tensor], bool]:
-    """Tells of a module in its forward, and the weight that it reads, whether that is ``param``; where ``param`` is sharded,
-    whether it is what FSDP2 has gathered, which stands in its place.
+def own_weight(param: Tensor | None, name: str = "weight") -> Callable[[nn.Module, Tensor], bool]:
+    """Tells of a module in its forward, and the weight that it reads by that name, whether that is ``param``; where ``param``
+    is sharded, whether it is what FSDP2 has gathered, which stands in its place.
     """
     if is_sharded(param):
-        return lambda module, weight: weight is module._parameters.get("weight") and not is_sharded(weight)
+        return lambda module, weight: weight is module._parameters.get(name) and not is_sharded(weight)
     return lambda module, weight: weight is param
 
 
-def leaf_in(module: nn.Module) -> Callable[[Tensor], Tensor | None]:
+def leaf_in(module: nn.Module, name: str = "weight") -> Callable[[Tensor], Tensor | None]:
     """A sink's ``leaf``: from a parameter to the tensor that a backward accumulates into, which is what the module holds by
     then, where the parameter is sharded.
     """
@@ -38,7 +38,7 @@ def leaf_in(module: nn.Module) -> Callable[[Tensor], Tensor | None]:
 
     def leaf(param: Tensor) -> Tensor | None:
         here = reference()
-        return here._parameters.get("weight") if here is not None and is_sharded(param) else param
+        return here._parameters.get(name) if here is not None and is_sharded(param) else param
 
     return leaf
 

@@ -20,8 +20,8 @@ class Arrived(NamedTuple):
     """A gradient as a process has it.
 
     Attributes:
-        rows: (k, n), on the device of the sketches.
-        first: row of the matrix that the first of them is.
+        rows: (k, n), or of a stack its matrices (k, m, n), on the device of the sketches.
+        first: row of the matrix, or matrix of the stack, that the first of them is.
         weight: what they count in the sum over all processes.
     """
 
@@ -31,7 +31,7 @@ class Arrived(NamedTuple):
 
 
 class Sink(Protocol):
-    """Where the gradient of one matrix (m, n) adds up.
+    """Where the gradient of one matrix (m, n), or of a stack (E, m, n), adds up.
 
     Attributes:
         param: the matrix, from :func:`ds_mofa.capture.attach.attach` on.
@@ -50,11 +50,24 @@ class Sink(Protocol):
     def add_rows(self, ids: Tensor, dy: Tensor) -> None:
         """Add G with G[i] the sum of dy over ids == i. ids: (...), integers below m; dy: (..., n)."""
 
+    def add_grouped(
+        self,
+        left: Tensor,
+        right: Tensor,
+        ends: Tensor,
+        left_rows: Tensor | None = None,
+        right_rows: Tensor | None = None,
+    ) -> None:
+        """Add G_e = left_e^T right_e to every matrix e of a stack. left: (S, m), right: (S, n), of one dtype, of which the
+        rows [ends[e - 1], ends[e]) are e's; ends: (E,), int32. With rows (S,), int32, of either, that is (T, ...) in any
+        order, and they say which of its rows each of the S is.
+        """
+
     def add_gradient(self, grad: Tensor) -> None:
-        """Add a gradient that exists. grad: (m, n)."""
+        """Add a gradient that exists. grad: (m, n), or (E, m, n)."""
 
     def take(self, grad: Tensor) -> None:
-        """Autograd has put a gradient of its own making into ``param.grad``. grad: (m, n)."""
+        """Autograd has put a gradient of its own making into ``param.grad``. grad: as the parameter is."""
 
 
 class Capture(Protocol):

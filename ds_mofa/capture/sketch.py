@@ -1,4 +1,4 @@
-"""The sketches of one matrix: every backward adds to Y = G V and Z = G^T U, and G is never kept."""
+"""The sketches of one matrix or stack: every backward adds to Y = G V and Z = G^T U, and G is never kept."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_mofa.capture import compiled
-from ds_mofa.capture.products import add_product, add_to_rows
+from ds_mofa.capture.products import add_grouped, add_product, add_to_rows
 from ds_mofa.capture.queue import Queue
 from ds_mofa.capture.sink import Arrived, Begin
 from ds_mofa.phases import phase
@@ -15,7 +15,8 @@ __all__ = ["Sketch"]
 
 
 class Sketch:
-    """Where one matrix's sketches add up, and the factors that they are taken with.
+    """Where one matrix's sketches add up, and the factors that they are taken with; of a stack of E, all have E before
+    their other dimensions.
 
     Attributes:
         Y: (m, r), fp32, sum of G V over the micro-batches since the last step.
@@ -90,18 +91,38 @@ class Sketch:
             add_to_rows(self.Y, ids, dy @ self.V.to(dy.dtype))
             add_product(self.Z, dy.mT, self.U.index_select(0, ids).to(dy.dtype))
 
+    def add_grouped(
+        self,
+        left: Tensor,
+        right: Tensor,
+        ends: Tensor,
+        left_rows: Tensor | None = None,
+        right_rows: Tensor | None = None,
+    ) -> None:
+        """Add G_e = left_e^T right_e to each matrix e of a stack, without forming it; see
+        :class:`ds_mofa.capture.sink.Sink`.
+        """
+        self.open()
+        with phase("capture"):
+            add_grouped(self.Y, self.Z, left, right, self.U, self.V, ends, left_rows, right_rows)
+
     @torch.no_grad()
     def add_gradient(self, grad: Tensor) -> None:
-        """Add a gradient that exists. grad: (m, n); of a sharded matrix its DTensor, or this process's rows of it."""
+        """Add a gradient that exists. grad: (m, n), or (E, m, n); of a sharded one its DTensor, or this process's rows of
+        it.
+        """
         self.open()
-        Y, U, weight = self.Y, self.U, 1.0
+        Y, Z, U, V, weight = self.Y, self.Z, self.U, self.V, 1.0
         grad = grad.to_dense() if grad.is_sparse else grad
         if self.arrived is not None:
             grad, first, weight = self.arrived(grad)
-            Y, U = Y[first : first + len(grad)], U[first : first + len(grad)]
+            here = slice(first, first + len(grad))
+            Y, U = Y[here], U[here]
+            if grad.dim() > 2:
+                Z, V = Z[here], V[here]
         if len(grad):
-            add_product(Y, grad, self.V.to(grad.dtype), weight)
-            add_product(self.Z, grad.mT, U.to(grad.dtype), weight)
+            add_product(Y, grad, V.to(grad.dtype), weight)
+            add_product(Z, grad.mT, U.to(grad.dtype), weight)
 
     def take(self, grad: Tensor) -> None:
         """Sketch what autograd has put into ``param.grad``: at once, or where ``.grad`` is a mark, when that is begun."""

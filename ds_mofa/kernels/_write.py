@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_mofa.kernels import stages_that_fit
-from ds_mofa.kernels.random_bits import Rounding, rounding_key
+from ds_mofa.kernels.random_bits import Rounding, rounding_keys
 from ds_mofa.kernels.shard import Shard
 
 _TILES = 8  # that one program writes
+_MOST = 65535  # matrices, the third axis of a grid
 _PAIRS = {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (64, 32, 4, 3), 128: (64, 64, 4, 3)}  # rows, words, warps, stages
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -29,22 +30,24 @@ def launch(
     U: Tensor,
     V: Tensor,
     coefficients: Tensor,
-    indices: Sequence[int],
+    numbers: Tensor,
     step_size: float,
     decay: float,
     rounding: Rounding,
     masters: Sequence[Tensor] | None,
 ) -> None:
     """The work of ``write_updates`` on a GPU, one launch for all matrices."""
-    start, numel, dtype = shards[0].start, shards[0].flat.numel(), shards[0].flat.dtype
+    start, numel, dtype = shards[0].start, shards[0].length, shards[0].flat.dtype
     if numel == 0:
         return
-    (_, m, r), n = U.shape, V.shape[1]
+    (B, m, r), n = U.shape, V.shape[1]
+    if B > _MOST:
+        raise ValueError(f"{B} matrices of one shape: a grid has room for {_MOST}")
     device = U.device
-    weights = _table(tuple(shard.flat.data_ptr() for shard in shards), device)
+    weights = _addresses([shard.flat for shard in shards], numel, device)
     first_row, last_row = start // n, -(-(start + numel) // n)
     stochastic = rounding.stochastic and dtype != torch.float32
-    keys = _keys(rounding, tuple(indices), device) if stochastic else weights
+    keys = rounding_keys(rounding, numbers).to(device, non_blocking=True) if stochastic else weights
     R = max(16, triton.next_power_of_2(r))
     # Two bf16 weights are one word: half the hashing, and no shuffling between threads.
     in_pairs = dtype == torch.bfloat16 == U.dtype and stochastic and n % 2 == start % 2 == numel % 2 == 0
@@ -57,7 +60,7 @@ def launch(
         block_m, block_n, warps, most = _PAIRS[R] if R in _PAIRS else _PAIRS[max(_PAIRS)]
         strip = 2 * 2 * R * block_n  # of V, beside the tiles of W and U
         stages = stages_that_fit(device, block_m * (4 * block_n + 2 * R), other=strip, most=most)
-        grid = (triton.cdiv(n // 2, block_n), triton.cdiv(last_row - first_row, block_m * _TILES), len(shards))
+        grid = (triton.cdiv(n // 2, block_n), triton.cdiv(last_row - first_row, block_m * _TILES), B)
         _write_pairs_kernel[grid](
             weights,
             keys,
@@ -83,10 +86,10 @@ def launch(
         )
         return
     block_m, block_n = 32, 256
-    grid = (triton.cdiv(n, block_n), triton.cdiv(last_row - first_row, block_m), len(shards))
+    grid = (triton.cdiv(n, block_n), triton.cdiv(last_row - first_row, block_m), B)
     _write_kernel[grid](
         weights,
-        weights if masters is None else _table(tuple(master.data_ptr() for master in masters), device),
+        weights if masters is None else _addresses(masters, numel, device),
         keys,
         U,
         V,
@@ -109,16 +112,17 @@ def launch(
     )
 
 
-def _keys(rounding: Rounding, indices: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 (B,): ``rounding_key`` of each matrix."""
-    keys = [rounding_key(rounding, index) for index in indices]
-    return torch.tensor(keys, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+def _addresses(parts: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
+    """Where each matrix's ``length`` elements begin, int64 (B,); of a stack's one after the other."""
+    stride = length * parts[0].element_size()
+    return _table(tuple((part.data_ptr(), part.numel() // length) for part in parts), stride, device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Addresses or indices on the device; they are the same in every step."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
+def _table(places: tuple[tuple[int, int], ...], stride: int, device: torch.device) -> Tensor:
+    """``count`` addresses from each on, on the device; they are the same in every step."""
+    one_by_one = [address + stride * i for address, count in places for i in range(count)]
+    return torch.tensor(one_by_one, dtype=torch.int64, device=device)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["Rounding", "mix", "random_bits", "round_stochastically", "rounding_key"]
+__all__ = ["Rounding", "mix", "random_bits", "round_stochastically", "rounding_key", "rounding_keys"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Rounding:
 def rounding_key(rounding: Rounding, index: int) -> int:
     """The 32-bit word that keys the random bits of matrix number ``index`` in this step."""
     return _mix_int(_mix_int(rounding.seed + 0x9E3779B9 * (index + 1)) + rounding.step)
+
+
+def rounding_keys(rounding: Rounding, numbers: Tensor) -> Tensor:
+    """:func:`rounding_key` of each of ``numbers``, int64 of the same shape and device."""
+    return mix((mix(rounding.seed + 0x9E3779B9 * (numbers + 1) & 0xFFFFFFFF) + rounding.step) & 0xFFFFFFFF)
 
 
 def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:

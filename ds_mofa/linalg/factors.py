@@ -136,7 +136,7 @@ def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float | Tensor) -
     c = ceil(r / 2): the least-squares problem (Psi^T Q) X = Z^T then has about twice as many equations
     as unknowns, which is what keeps its error within a small factor of the best rank-c one. The other
     r - c directions start with sigma = 0 and are filled by the next gradients. A gradient of rank <= c
-    is recovered exactly.
+    is recovered exactly; where it has fewer directions, as of an expert of few tokens, so has the momentum.
 
     Args:
         Y: G Omega, (B, m, r), Omega (n, r) Gaussian.
@@ -152,8 +152,22 @@ def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float | Tensor) -
     X = torch.linalg.pinv(psi.mT @ Q) @ Z.mT  # (B, c, n)
     V, T = torch.linalg.qr(X.mT)  # X = T^T V^T
     P, sigma, Wt = torch.linalg.svd(T.mT)
-    sigma = torch.cat([gamma * sigma, sigma.new_zeros(*sigma.shape[:-1], r - c)], dim=-1)
-    return Factors(_complete(Q @ P, r), sigma, _complete(V @ Wt.mT, r))
+    return _begun(Factors(Q @ P, gamma * sigma, V @ Wt.mT), r)
+
+
+def _begun(found: Factors, r: int) -> Factors:
+    """Factors of rank c <= r as factors of rank r. What is no more than rounding beside the largest sigma is left out, and
+    fixed columns stand in its place.
+    """
+    U, sigma, V = found
+    counts = live_directions(sigma).sum(-1).long()
+    out = Factors(*(sigma.new_zeros(*shape, r) for shape in (U.shape[:-1], sigma.shape[:-1], V.shape[:-1])))
+    for count in counts.unique().tolist():
+        of = counts == count
+        out.U[of] = _complete(U[of][..., :count], r)
+        out.V[of] = _complete(V[of][..., :count], r)
+        out.sigma[of, :count] = sigma[of, :count]
+    return out
 
 
 def waiting_factors(psi: Tensor, omega: Tensor) -> Factors:
@@ -192,7 +206,17 @@ def live_directions(sigma: Tensor) -> Tensor:
 
 
 def leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """P (B, p, r), sigma (B, r), Q (B, q, r): the r leading singular triplets of K (B, p, q); P and Q in float64."""
+    """P (B, p, r), sigma (B, r), Q (B, q, r): the r leading singular triplets of K (B, p, q); P and Q in float64.
+
+    Where sigma is zero to rounding it is zero, and fixed columns stand in P and Q: the next gradient is projected on all
+    directions, and noise among them would be another in every run.
+    """
+    P, sigma, Q = _leading_svd(K, r)
+    live = live_directions(sigma)
+    return _filled(P, live), sigma * live, _filled(Q, live)
+
+
+def _leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     if not triton_serves(K):
         P, sigma, Qt = torch.linalg.svd(K, full_matrices=False)
         return _polished(P[..., :r]), sigma[..., :r], _polished(Qt[..., :r, :].mT)
@@ -210,6 +234,18 @@ def _polished(P: Tensor) -> Tensor:
     """
     P = P.double()
     return 1.5 * P - 0.5 * P @ (P.mT @ P)
+
+
+def _filled(P: Tensor, live: Tensor) -> Tensor:
+    """Orthonormal columns P (B, p, r), of which those that are not live (B, r) give way to fixed ones."""
+    live = live.unsqueeze(-2).double()
+    kept, fill = P * live, generic_columns(P, P.shape[-1])
+    for _ in range(2):
+        fill = fill - kept @ (kept.mT @ fill)
+    S = torch.where(live > 0, P, fill)
+    factor = torch.linalg.cholesky_ex(S.mT @ S).L
+    filled = torch.linalg.solve_triangular(factor.mT, S, upper=True, left=False)
+    return torch.where((live > 0).all(-1, keepdim=True), P, filled)
 
 
 def _complete(U: Tensor, r: int) -> Tensor:

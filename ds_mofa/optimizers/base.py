@@ -129,9 +129,9 @@ class MatrixOptimizer(Stateful):
         params = itertools.chain.from_iterable(group["params"] for group in self._matrix_groups)
         members = []
         for matrix, param in zip(split.matrices, params, strict=True):
-            if tuple(param.shape) != matrix.shape:
+            if tuple(param.shape) != matrix.full_shape:
                 raise OptionError(
-                    f"{matrix.name!r} was {matrix.shape} when the optimizer was built and is {tuple(param.shape)} now: "
+                    f"{matrix.name!r} was {matrix.full_shape} when the optimizer was built and is {tuple(param.shape)} now: "
                     "build it after the model has its shape"
                 )
             members.append(dataclasses.replace(matrix, param=param))

@@ -32,7 +32,8 @@ aten = torch.ops.aten
 
 
 class SketchedGradient(torch.Tensor):
-    """The gradient of one matrix, (m, n), or of this process's rows, (k, n): no elements, only what can be known.
+    """The gradient of one parameter, (m, n) or (E, m, n), or of this process's part, (k, ...): no elements, only what can be
+    known.
 
     Args:
         shape: of it.
@@ -46,12 +47,11 @@ class SketchedGradient(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, int], param: Tensor, name: str, gradients: "Gradients", index: int):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, shape, strides=(shape[1], 1), dtype=param.dtype, device=param.device
-        )
+    def __new__(cls, shape: tuple[int, ...], param: Tensor, name: str, gradients: "Gradients", index: int):
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=param.dtype, device=param.device)
 
-    def __init__(self, shape: tuple[int, int], param: Tensor, name: str, gradients: "Gradients", index: int):
+    def __init__(self, shape: tuple[int, ...], param: Tensor, name: str, gradients: "Gradients", index: int):
         self.matrix, self._index = name, index
         self._gradients = weakref.ref(gradients)  # the parameter keeps this alive, which must not keep the optimizer
 
@@ -274,8 +274,9 @@ class Gradients:
     def _mark(self, index: int) -> Tensor:
         """What stands in ``.grad`` of a matrix."""
         backend, matrix = self._step.backend, self._step.members[index]
-        flat, n = backend.shard_of(matrix).flat, matrix.shape[1]
-        return backend.mark(matrix, SketchedGradient((flat.numel() // n, n), flat, matrix.name, self, index))
+        flat, row = backend.shard_of(matrix).flat, matrix.full_shape[1:]
+        shape = (flat.numel() // math.prod(row), *row)
+        return backend.mark(matrix, SketchedGradient(shape, flat, matrix.name, self, index))
 
     def _renewed(self, index: int) -> Tensor:
         """A mark for a parameter that was cast since the last one was made."""
@@ -314,7 +315,7 @@ class Gradients:
                 self.scale(index, factor)
 
     def add(self, index: int, grad: Tensor) -> None:
-        """Sketch a gradient that exists, (m, n), beside what is there."""
+        """Sketch a gradient that exists, (m, n) or of a stack (E, m, n), beside what is there."""
         self._step.captured[index].add_gradient(grad)
 
     def drop(self, index: int) -> None:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from ds_mofa.groups import check_group
 from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters.heads import output_heads
-from ds_mofa.parameters.kinds import Slot, is_embedding, is_linear_map, is_transposed, other_kind, slots_of
+from ds_mofa.parameters.kinds import (
+    Slot,
+    is_convolution,
+    is_embedding,
+    is_experts,
+    is_linear_map,
+    is_transposed,
+    other_kind,
+    slots_of,
+)
 from ds_mofa.parameters.shapes import full_shape
 from ds_mofa.parameters.summary import summary_lines, warning_lines
 
@@ -20,17 +29,17 @@ __all__ = ["Frozen", "Leftover", "Matrix", "Split", "full_shape", "split_paramet
 
 @dataclasses.dataclass(eq=False)
 class Matrix:
-    """A 2-D weight whose momentum is kept as factors: a parameter, or one slice of a stack of them.
+    """A parameter whose momentum is kept as factors: one matrix, or a stack of them, each with factors of its own.
 
     Attributes:
-        name: the parameter's name in the model; of a slice, one that tells it from the others.
-        param: the parameter itself; under ZeRO stage 3 it may be released, so ask ``shape`` for its shape.
-        shape: (m, n), of the whole matrix.
+        name: the parameter's name in the model.
+        param: the parameter itself; under ZeRO stage 3 it may be released, so ask ``full_shape`` for its shape.
+        shape: (m, n), of the whole matrix, or of each in the stack.
         modules: every module that holds the parameter (two, where weights are tied).
         group: index of the param group that it came from: lr and weight decay.
-        index: position among all matrices; keys the rounding and the start.
+        index: position among all of these.
         transposed: the weight is n x m of a linear map from m to n, as in the Conv1D of transformers' GPT-2.
-        part: e, where the matrix is param[e] of a stacked (E, m, n) parameter; None where it is all of ``param``.
+        stack: E, where the parameter is (E, m, n), as experts are; None where it is (m, n).
     """
 
     name: str
@@ -40,17 +49,22 @@ class Matrix:
     group: int
     index: int
     transposed: bool = False
-    part: int | None = None
+    stack: int | None = None
 
     @property
-    def weight(self) -> Tensor:
-        """The matrix itself, (m, n), detached; only where the parameter is whole."""
-        return self.param.data if self.part is None else self.param.data[self.part]
+    def full_shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return self.shape if self.stack is None else (self.stack, *self.shape)
 
     @property
-    def start(self) -> int:
-        """Index of its first element in the parameter, row-major."""
-        return 0 if self.part is None else self.part * math.prod(self.shape)
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return math.prod(self.full_shape)
+
+    @property
+    def place(self) -> tuple[tuple[int, int], int, int | None]:
+        """What :class:`ds_mofa.partition.layout.Layout` asks of it."""
+        return self.shape, self.group, self.stack
 
     @property
     def slots(self) -> list[tuple[nn.Module, str]]:
@@ -104,7 +118,7 @@ class Split:
     @property
     def share(self) -> float:
         """Of the trained parameters, what part the matrices are."""
-        matrices = sum(math.prod(matrix.shape) for matrix in self.matrices)
+        matrices = sum(matrix.numel for matrix in self.matrices)
         return matrices / max(1, matrices + sum(rest.numel for rest in self.leftovers))
 
     def summary(self) -> str:
@@ -112,7 +126,7 @@ class Split:
         one.
         """
         rates = [group["lr"] for group in self.matrix_groups], [g["lr"] * g["lr_scale"] for g in self.adamw_groups]
-        table = summary_lines([matrix.shape for matrix in self.matrices], self.leftovers, self.options, *rates)
+        table = summary_lines([matrix.full_shape for matrix in self.matrices], self.leftovers, self.options, *rates)
         return "\n".join([*table, *warning_lines(self.share, self.leftovers, self.options)])
 
 
@@ -123,7 +137,8 @@ def split_parameters(
 
     A parameter is a matrix when it is trained, 2-D, at least rank x rank, the weight of a linear map
     (:mod:`ds_mofa.parameters.kinds`), no embedding, no output head (:mod:`ds_mofa.parameters.heads`), and not
-    excluded; or when ``include`` names it, whatever it is, and ``exclude`` does not. A group's own ``lr`` and
+    excluded; or when ``include`` names it, whatever it is, and ``exclude`` does not. Stacked experts (E, m, n) are a stack
+    of matrices, and so is any other (E, m, n) that ``include`` names. A group's own ``lr`` and
     ``weight_decay`` go before the options'; its AdamW part steps at ``adamw_lr`` times its ``lr`` over the options'.
 
     Raises:
@@ -167,10 +182,10 @@ def split_parameters(
                 split.leftovers.append(Leftover(names[param], numel, reason, param.element_size()))
                 rest.append(param)
                 if reason.startswith("smaller"):
-                    too_small.append(min(full_shape(param)))
+                    too_small.append(min(full_shape(param)[-2:]))
         if matrices:
             for param in matrices:
-                m, n = full_shape(param)
+                *stack, m, n = full_shape(param)
                 modules = _holders(param, slots[param])
                 split.matrices.append(
                     Matrix(
@@ -181,6 +196,7 @@ def split_parameters(
                         group=len(split.matrix_groups),
                         index=len(split.matrices),
                         transposed=any(map(is_transposed, modules)),
+                        stack=stack[0] if stack else None,
                     )
                 )
             split.matrix_groups.append(
@@ -282,9 +298,11 @@ def _why_adamw(
     matched.update((kind, pattern) for kind, patterns in hits.items() for pattern in patterns)
     shape = full_shape(param)
     impossible = None
-    if len(shape) != 2:
-        impossible = "not 2-D"
-    elif min(shape) < options.rank:
+    if len(shape) not in (2, 3):
+        impossible = "neither a matrix nor a stack of them"
+    elif is_convolution(slots):
+        impossible = "a convolution"
+    elif min(shape[-2:]) < options.rank:
         impossible = f"smaller than rank {options.rank}"
 
     if hits["include"] and not hits["exclude"]:
@@ -309,4 +327,6 @@ def _why_adamw(
         if not is_linear_map(param, slots):
             return other_kind(param, name, slots)
         return impossible
+    if len(shape) == 3 and is_experts(param, slots):
+        return "excluded by pattern" if hits["exclude"] else impossible
     return other_kind(param, name, slots)

@@ -1,5 +1,6 @@
 """The table of a split, for the log: which shapes are matrices, what AdamW trains and why, and a warning if that is much."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ class Rest(Protocol):
 
 
 def summary_lines(
-    matrices: Sequence[tuple[int, int]],
+    matrices: Sequence[tuple[int, ...]],
     leftovers: Sequence[Rest],
     options: OptimizerOptions,
     rates: Sequence[float],
@@ -36,27 +37,31 @@ def summary_lines(
 ) -> list[str]:
     """
     Args:
-        matrices: their shapes.
+        matrices: their shapes, (E, m, n) of a stack of E.
         leftovers: what AdamW trains.
         options: of the optimizer.
         rates, adamw_rates: of the param groups of either, as they are now.
     """
-    shapes: dict[tuple[int, int], int] = defaultdict(int)
+    shapes: dict[tuple[int, ...], int] = defaultdict(int)
     reasons: dict[str, list[Rest]] = defaultdict(list)
     for shape in matrices:
         shapes[shape] += 1
     for leftover in leftovers:
         reasons[leftover.reason].append(leftover)
+    stacks = sum(len(shape) > 2 for shape in matrices)
+    in_all, numel = sum(math.prod(shape[:-2]) for shape in matrices), sum(map(math.prod, matrices))
+    stacked = f" in {len(matrices)} tensors, {stacks} of them stacks," if stacks else ""
     lines = [
-        f"{len(matrices)} matrices on {options.title} ({count(sum(m * n for m, n in matrices))} parameters), "
+        f"{in_all} matrices{stacked} on {options.title} ({count(numel)} parameters), "
         f"{len(leftovers)} tensors on AdamW ({count(sum(rest.numel for rest in leftovers))} parameters)",
         f"  {_settings(options, rates, adamw_rates)}",
     ]
-    lines += [f"  {options.title:7} {many:4d} x ({m}, {n})" for (m, n), many in shapes.items()]
+    lines += [f"  {options.title:7} {many:4d} x {shape}" for shape, many in shapes.items()]
     for reason, rests in reasons.items():
         shown = ", ".join(rest.name for rest in rests[:2]) + (", ..." if len(rests) > 2 else "")
-        numel = count(sum(rest.numel for rest in rests))
-        lines.append(f"  AdamW   {len(rests):4d} {reason}, {numel} parameters: {shown}")
+        lines.append(
+            f"  AdamW   {len(rests):4d} {reason}, {count(sum(rest.numel for rest in rests))} parameters: {shown}"
+        )
     return lines
 
 
@@ -111,6 +116,8 @@ def remedy(name: str, reason: str) -> str:
         return f'"include": ["{pattern}"] makes it a matrix'
     if reason.startswith("2-D in"):
         return f'"include": ["{pattern}"] makes it a matrix, if it is the weight of a linear map'
+    if reason.startswith("3-D in"):
+        return f'"include": ["{pattern}"] makes it a stack of matrices, if it is the weights of linear maps'
     if reason.startswith("smaller"):
         return "lower the rank"
     if reason == "excluded by pattern":

@@ -4,14 +4,35 @@ The split depends on the shapes, the rank and the bound alone. So it is the same
 the results: a batched product may round otherwise when its batch is another.
 """
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from ds_mofa.partition.layout import Block
 
-__all__ = ["Part", "split", "temporaries"]
+__all__ = ["Part", "Span", "split", "temporaries"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Matrices [first, last) of one parameter.
+
+    Attributes:
+        index: of the parameter.
+        number: of the first of them, among the matrices of all parameters.
+    """
+
+    index: int
+    first: int
+    last: int
+    number: int
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +44,25 @@ class Part:
     last: int
 
     @property
-    def members(self) -> tuple[int, ...]:
-        """Indices of the matrices."""
-        return self.block.members[self.first : self.last]
+    def count(self) -> int:
+        """Matrices."""
+        return self.last - self.first
+
+    def spans(self) -> Iterator[Span]:
+        """What of which parameters it is, in their order."""
+        each = self.block.each
+        for i in range(self.first // each, -(-self.last // each)):
+            first, last = max(self.first - i * each, 0), min(self.last - i * each, each)
+            yield Span(self.block.members[i], first, last, self.block.numbers[i] + first)
+
+    def cut(self, values: Tensor) -> Iterator[tuple[Span, Tensor]]:
+        """:meth:`spans`, each with its part of ``values`` (count, ...)."""
+        spans = list(self.spans())
+        return zip(spans, values.split([span.count for span in spans]))
+
+    def numbers(self) -> Tensor:
+        """Of the matrices, among those of all parameters: (count,), int64, on the CPU."""
+        return torch.cat([torch.arange(span.number, span.number + span.count, device="cpu") for span in self.spans()])
 
     def views(self, flat: Tensor, start: int = 0) -> tuple[Tensor, ...]:
         """left (B, m, r), right (B, n, r) and spectrum (B, r), as :meth:`ds_mofa.partition.layout.Block.views`."""
@@ -38,8 +75,8 @@ def temporaries(parts: Sequence[Part]) -> int:
     Of every matrix its new directions and its new factors in fp32, 8 r (m + n), and 512 r^2 for what is r x r, in
     float64; of one side of one part at a time the old columns, the new and the sketch in float64, 24 r m.
     """
-    every = sum((p.last - p.first) * (8 * p.block.rank * sum(p.block.shape) + 512 * p.block.rank**2) for p in parts)
-    return every + max((24 * (p.last - p.first) * p.block.rank * max(p.block.shape) for p in parts), default=0)
+    every = sum(p.count * (8 * p.block.rank * sum(p.block.shape) + 512 * p.block.rank**2) for p in parts)
+    return every + max((24 * p.count * p.block.rank * max(p.block.shape) for p in parts), default=0)
 
 
 def split(blocks: Sequence[Block], limit: float) -> list[list[Part]]:
@@ -51,16 +88,20 @@ def split(blocks: Sequence[Block], limit: float) -> list[list[Part]]:
     current: list[Part] = []
     for block in blocks:
         first = 0
-        while first < len(block.members):
-            last = first
-            while last < len(block.members) and temporaries([*current, Part(block, first, last + 1)]) <= limit:
-                last += 1
+        while first < block.count:
+            last = _most(block, first, current, limit)
             if last == first and not current:
                 last += 1
             if last > first:
                 current.append(Part(block, first, last))
                 first = last
-            if first < len(block.members):  # it is full
+            if first < block.count:  # it is full
                 batches.append(current)
                 current = []
     return [*batches, current] if current else batches
+
+
+def _most(block: Block, first: int, current: list[Part], limit: float) -> int:
+    """The last that fits, from ``first`` on, beside ``current``: temporaries grow with every matrix."""
+    fits = range(first + 1, block.count + 1)
+    return first + bisect.bisect_right(fits, limit, key=lambda last: temporaries([*current, Part(block, first, last)]))

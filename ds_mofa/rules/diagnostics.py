@@ -6,6 +6,8 @@ orthogonality_error: largest element of U^T U - I and V^T V - I. Above 1e-4 it i
 projected_grad_norm: of the gradient's part that the factors see. If it jumps, lower the learning rate, or clip. If it
     is zero, no gradient came, and the matrix has stayed as it was.
 momentum_norm: of the momentum. If it is zero, no gradient has reached this matrix so far.
+
+A stack of matrices is measured as one: means over those that had a gradient, the worst error, whole norms.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ds_mofa.linalg.factors import projected_norm
 
-__all__ = ["MEASURES", "Report", "measure"]
+__all__ = ["MEASURES", "Report", "by_parameter", "measure"]
 
 MEASURES = ("kept_energy", "effective_rank", "orthogonality_error", "projected_grad_norm", "momentum_norm")
 
@@ -27,8 +29,8 @@ class Report(NamedTuple):
     Attributes:
         step: which, counted from 1.
         skipped: optimizer steps skipped so far.
-        names: of the matrices.
-        values: (matrices, measures), float64, on any device.
+        names: of the parameters.
+        values: (parameters, measures), float64, on any device.
     """
 
     step: int
@@ -37,7 +39,7 @@ class Report(NamedTuple):
     values: Tensor
 
     def by_matrix(self) -> dict[str, dict[str, float]]:
-        """{name of the matrix: {measure: value}}. Waits for the device."""
+        """{name of the parameter: {measure: value}}. Waits for the device."""
         return {name: dict(zip(MEASURES, row)) for name, row in zip(self.names, self.values.tolist())}
 
     def summary(self) -> dict[str, float]:
@@ -45,6 +47,25 @@ class Report(NamedTuple):
         mean, most, whole = torch.stack([self.values.mean(0), self.values.amax(0), self.values.norm(dim=0)]).tolist()
         chosen = (mean[0], mean[1], most[2], whole[3], whole[4])
         return {**dict(zip(MEASURES, chosen)), "skipped_steps": float(self.skipped)}
+
+
+def by_parameter(values: Tensor, stacks: Sequence[int | None]) -> Tensor:
+    """The measures (parameters, 5) of those (matrices, 5) of their matrices.
+
+    Args:
+        stacks: matrices of each parameter; None where it is one, and no stack.
+    """
+    if not any(stacks):
+        return values
+    parts = values.split([1 if stack is None else stack for stack in stacks])
+    return torch.stack([part[0] if stack is None else _of_stack(part) for part, stack in zip(parts, stacks)])
+
+
+def _of_stack(values: Tensor) -> Tensor:
+    came = (values[:, 3:4] > 0).double()
+    came = torch.where(came.any(), came, 1)
+    means = (values[:, :2] * came).sum(0) / came.sum()
+    return torch.cat([means, values[:, 2].amax(0, keepdim=True), values[:, 3:].norm(dim=0)])
 
 
 def measure(

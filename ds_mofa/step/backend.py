@@ -40,7 +40,9 @@ class Backend(Protocol):
     gathered: Gathered | None
 
     def shard_of(self, matrix: Matrix) -> Shard:
-        """This process's part of a matrix. It is asked anew in every step, since an engine may move the weights."""
+        """This process's part of a matrix or stack, a range of its row-major elements. It is asked anew in every step, since an
+        engine may move the weights.
+        """
 
     def norms(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """2-norm of each of AdamW's gradients over all processes, 0-dim plain tensors. This one: of whole gradients."""
@@ -81,12 +83,12 @@ class Backend(Protocol):
         return
 
     def rows(self, matrix: Matrix, whole: Tensor) -> Tensor:
-        """For a checkpoint: a tensor (k, ...) that every process has, cut along its rows as the weight is along its own."""
+        """For a checkpoint: a tensor (k, ...) that every process has, cut along its first dimension as the weight is."""
         return whole
 
     def like_weight(self, matrix: Matrix, flat: Tensor) -> Tensor:
         """For a checkpoint: this process's elements of the weight, in another dtype, placed as the weight is."""
-        return flat.view(matrix.shape)
+        return flat.view(matrix.full_shape)
 
 
 @dataclasses.dataclass
@@ -155,7 +157,7 @@ def in_several_processes(group: dist.ProcessGroup | None = None) -> bool:
 
 def whole_matrix(matrix: Matrix) -> Shard:
     """The shard of a process that holds all of W."""
-    return Shard(matrix.weight.view(-1))
+    return Shard(matrix.param.data.view(-1))
 
 
 def replaced(matrix: Matrix) -> str:

@@ -182,24 +182,25 @@ class RuleDriver:
         """Drop what :meth:`squared_norm` has kept for :meth:`update`, and what that has for :meth:`publish`."""
         self._measured = self._came = None
 
-    def measures(self, new: FactorSegment, clip: float | Tensor, count: int) -> Tensor | None:
-        """:meth:`Rule.measures` of this rank's among ``count`` matrices, zero for the others', float64. Call it before
+    def measures(self, new: FactorSegment, clip: float | Tensor) -> Tensor | None:
+        """:meth:`Rule.measures` of this rank's among all matrices, zero for the others', float64. Call it before
         :meth:`commit`. None where there are none.
         """
         if self._measured is None:
             return None
-        values = torch.zeros(count, len(MEASURES), dtype=torch.float64, device=new.device)
+        values = torch.zeros(self._layout.matrices, len(MEASURES), dtype=torch.float64, device=new.device)
         kept = zip(self._owner.kept(), self._owner.pieces(new), self._measured.reused, strict=True)
         for (part, state), piece, reused in kept:
-            members = torch.tensor(part.members, device=new.device)
-            values[members] = self.rule.measures(state, reused, piece.spectrum, clip)
+            measured = self.rule.measures(state, reused, piece.spectrum, clip)
+            for span, own in part.cut(measured):
+                values[span.number : span.number + span.count] = own
         return values
 
     # ------------------------------------------------------------------ the write
 
     def parts(self, block: Block) -> list[Part]:
         """The matrices of ``block``, so many at a time as are to be written together."""
-        return [Part(block, 0, len(block.members))] if self._signs is None else self._signs.parts(block)
+        return [Part(block, 0, block.count)] if self._signs is None else self._signs.parts(block)
 
     def written(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """left (B, m, c), right (B, n, c) and coefficients (B, c) of the update of W, on every rank. The coefficients of
@@ -284,11 +285,12 @@ class RuleDriver:
         for block in self._layout.blocks:
             left, right, _ = block.views(self._working)
             views = self.rule.drawn(block.shape, left, right, step)
-            for i, index in enumerate(block.members):
-                generator = torch.Generator().manual_seed(rounding_key(Rounding(False, self.rule.seed, step), index))
+            for i, number in enumerate(block.numbers):  # a stack's are drawn together
+                generator = torch.Generator().manual_seed(rounding_key(Rounding(False, self.rule.seed, step), number))
                 for view in views:
-                    drawn = torch.randn(view[i].shape, generator=generator, dtype=torch.float32, device="cpu")
-                    view[i].copy_(drawn / math.sqrt(self.rule.r))
+                    own = view[i * block.each : (i + 1) * block.each]
+                    drawn = torch.randn(own.shape, generator=generator, dtype=torch.float32, device="cpu")
+                    own.copy_(drawn / math.sqrt(self.rule.r))
 
 
 def _squares(sketches: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Owner:
     """This rank's matrices.
 
     Args:
-        places: (shape, param group) of every matrix.
+        places: :class:`ds_mofa.partition.layout.Place` of every parameter.
         rule: what is kept of each.
         update_bytes: bound on the temporaries of a sub-batch.
         backend: which ranks share them, where the state is worked on, and where it is kept.
@@ -59,7 +59,7 @@ class Owner:
 
     def __init__(
         self,
-        places: Sequence[tuple[tuple[int, int], int]],
+        places: Sequence[tuple],
         rule: Rule,
         update_bytes: float,
         *,

@@ -5,9 +5,7 @@ They are overwritten when the factors are gathered; 2 bits a sign are kept from 
 counter's share and its own.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -88,19 +86,19 @@ def _words(rows: int, k: int) -> int:
     return -(-rows * k // _SIGNS)
 
 
-def _first_words(layout: Layout, r: int) -> list[int]:
-    """The number of each matrix's first word."""
-    sizes = [0] * len(layout.owners)
+def _first_words(layout: Layout, r: int) -> Tensor:
+    """The number of each matrix's first word, (matrices,), int64."""
+    each = torch.zeros(layout.matrices, dtype=torch.int64, device="cpu")
     for block in layout.blocks:
-        for index in block.members:
-            sizes[index] = sum(_words(rows, block.rank - r) for rows in block.shape)
-    return [0, *itertools.accumulate(sizes)]
+        for number in block.numbers:
+            each[number : number + block.each] = sum(_words(rows, block.rank - r) for rows in block.shape)
+    return each.cumsum(0) - each
 
 
-def _counters(part: Part, first: Sequence[int], r: int) -> Tensor:
+def _counters(part: Part, first: Tensor, r: int) -> Tensor:
     """The numbers of the words of a part: of all its F, then of all its E; int32."""
     k, found = part.block.rank - r, []
-    starts = torch.tensor([first[index] for index in part.members], device="cpu")
+    starts = first[part.numbers()]
     for rows in part.block.shape:
         count = _words(rows, k)
         found.append((starts.unsqueeze(-1) + torch.arange(count, device="cpu")).flatten())

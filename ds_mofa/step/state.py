@@ -30,7 +30,7 @@ def packed(
     """
     named = {}
     for matrix in matrices:
-        views = layout.views(flat, matrix.index)
+        views = layout.views(flat, matrix.index)  # of a stack (E, ...)
         named[matrix.name] = {key: view.clone() for key, view in zip(rule.field_names(), views, strict=True)}
     return assembled(rule.name, named, steps=steps, skipped=skipped)
 
@@ -171,8 +171,10 @@ def _not_the_tensors(saved: Any, matrix: Matrix, rule: Rule) -> str | None:
         return f"the checkpoint has no tensor {lacking[0]} of {matrix.name!r}. {WAY_OUT}"
     one = [saved[key] for key in rule.field_names()]
     r = one[-1].shape[-1] if one[-1].dim() else 0
-    for key, value, shape in zip(rule.field_names(), one, rule.field_shapes(*matrix.shape, r), strict=True):
-        if tuple(value.shape) != tuple(shape):
+    stack = () if matrix.stack is None else (matrix.stack,)
+    for key, value, own in zip(rule.field_names(), one, rule.field_shapes(*matrix.shape, r), strict=True):
+        shape = (*stack, *own)
+        if tuple(value.shape) != shape:
             return (
                 f"the checkpoint's {key} of {matrix.name!r} is {tuple(value.shape)}, this model's would be "
                 f"{shape}. Use the model that it was saved with"

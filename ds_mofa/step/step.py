@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import logging
 import math
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,11 +21,13 @@ from ds_mofa.capture.head import FusedHead
 from ds_mofa.capture.queue import Queue
 from ds_mofa.capture.sketch import Sketch
 from ds_mofa.kernels.random_bits import Rounding
+from ds_mofa.kernels.shard import Shard, runs
 from ds_mofa.options import OptimizerOptions
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition.layout import FactorSegment, SketchSegment
+from ds_mofa.partition.subbatches import Part
 from ds_mofa.phases import phase
-from ds_mofa.rules.diagnostics import Report
+from ds_mofa.rules.diagnostics import Report, by_parameter
 from ds_mofa.rules.rule import Rule
 from ds_mofa.step import claims
 from ds_mofa.step.backend import Backend
@@ -99,7 +102,7 @@ class MatrixStep:
         compute = backend.compute_dtype(matrices)
         exact = torch.float64 if compute == torch.float64 else torch.float32
         self.owner = Owner(
-            [(matrix.shape, matrix.group) for matrix in matrices],
+            [matrix.place for matrix in matrices],
             self.rule,
             options.update_bytes,
             backend=backend,
@@ -182,15 +185,16 @@ class MatrixStep:
         return self._norm
 
     def norms(self) -> Tensor:
-        """Norm of each matrix's pending gradient, (matrices,), fp32 or better, the same on every rank. Collective."""
+        """Norm of each parameter's pending gradient, (parameters,), fp32 or better, the same on every rank. Collective."""
         found = self.driver.squared_norms(self._reduced, self.steps)
         if self._owned is None:  # once: the host waits for the copy
-            pieces = self.owner.pieces(self._reduced)
-            members = list(itertools.chain.from_iterable(piece.part.members for piece in pieces))
-            self._owned = torch.tensor(members, dtype=torch.int64, device=self._device)
+            spans = [span for piece in self.owner.pieces(self._reduced) for span in piece.part.spans()]
+            indices = torch.tensor([span.index for span in spans], dtype=torch.int64, device="cpu")
+            counts = torch.tensor([span.count for span in spans], dtype=torch.int64, device="cpu")
+            self._owned = indices.repeat_interleave(counts).to(self._device)
         squares = torch.zeros(len(self.members), dtype=torch.float64, device=self._device)
-        if found:
-            squares[self._owned] = torch.cat([square.double() for square in found])
+        if found:  # sorted, and so the same bits each time, where index_add_ is not
+            squares.index_put_((self._owned,), torch.cat([square.double() for square in found]), accumulate=True)
         return self.exchange.sum(squares).sqrt().to(self._reduced.dtype)
 
     def scale_pending(self, factors: Mapping[int, Sequence[Tensor | float]]) -> None:
@@ -364,35 +368,62 @@ class MatrixStep:
 
     def _report(self, new: FactorSegment, clip: float | Tensor) -> Report | None:
         """Measure this rank's matrices, and give every rank the measures of all. Collective."""
-        values = self.driver.measures(new, clip, len(self.members))
+        values = self.driver.measures(new, clip)
         if values is None:
             return None
         names = [matrix.name for matrix in self.members]
-        return Report(self.steps + 1, self.skipped, names, self.exchange.sum(values))
+        values = by_parameter(self.exchange.sum(values), [matrix.stack for matrix in self.members])
+        return Report(self.steps + 1, self.skipped, names, values)
 
     def _apply(self, groups: Sequence[Mapping[str, Any]]) -> None:
         rounding = Rounding(self.options.rounding == "stochastic", self.options.seed, self.steps)
         for part in itertools.chain.from_iterable(map(self.driver.parts, self.layout.blocks)):
             U, V, coefficients = self.driver.written(part)
             lr, weight_decay = float(groups[part.block.group]["lr"]), float(groups[part.block.group]["weight_decay"])
-            first = 0
-            # One shape is not one orientation: beside a Conv1D's weight may lie that of a linear the other way round.
-            factors = [self.rule.lr_factor(*self.members[index].map_shape) for index in part.members]
-            for factor, run in itertools.groupby(factors):
-                some = slice(first, first + len(list(run)))
-                first, members = some.stop, part.members[some]
+            numbers = part.numbers()
+            for some, factor, shards, masters in self._held(part):
                 write_wherever(
                     self._staging,
-                    [self.backend.shard_of(self.members[index]) for index in members],
+                    shards,
                     U[some],
                     V[some],
                     coefficients[some],
-                    indices=members,
+                    numbers=numbers[some],
                     step_size=lr * factor,
                     decay=1.0 - lr * weight_decay,
                     rounding=rounding,
-                    masters=self.masters.of(members),
+                    masters=masters,
                 )
+
+    def _held(self, part: Part) -> Iterator[tuple[slice, float, list[Shard], list[Tensor] | None]]:
+        """What this process holds of a part, so many matrices at a time as are alike in that and follow each other: which
+        of the part's they are, the factor on lr, where they lie, and their masters.
+        """
+        found: list[tuple] = []
+        first = place = 0
+        size = math.prod(part.block.shape)
+        for span in part.spans():
+            matrix = self.members[span.index]
+            # One shape is not one orientation: beside a Conv1D's weight may lie that of a linear the other way round.
+            factor = self.rule.lr_factor(*matrix.map_shape)
+            shard, masters = self.backend.shard_of(matrix), self.masters.of([span.index])
+            whole = None if masters is None else masters[0]
+            if matrix.stack is None:
+                parts = [(first, shard, whole)] if shard.length else []
+            else:
+                parts = [
+                    (first + run.first - span.first, run.of(shard), whole if whole is None else run.cut(whole))
+                    for run in runs(shard.start, shard.length, size, span.first, span.last)
+                ]
+            for at, own, copy in parts:
+                # Of those that follow each other, at less their place among them is the same.
+                found.append(((factor, own.start, own.length, at - place), at, own, copy))
+                place += own.count
+            first += span.count
+        for (factor, *_), run_of in itertools.groupby(found, key=operator.itemgetter(0)):
+            _, places, shards, copies = zip(*run_of)
+            some = slice(places[0], places[0] + sum(shard.count for shard in shards))
+            yield some, factor, list(shards), None if copies[0] is None else list(copies)
 
     def _agree(self, problem: str | None) -> None:
         """Raise on every rank if rank 0 has a problem."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.weights.staging import Staging
-from ds_mofa.weights.write import write_updates
+from ds_mofa.weights.write import each_of, write_updates
 
 __all__ = ["CHUNK_BYTES", "chunks", "write_wherever"]
 
@@ -27,7 +27,7 @@ def write_wherever(
     V: Tensor,
     coefficients: Tensor,
     *,
-    indices: Sequence[int],
+    numbers: Tensor,
     masters: Sequence[Tensor] | None = None,
     **how,
 ) -> None:
@@ -41,19 +41,22 @@ def write_wherever(
         for i, shard in enumerate(shards)
     ]
     # ZeRO keeps small parameters on the GPU up to a total, so of one shape some may lie here and some there.
-    first = 0
+    first = count = 0
     for away, run in itertools.groupby(lying):
         some = slice(first, first + len(list(run)))
         first = some.stop
-        arguments = (shards[some], U[some], V[some], coefficients[some])
-        rest = {"indices": indices[some], "masters": None if masters is None else masters[some], **how}
+        own = slice(count, count := count + sum(shard.count for shard in shards[some]))
+        arguments = (shards[some], U[own], V[own], coefficients[own])
+        rest = {"numbers": numbers[own], "masters": None if masters is None else masters[some], **how}
         if any(away):
             _write_through(staging, away, *arguments, **rest)
         else:
             write_updates(*arguments, **rest)
 
 
-def _write_through(staging, away, shards, U, V, coefficients, *, indices, masters, **how) -> None:
+def _write_through(staging, away, shards, U, V, coefficients, *, numbers, masters, **how) -> None:
+    masters = None if masters is None else each_of(masters, shards)
+    shards = [one for shard in shards for one in shard.each()]
     weights = [shard.flat for shard in shards]
     kinds = [weights] if masters is None else [weights, masters]
     moving = [tensors for tensors, is_away in zip(kinds, away) if is_away]
@@ -71,7 +74,7 @@ def _write_through(staging, away, shards, U, V, coefficients, *, indices, master
             U[some],
             V[some],
             coefficients[some],
-            indices=indices[some],
+            numbers=numbers[some],
             masters=None if masters is None else here[1],
             **how,
         )

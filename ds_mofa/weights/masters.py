@@ -1,6 +1,5 @@
 """fp32 masters of 16-bit matrices (``master_weights``): what an update is written into before it is rounded."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -122,4 +121,4 @@ class Masters:
         return self.tensors
 
     def _is_whole(self, matrix: Matrix) -> bool:
-        return self._shard_of(matrix).flat.numel() == math.prod(matrix.shape)
+        return self._shard_of(matrix).flat.numel() == matrix.numel

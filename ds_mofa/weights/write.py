@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ds_mofa.kernels import triton_serves
-from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically, rounding_key
+from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically, rounding_keys
 from ds_mofa.kernels.shard import Shard
 
-__all__ = ["write_updates"]
+__all__ = ["each_of", "write_updates"]
 
 _CHUNK = 1 << 22  # elements of W per pass; bounds the fp32 temporaries to some tens of MB
 
@@ -25,7 +25,7 @@ def write_updates(
     V: Tensor,
     coefficients: Tensor,
     *,
-    indices: Sequence[int],
+    numbers: Tensor,
     step_size: float,
     decay: float,
     rounding: Rounding,
@@ -37,11 +37,11 @@ def write_updates(
     not decayed and not rounded.
 
     Args:
-        shards: the parts of each W to change; all of the same range and dtype.
+        shards: the parts of each W to change, B matrices in all; all of the same range and dtype.
         U: (B, m, r).
         V: (B, n, r).
         coefficients: (B, r), of each direction; all zero where nothing is to be done.
-        indices: of the matrices in the model; they key the random bits.
+        numbers: (B,), int64, on the CPU: of the matrices in the model; they key the random bits.
         step_size: lr times the factor by shape.
         decay: 1 - lr * weight_decay.
         rounding: of 16-bit weights; with masters, always to nearest.
@@ -52,15 +52,22 @@ def write_updates(
     if triton_serves(shards[0].flat):
         from ds_mofa.kernels import _write
 
-        _write.launch(shards, U, V, coefficients, indices, step_size, decay, rounding, masters)
+        _write.launch(shards, U, V, coefficients, numbers, step_size, decay, rounding, masters)
         return
     moving = coefficients.any(-1).tolist()  # a NaN is not zero
-    for i, shard in enumerate(shards):
+    keys = rounding_keys(rounding, numbers).tolist() if rounding.stochastic else None
+    wholes = [one for shard in shards for one in shard.each()]
+    copies = None if masters is None else each_of(masters, shards)
+    for i, shard in enumerate(wholes):
         if not moving[i]:
             continue
-        key = rounding_key(rounding, indices[i])
-        master = None if masters is None else masters[i]
-        _write_one(shard, U[i], V[i], coefficients[i], step_size, decay, key if rounding.stochastic else None, master)
+        key, master = None if keys is None else keys[i], None if copies is None else copies[i]
+        _write_one(shard, U[i], V[i], coefficients[i], step_size, decay, key, master)
+
+
+def each_of(masters: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tensor]:
+    """What :meth:`ds_mofa.kernels.shard.Shard.each` is of shards, of their masters."""
+    return [one for master, shard in zip(masters, shards) for one in master.split(shard.length or 1)]
 
 
 def _write_one(

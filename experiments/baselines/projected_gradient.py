@@ -72,6 +72,17 @@ class ProjectedGradient:
         else:
             self._add(G if P is None else P.to(G.dtype).mT @ G)
 
+    def add_grouped(
+        self,
+        left: Tensor,
+        right: Tensor,
+        ends: Tensor,
+        left_rows: Tensor | None = None,
+        right_rows: Tensor | None = None,
+    ) -> None:
+        """No baseline trains a stack."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def add_gradient(self, grad: Tensor) -> None:
         """Add a gradient that exists, and is given up to this. grad: (m, n)."""

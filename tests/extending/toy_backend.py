@@ -70,7 +70,7 @@ class ThreadBackend(Backend):
         self.exchange = ThreadExchange(world, rank)
 
     def shard_of(self, matrix: Matrix) -> Shard:
-        flat = matrix.weight.view(-1)
+        flat = matrix.param.data.view(-1)
         size = -(-flat.numel() // self.exchange.world_size)  # a half may begin inside a row
         start = min(flat.numel(), self.exchange.rank * size)
         return Shard(flat[start : start + size], start)

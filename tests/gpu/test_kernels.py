@@ -67,7 +67,7 @@ def test_the_write_gives_the_bits_of_its_twin(m, n, r, start, stop, size, dtype,
             U.to(device),
             V.to(device),
             coefficients.to(device),
-            indices=(3, 9, 4),
+            numbers=torch.tensor([3, 9, 4]),
             step_size=2.0**-10,
             decay=0.75,
             rounding=Rounding(stochastic, seed=12345, step=7),
@@ -90,7 +90,7 @@ def test_a_coefficient_that_is_no_number_is_written(n, dtype):
     U, V = torch.ones(1, 70, 8, dtype=dtype, device="cuda"), torch.ones(1, n, 8, dtype=dtype, device="cuda")
     coefficients = torch.zeros(1, 8, dtype=dtype, device="cuda")
     coefficients[0, 5] = math.nan
-    arguments = {"indices": (0,), "step_size": 0.1, "decay": 1.0, "rounding": Rounding(True)}
+    arguments = {"numbers": torch.arange(1), "step_size": 0.1, "decay": 1.0, "rounding": Rounding(True)}
     write_updates([Shard(W[0])], U, V, coefficients, **arguments)
     assert W.isnan().all()
 
@@ -133,7 +133,7 @@ def test_the_write_of_fp32_weights_agrees_to_rounding():
     cpu, gpu = W.clone(), W.cuda()
     for device, parts in (("cpu", cpu), ("cuda", gpu)):
         ones = torch.ones(1, 8, device=device)
-        arguments = {"indices": (0,), "step_size": 0.1, "decay": 0.9, "rounding": Rounding(True)}
+        arguments = {"numbers": torch.arange(1), "step_size": 0.1, "decay": 0.9, "rounding": Rounding(True)}
         write_updates([Shard(parts[0])], U.to(device), V.to(device), ones, **arguments)
     assert (gpu.cpu() - cpu).norm() / cpu.norm() < 1e-6
 
@@ -145,7 +145,7 @@ def test_random_words_are_counted_in_32_bits_beyond_two_billion_elements():
         pytest.skip("needs 14 GB")
     W = torch.full((m * n,), 1.0, dtype=torch.bfloat16, device="cuda")
     U, V = torch.ones(1, m, 1, device="cuda").bfloat16(), torch.ones(1, n, 1, device="cuda").bfloat16()
-    arguments = {"indices": (0,), "step_size": 2.0**-12, "decay": 1.0, "rounding": Rounding(True, 1, 1)}
+    arguments = {"numbers": torch.arange(1), "step_size": 2.0**-12, "decay": 1.0, "rounding": Rounding(True, 1, 1)}
     write_updates([Shard(W)], U, V, U[:, :1, 0], **arguments)
     row = torch.full((n,), 1.0, dtype=torch.bfloat16)
     key = rounding_key(Rounding(True, 1, 1), 0)

@@ -141,7 +141,7 @@ def _weights(dtype, start, numel, count, m, n, r):
     U, V = (torch.randn(count, size, r, device=GPU).to(working) / size**0.5 for size in (m, n))
     c = torch.rand(count, r, device=GPU).to(working)
     c[1] = 0  # this one stays
-    how = {"step_size": 1e-3, "decay": 0.99, "rounding": Rounding(True, 3, 5), "indices": tuple(range(count))}
+    how = {"step_size": 1e-3, "decay": 0.99, "rounding": Rounding(True, 3, 5), "numbers": torch.arange(count)}
     return weights, (U, V, c), how, start
 
 
@@ -195,7 +195,7 @@ def test_no_more_of_the_weights_is_on_the_gpu_than_two_chunks(pin):
     m, n, r, count = 4096, 8192, 16, 3
     weights = [_host(torch.full((m * n,), 0.02, dtype=torch.bfloat16), pin) for _ in range(count)]
     U, V = (torch.randn(count, size, r, device=GPU).bfloat16() for size in (m, n))
-    how = {"step_size": 1e-3, "decay": 0.99, "rounding": Rounding(True), "indices": (0, 1, 2)}
+    how = {"step_size": 1e-3, "decay": 0.99, "rounding": Rounding(True), "numbers": torch.arange(3)}
     staging = Staging(GPU)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

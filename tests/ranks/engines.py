@@ -190,4 +190,4 @@ def momenta(optimizer: MoFaSGD | GaLore) -> dict[str, Tensor]:
     if isinstance(optimizer, GaLore):
         shapes = {matrix.name: matrix.shape for matrix in optimizer.matrices.members}
         return {bare(name): like(one["P"] @ one["m"].mT, shapes[name]) for name, one in state.items()}
-    return {bare(name): one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}
+    return {bare(name): one["U"] * one["sigma"].unsqueeze(-2) @ one["V"].mT for name, one in state.items()}

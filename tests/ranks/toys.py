@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations.moe import use_experts_implementation
 
 __all__ = [
     "Toy",
@@ -14,6 +15,7 @@ __all__ = [
     "Sliver",
     "Sometimes",
     "Resting",
+    "Routed",
     "Late",
     "Idle",
     "Layers",
@@ -256,6 +258,67 @@ class TiedLookup(Tied):
     MATRICES = ("embed.weight", *Layers.MATRICES)
     INCLUDE = ("^embed",)
     STILL = ()
+
+
+class ToyConfig:
+    """What an experts module reads of a model's config."""
+
+    _experts_implementation = "eager"
+
+
+@use_experts_implementation
+class ToyExperts(nn.Module):
+    """Seven experts of odd widths, the last of which no token is sent to."""
+
+    EXPERTS, INNER = 7, 11
+
+    def __init__(self, config: ToyConfig):
+        super().__init__()
+        self.num_experts, self.act_fn = self.EXPERTS, torch.tanh
+        self.gate_up_proj = nn.Parameter(torch.randn(self.EXPERTS, 2 * self.INNER, WIDTH) / WIDTH**0.5)
+        self.down_proj = nn.Parameter(torch.randn(self.EXPERTS, WIDTH, self.INNER) / self.INNER**0.5)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden_states)
+        for e in range(self.num_experts):
+            token, place = torch.where(top_k_index == e)
+            x = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[e]))
+            out.index_add_(0, token, F.linear(x, self.down_proj[e]) * top_k_weights[token, place, None])
+        return out
+
+
+class Block(nn.Module):
+    """Two experts a token, by a rule that no rounding changes; weighed by a router, which AdamW trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Parameter(torch.randn(ToyExperts.EXPERTS, WIDTH) / WIDTH**0.5)
+        self.experts = ToyExperts(ToyConfig())
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        live = ToyExperts.EXPERTS - 1
+        tokens = tokens.flatten()
+        chosen = torch.stack([tokens % live, (tokens + 1 + tokens // live % (live - 1)) % live], dim=-1)
+        flat = x.flatten(0, -2)
+        weights = F.linear(flat, self.router).gather(1, chosen).softmax(-1)
+        return self.experts(flat, chosen, weights).view_as(x)
+
+
+class Routed(Layers):
+    """With stacked experts."""
+
+    MATRICES = (*Layers.MATRICES, "moe.experts.gate_up_proj", "moe.experts.down_proj")
+
+    def __init__(self):
+        super().__init__()
+        self.moe = Block()
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        self.route = lambda x: self.moe(x, tokens)
+        return super().forward(tokens, targets)
+
+    def blocks(self):
+        return [*super().blocks(), self.route]
 
 
 class Napping(Layers):

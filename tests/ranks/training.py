@@ -157,7 +157,7 @@ def whole_momenta(engine) -> dict[str, Tensor]:
     matrices = engine.basic_optimizer.matrices
     state = matrices.state_dict().get("matrices", {})
     if "sigma" in matrices.rule.field_names():
-        return {name: one["U"] * one["sigma"] @ one["V"].mT for name, one in state.items()}
+        return {name: one["U"] * one["sigma"].unsqueeze(-2) @ one["V"].mT for name, one in state.items()}
     if "m" not in matrices.rule.field_names():
         return {}  # a rule without one
     shapes = {matrix.name: matrix.shape for matrix in matrices.members}

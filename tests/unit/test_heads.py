@@ -212,9 +212,14 @@ def test_what_torch_itself_calls_a_linear_map_is_one():
 def test_a_stack_of_experts_and_its_router_say_what_they_are():
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
     model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))
-    found = reasons(split(model))
+    divided = split(model)
+    found = reasons(divided)
     layer = "model.layers.0.mlp"
-    assert found[f"{layer}.experts.gate_up_proj"] == "stacked experts, not yet matrices"
+    stacks = {m.name: (m.stack, m.shape) for m in divided.matrices if m.stack is not None}
+    assert stacks == {f"{layer}.experts.gate_up_proj": (4, (48, 16)), f"{layer}.experts.down_proj": (4, (16, 24))}
+    assert f"{2 * 4 + 4} matrices in 6 tensors, 2 of them stacks, on MoFaSGD" in divided.summary()
+    excluded = reasons(split(model, exclude=["experts"]))
+    assert excluded[f"{layer}.experts.down_proj"] == "excluded by pattern"
     assert found[f"{layer}.gate.weight"] == "2-D in MixtralTopKRouter, of no known linear map"
     assert "convolution" in reasons(split(model_of(conv=nn.Conv1d(8, 8, 4), out=nn.Linear(8, 8)))).values()
 

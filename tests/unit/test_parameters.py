@@ -212,10 +212,16 @@ def test_a_pattern_that_matches_frozen_parameters_alone_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "pattern, why", [("square", "not 2-D"), (r"norm\.weight", "not 2-D"), ("lm_head", "smaller than rank 20")]
+    "pattern, why",
+    [
+        ("square", "neither"),
+        (r"norm\.weight", "neither"),
+        ("conv", "a convolution"),
+        ("lm_head", "smaller than rank 20"),
+    ],
 )
 def test_include_of_what_cannot_be_a_matrix_is_an_error(pattern, why):
-    model = nn.ModuleDict({"body": NanoGPT(), "big": nn.Linear(30, 30)})
+    model = nn.ModuleDict({"body": NanoGPT(), "big": nn.Linear(30, 30), "conv": nn.Conv1d(20, 20, 20)})
     with pytest.raises(OptionError, match=re.escape(f"include: {pattern!r} names") + f".*{why}"):
         split(model, include=[pattern], rank=20 if pattern == "lm_head" else 4)
 

@@ -132,7 +132,7 @@ def _writes(engine) -> bool:
 def _description(engine, mofa: MatrixOptimizer) -> dict[str, Any]:
     return describe(
         mofa.options.title,
-        {matrix.name: matrix.shape for matrix in mofa.split.matrices},
+        {matrix.name: matrix.full_shape for matrix in mofa.split.matrices},
         zero_stage=int(engine.zero_optimization_stage()),
         world_size=engine.seq_dp_world_size,
         rank=mofa.options.rank,
@@ -442,7 +442,7 @@ def _check_optimizer(folder: Path, manifest: Mapping[str, Any], mofa: MatrixOpti
 
 def _check_matrices(folder: Path, manifest: Mapping[str, Any], mofa: MatrixOptimizer) -> None:
     saved = {name: tuple(shape) for name, shape in manifest["matrices"].items()}
-    here = {matrix.name: matrix.shape for matrix in mofa.split.matrices}
+    here = {matrix.name: matrix.full_shape for matrix in mofa.split.matrices}
     odd = sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name))
     if odd:
         raise CheckpointError(

@@ -54,13 +54,8 @@ def forget(matrices: Iterable[Matrix]) -> None:
 
 
 def shard_of(matrix: Matrix) -> Shard:
-    """This rank's part of W: a flat range of the row-major matrix in stage 3, all of it in the others."""
-    if not is_partitioned(matrix.param):
-        return whole_matrix(matrix)
-    local, (m, n) = local_shard(matrix.param), matrix.shape
-    first, last = matrix.start, matrix.start + m * n  # of the parameter's elements
-    low, high = (min(max(bound, first), last) for bound in (local.start, local.start + local.flat.numel()))
-    return Shard(local.flat[low - local.start : high - local.start] if high > low else local.flat[:0], low - first)
+    """This rank's part of W: a flat range of the row-major parameter in stage 3, all of it in the others."""
+    return local_shard(matrix.param) if is_partitioned(matrix.param) else whole_matrix(matrix)
 
 
 def is_partitioned(param: nn.Parameter) -> TypeGuard[bases.Partitioned]:

@@ -31,7 +31,7 @@ def _staged(plan: Plan, limit: float) -> int:
     for rank in range(plan.owners):
         states = dict(zip(plan.layout.owned_by(rank), plan.state_layout.owned_by(rank), strict=True))
         for parts in split(list(states), limit):
-            shapes = [(len(part.members), states[part.block].tensors) for part in parts]
+            shapes = [(part.count, states[part.block].tensors) for part in parts]
             largest = max(largest, sum(4 * count * sum(map(math.prod, tensors)) for count, tensors in shapes))
     weights = CHUNK_BYTES if plan.setting.offload == "param" else 0
     return 2 * max(largest, weights)

@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 
 import torch
+import toys
 from comparing import equal
 from deepspeed import comm as dist
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import safe_get_full_optimizer_state
 from torch import nn
-from toys import Toy, batches
+from toys import batches
 from training import config, engine_for, toy, train_step, whole_momenta, whole_weights
 
 from ds_mofa.backends.deepspeed.universal import convert
@@ -31,9 +32,9 @@ def groups_of(model: nn.Module) -> list[dict]:
     return [{"params": thick, "weight_decay": 0.3}, {"params": thin, "weight_decay": 0.0}]
 
 
-def buffered(seed: int) -> nn.Module:
-    """The toy, with a buffer that a checkpoint holds too."""
-    model = toy(seed=seed)
+def buffered(seed: int, kind: str = "Toy") -> nn.Module:
+    """A toy, with a buffer that a checkpoint holds too."""
+    model = toy(getattr(toys, kind), seed=seed)
     model.register_buffer("seen", torch.tensor([7 + seed, 1 << 30]))
     return model
 
@@ -56,7 +57,7 @@ def state_of(engine) -> dict:
     adamw = {
         f"{name} {key}": safe_get_full_optimizer_state(engine.module.get_parameter(name), key).cpu().flatten().clone()
         for name in names
-        if name not in Toy.MATRICES and engine.zero_optimization_stage() > 0
+        if name not in engine.module.MATRICES and engine.zero_optimization_stage() > 0
         for key in ("exp_avg", "exp_avg_sq")
     }
     return {
@@ -74,9 +75,9 @@ def masters_of(engine) -> dict:
     return {name: part.flatten() for name, part in engine.basic_optimizer.matrices.masters.state_dict().items()}
 
 
-def saved(stage: int, dtype: str = "fp32", universal: bool = True, **rest) -> dict:
+def saved(stage: int, dtype: str = "fp32", universal: bool = True, kind: str = "Toy", **rest) -> dict:
     """Six steps, saved after three, and the universal checkpoint of that."""
-    model = buffered(seed=0)
+    model = buffered(seed=0, kind=kind)
     with engine_for(settings_for(stage, dtype, **rest), model=model, groups=groups_of(model)) as engine:
         for batch in DATA[:3]:
             train_step(engine, batch)
@@ -89,10 +90,16 @@ def saved(stage: int, dtype: str = "fp32", universal: bool = True, **rest) -> di
 
 
 def resumed(
-    stage: int, before: str, dtype: str = "fp32", universal: bool = True, tag: str | None = None, **rest
+    stage: int,
+    before: str,
+    dtype: str = "fp32",
+    universal: bool = True,
+    tag: str | None = None,
+    kind: str = "Toy",
+    **rest,
 ) -> dict:
     """The other three steps, by an engine that starts from other weights."""
-    model = buffered(seed=1)
+    model = buffered(seed=1, kind=kind)
     chosen = settings_for(stage, dtype, **rest, **(UNIVERSAL if universal else {}))
     with engine_for(chosen, model=model, groups=groups_of(model)) as engine:
         path, _ = engine.load_checkpoint(f"{before}/saved", tag=tag)

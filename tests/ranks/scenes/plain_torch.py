@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from toys import Toy, batches, micro_batches
+from toys import Routed, Toy, batches, micro_batches
 from training import mean_over_ranks, toy
 
 __all__ = ["DATA", "Seen", "built", "full", "lessons", "run"]
@@ -32,14 +32,23 @@ class Seen(Toy):
         self.register_buffer("seen", torch.randint(1 << 40, (2,)))
 
 
-def built(engine: str, *, seed: int = 0, dtype: str = "float32", **options: Any) -> tuple:
+class SeenRouted(Routed):
+    """:class:`Seen` with stacked experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.randint(1 << 40, (2,)))
+
+
+def built(engine: str, *, seed: int = 0, dtype: str = "float32", experts: bool = False, **options: Any) -> tuple:
     """The model, as ``engine`` has it, and its optimizer.
 
     Args:
         engine: ``"fsdp2"``, ``"hsdp"`` (two shards of each replica), ``"ddp"`` or ``"one"``, a process that trains alone.
         seed: of the first weights.
+        experts: whether the model has stacked experts.
     """
-    whole = toy(Seen, seed=seed).to(getattr(torch, dtype))
+    whole = toy(SeenRouted if experts else Seen, seed=seed).to(getattr(torch, dtype))
     if engine == "one":
         return whole, mofasgd(whole, **options)
     if engine == "ddp":
@@ -48,7 +57,8 @@ def built(engine: str, *, seed: int = 0, dtype: str = "float32", **options: Any)
     world = dist.get_world_size()
     shape, names = ((world,), ("shards",)) if engine == "fsdp2" else ((world // 2, 2), ("replicas", "shards"))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    for part in (whole.up, whole.down, whole):
+    parts = (whole.feed, whole.moe) if experts else (whole.up, whole.down)
+    for part in (*parts, whole):
         fully_shard(part, mesh=mesh)
     return whole, mofasgd(whole, **options)
 

@@ -1,5 +1,6 @@
 """A run of six steps, and the same run saved and ended after three and resumed by another engine."""
 
+import toys
 from comparing import equal
 from toys import batches
 from training import config, engine_for, toy, train_step, whole_weights
@@ -8,16 +9,21 @@ DATA = batches(6)
 SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8, "warmup_max_lr": 1e-2}}
 
 
-def saved_and_resumed(stage: int, dtype: str, seed: int = 1, **rest) -> dict:
-    """Six steps, saved after three; then three again by an engine that starts from other weights: those of ``seed``."""
+def saved_and_resumed(stage: int, dtype: str, seed: int = 1, kind: str = "Toy", **rest) -> dict:
+    """Six steps, saved after three; then three again by an engine that starts from other weights: those of ``seed``.
+
+    Args:
+        kind: of toy.
+    """
     settings = config(stage, dtype=dtype, scheduler=SCHEDULE, gradient_clipping=0.5, **rest)
-    with engine_for(settings) as engine:
+    model = getattr(toys, kind)
+    with engine_for(settings, model=toy(model)) as engine:
         for batch in DATA[:3]:
             train_step(engine, batch)
         engine.save_checkpoint("saved")
         saved = whole_weights(engine.module)
         uninterrupted = end_of(engine)
-    with engine_for(settings, model=toy(seed=seed)) as engine:
+    with engine_for(settings, model=toy(model, seed=seed)) as engine:
         engine.load_checkpoint("saved")
         loaded = whole_weights(engine.module)
         resumed = end_of(engine)

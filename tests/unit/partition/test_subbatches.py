@@ -33,11 +33,11 @@ SHAPES = st.lists(st.sampled_from([(3, 5), (40, 7), (7, 40), (16, 16)]), max_siz
 def test_every_matrix_is_in_one_sub_batch_and_none_is_too_large(shapes, rank, limit):
     blocks = _blocks(shapes, rank)
     batches = split(blocks, limit)
-    members = [index for parts in batches for part in parts for index in part.members]
+    members = [index for parts in batches for part in parts for index in part.numbers().tolist()]
     assert members == [index for block in blocks for index in block.members]
     for parts in batches:
         assert parts and all(part.first < part.last for part in parts)
-        alone = len(parts) == 1 and len(parts[0].members) == 1
+        alone = len(parts) == 1 and parts[0].count == 1
         assert temporaries(parts) <= limit or alone
     for parts, after in itertools.pairwise(batches):  # a matrix more would have been too much
         block, first = after[0].block, after[0].first
@@ -50,7 +50,7 @@ def test_a_part_is_its_members_of_the_block():
     [block] = _blocks([(4, 3)] * 5, 2)
     flat = torch.arange(block.numel).float()
     part = Part(block, 1, 3)
-    assert part.members == (1, 2)
+    assert part.numbers().tolist() == [1, 2]
     for view, whole in zip(part.views(flat), block.views(flat)):
         assert torch.equal(view, whole[1:3]) and view.is_contiguous()
 

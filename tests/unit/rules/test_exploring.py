@@ -395,7 +395,7 @@ def test_exploring_needs_no_more_than_is_said(shapes, rank, k):
     columns.draw(working, 0)
     batches, sketches = [], torch.randn(layout.numel)
     for part in parts:
-        (m, n), B = part.block.shape, len(part.members)
+        (m, n), B = part.block.shape, part.count
         U, V = (torch.linalg.qr(torch.randn(B, size, rank)).Q for size in (m, n))
         left, right, _ = part.views(working)
         state, came = (U, V, torch.ones(B, rank)), torch.ones(B, dtype=torch.bool)

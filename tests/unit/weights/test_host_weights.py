@@ -79,7 +79,12 @@ def _case(dtype, start, numel, count=5, m=23, n=19, r=3):
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(numel, generator=generator).to(dtype) for _ in range(count)]
     U, V = _whole_numbers(count, m, r, seed=0), _whole_numbers(count, n, r, seed=1)
-    how = {"step_size": 2.0**-9, "decay": 0.75, "rounding": Rounding(True, 1, 2), "indices": (4, 2, 9, 7, 5)[:count]}
+    how = {
+        "step_size": 2.0**-9,
+        "decay": 0.75,
+        "rounding": Rounding(True, 1, 2),
+        "numbers": torch.tensor([4, 2, 9, 7, 5])[:count],
+    }
     coefficients = torch.ones(count, r)
     coefficients[STILL] = 0
     return weights, [Shard(flat, start) for flat in weights], (U, V, coefficients), how

@@ -71,7 +71,7 @@ class MicroBatch:
         at_completion: the moment at which each gradient of ``order`` is complete.
         events: ("alloc", key, bytes), ("free", key, bytes) and ("complete", name, 0), in order. A key is a number, of
             what FSDP2 allocates on the stream that it gathers on ("gathered", number).
-        places: (shape, param group) of every matrix of the optimizer, in its order: a parameter may hold several.
+        places: :class:`ds_mofa.partition.layout.Place` of every matrix or stack of the optimizer, in its order.
         held: bytes that the optimizer's rule keeps on every rank beside its state.
     """
 
@@ -80,7 +80,7 @@ class MicroBatch:
     peaks: list[Moment]
     at_completion: list[Moment]
     events: list[tuple[str, Any, int]]
-    places: tuple[tuple[tuple[int, int], int], ...] = ()
+    places: tuple[tuple, ...] = ()
     held: int = 0
 
     def stretches(self) -> Iterator[tuple[Moment, tuple[str, Moment] | None]]:

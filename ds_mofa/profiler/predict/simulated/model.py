@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_mofa.parameters.kinds import holds_experts
 from ds_mofa.profiler.predict.simulated.errors import PredictionError
 from ds_mofa.profiler.predict.simulated.liger import MODELS, fused
 from ds_mofa.profiler.setting import RunSetting
@@ -32,9 +33,11 @@ def build(setting: RunSetting) -> nn.Module:
         PredictionError: no model can be built from its config.
     """
     config = AutoConfig.for_model(**_shape_in(setting.model_config))
-    config.use_cache = False
+    config.get_text_config().use_cache = config.use_cache = False
     dtype = torch.float32 if setting.weights == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    if any(map(holds_experts, model.modules())):  # a loop over them looks into the routing
+        model.set_experts_implementation("grouped_mm")
     if setting.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if setting.embed == "frozen":

@@ -28,14 +28,14 @@ class Attached:
     Attributes:
         kinds: of each parameter: "sketched", "matrix" (a 2-D weight of the layers), "other", "frozen" or "adapter".
         buffers: tensors of the optimizer that backward writes into, which no micro-batch allocates.
-        places: (shape, param group) of each matrix that is sketched.
+        places: :class:`ds_mofa.partition.layout.Place` of each matrix or stack that is sketched.
         held: bytes that the rule keeps on every rank beside its state.
         optimizer: attached for as long as it is kept.
     """
 
     kinds: dict[nn.Parameter, str]
     buffers: list[Tensor]
-    places: tuple[tuple[tuple[int, int], int], ...] = ()
+    places: tuple[tuple, ...] = ()
     held: int = 0
     optimizer: MatrixOptimizer | None = None
 
@@ -70,7 +70,7 @@ def _sketched(model: nn.Module, setting: RunSetting, entry: Entry) -> Attached:
     matrices = {matrix.param for matrix in optimizer.split.matrices}
     kinds = {p: "sketched" if p in matrices else _other(p) for p in model.parameters()}
     step = optimizer.matrices
-    places = tuple((matrix.shape, matrix.group) for matrix in optimizer.split.matrices)
+    places = tuple(matrix.place for matrix in optimizer.split.matrices)
     held = sum(tensor.nbytes for tensor in step.held())
     return Attached(kinds, [step.sketches, step.working, step.factors], places, held, optimizer)
 
