@@ -1,5 +1,8 @@
 """A model's shape, from a JSON such as those of configs/models, and whether a tokenizer fits it."""
 
+import importlib
+import inspect
+import re
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -27,12 +30,21 @@ def config_from_shape(path: str) -> PretrainedConfig:
 def _unknown(shape: dict[str, Any], config: PretrainedConfig) -> list[str]:
     """The keys that mean nothing, of the configs within it too. A config takes any, and leaves its default in force."""
     known = type(config)()
-    unknown = [key for key in shape if not hasattr(known, key)]
+    unknown = [key for key in shape if not hasattr(known, key) and not _is_read(key, config)]
     for key, value in shape.items():
         inner = getattr(config, key, None)
         if isinstance(value, dict) and isinstance(inner, PretrainedConfig):
             unknown += [f"{key}.{name}" for name in _unknown(value, inner)]
     return unknown
+
+
+def _is_read(key: str, config: PretrainedConfig) -> bool:
+    """Whether the model reads a setting that its config does not declare, such as the head_dim of Qwen3-MoE's."""
+    try:
+        module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    except ImportError:
+        return False
+    return re.search(rf"\b{re.escape(key)}\b", inspect.getsource(module)) is not None
 
 
 def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,14 +2,17 @@
 
     python profiling/capacity.py
     python profiling/capacity.py --model_configs configs/models/llama-3.1-8b.json --tokens 4096
+    python profiling/capacity.py --model_configs configs/models/qwen3-30b-a3b.json --include embed_tokens lm_head
 
 Prints, for each model, optimizer and size of card, the smallest number of GPUs and in brackets the host memory that each
-needs, in GB. One sequence a micro-batch, two micro-batches a step, activations checkpointed, liger-kernel's operators,
-small buckets. What a card has to hold is what PyTorch's allocator has in use, the CUDA context and NCCL; the
-allocator's slack, which shrinks when memory is short, is not in it.
+needs, in GB. One sequence a micro-batch, two micro-batches a step, activations checkpointed, small buckets; liger-kernel's
+operators where it is known which of the model's they replace, else ``fused_head`` of ds_mofa's optimizers. A plain loop is on
+one GPU, with AdamW's states in the weights' dtype. What a card has to hold is what PyTorch's allocator has in
+use, the CUDA context and NCCL; the allocator's slack, which shrinks when memory is short, is not in it.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,12 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
+from ds_mofa.optimizers.registry import find
 from ds_mofa.profiler.predict import predict
+from ds_mofa.profiler.predict.simulated.liger import MODELS as LIGER
 from ds_mofa.profiler.setting import RunSetting, SettingError
 
 CARDS = {"16 GiB": 16 << 30, "24 GiB": 24 << 30, "40 GiB": 40 << 30, "80 GiB": 80 << 30, "141 GB": 141 * 10**9}
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 WAYS: dict[str, dict[str, Any]] = {
+    "plain loop": {"backend": "torch"},
     "ZeRO-2": {"zero": 2},
     "ZeRO-2, optimizer offloaded": {"zero": 2, "offload": "optimizer"},
     "ZeRO-3": {"zero": 3},
@@ -40,15 +46,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--optimizers", nargs="+", default=["AdamW", "MoFaSGD"])
     parser.add_argument("--rank", type=int, default=8, help="of ds_mofa's optimizers")
     parser.add_argument("--explore", type=int, default=0, help="of MoFaSGD")
+    parser.add_argument("--include", nargs="+", default=(), help="of ds_mofa's optimizers: what else is a matrix")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
     args = parser.parse_args(argv)
     print(f"| model, optimizer | card | {' | '.join(WAYS)} |\n|---|---|{'---|' * len(WAYS)}")
     for path in args.model_configs:
+        liger = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type") in LIGER
         for optimizer in args.optimizers:
             try:
                 setting = RunSetting.from_args(
                     args, model_config=path, optimizer=optimizer, zero=3, seq=args.tokens, micro_batches=2,
-                    checkpointing=True, liger=True, bucket=20_000_000, prefetch=50_000_000, leaf=True,
+                    checkpointing=True, liger=liger, bucket=20_000_000, prefetch=50_000_000, leaf=True,
+                    **({} if liger or find(optimizer) is None else {"fused_head": True}),
                 )  # fmt: skip
             except SettingError as error:
                 sys.exit(f"capacity.py: error: {error}")
@@ -63,20 +72,22 @@ def smallest(setting: RunSetting, way: Mapping[str, Any]) -> dict[str, str]:
     :data:`GPUS` does.
     """
     found = dict.fromkeys(CARDS, "-")
-    for gpus in GPUS:
+    for gpus in GPUS if "zero" in way else GPUS[:1]:
         need, host = needs(setting.but(**way, gpus=gpus))
         for card, size in CARDS.items():
             if found[card] == "-" and need <= size:
                 found[card] = f"{gpus} ({host / 1e9:.0f})" if host else str(gpus)
         # Whole weights that the largest card does not hold will not fit on more of them.
-        if "-" not in found.values() or (way["zero"] == 2 and gpus == 1 and weights(setting) > max(CARDS.values())):
+        if "-" not in found.values() or (way.get("zero") == 2 and gpus == 1 and weights(setting) > max(CARDS.values())):
             break
     return found
 
 
 def weights(setting: RunSetting) -> int:
     """Bytes of all of them."""
-    return predict(RunSetting.of(setting.model_config, setting.optimizer, zero=3, liger=True))["categories"]["weights"]
+    return predict(RunSetting.of(setting.model_config, setting.optimizer, zero=3, liger=setting.liger))["categories"][
+        "weights"
+    ]
 
 
 def needs(setting: RunSetting) -> tuple[int, int]:

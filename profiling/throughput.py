@@ -52,6 +52,7 @@ COLUMNS = {
     "micro_batch_gpu_ms": "of it in kernels [ms]",
     "step_ms": "optimizer step [ms]",
     "tokens_per_second": "tokens/s per GPU",
+    "mfu": "MFU",
     "peak_allocated_gb": "peak allocated [GB]",
     "predicted_allocated_gb": "predicted [GB]",
     "nvml_gb": "NVML used [GB]",
@@ -66,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", nargs="+", required=True, metavar="BACKEND:OPTIMIZER[:OPTION=VALUE...]")
     parser.add_argument("--shapes", nargs="+", default=["1024x8"], metavar="TOKENSxMICRO_BATCHES")
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before measuring")
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="optimizer steps before measuring: the second still compiles"
+    )
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps to measure; the median counts")
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one run")
     parser.add_argument("--predict", action="store_true", help="predict each result's memory, while the run goes on")

@@ -23,6 +23,7 @@ import ds_mofa
 from ds_mofa.phases import listening
 from ds_mofa.profiler.setting import RunSetting
 from profiling.engine_trainers import make_trainer
+from profiling.flops import flops_per_token, peak_flops
 from profiling.trainers import Trainer
 
 __all__ = ["clock", "freeze_garbage", "measure"]
@@ -78,11 +79,13 @@ def measure(trainer: Trainer, setting: RunSetting, args: argparse.Namespace, dev
     if cuda:  # the driver's figure is to be of this shape
         torch.cuda.empty_cache()
     micro_ms, step_ms, losses = [], [], []
+    energy = 0.0
     for step in range(args.warmup + args.steps):
         if step == args.warmup:
             freeze_garbage()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
+                energy = joules(args.local_rank)
         start = clock(device)
         total = sum(trainer.accumulate(ids) for ids in batches)
         middle = clock(device)
@@ -94,17 +97,34 @@ def measure(trainer: Trainer, setting: RunSetting, args: argparse.Namespace, dev
             step_ms.append((end - middle) * 1e3)
 
     micro, step = statistics.median(micro_ms), statistics.median(step_ms)
+    # What the driver has counted since then is of all measured steps.
+    energy = (joules(args.local_rank) - energy) / (args.steps * micro_batches * tokens) if cuda else 0.0
     memory = memory_used(args.local_rank) if cuda else {}
     parts = look_inside(trainer, batches) if cuda else {}
     return {
         "micro_batch_ms": round(micro, 2),
         "step_ms": round(step, 2),
         "tokens_per_second": round(tokens * micro_batches / (micro * micro_batches + step) * 1e3),
+        **utilisation(trainer, tokens, micro_batches, micro_ms, step_ms),
+        **({"joules_per_token": round(energy, 4)} if cuda else {}),
         **memory,
         **parts,
         "losses": [round(loss, 4) for loss in losses],
         **({"skipped_steps": trainer.skipped} if trainer.skipped else {}),
     }
+
+
+def utilisation(
+    trainer: Trainer, tokens: int, micro_batches: int, micro_ms: Sequence[float], step_ms: Sequence[float]
+) -> dict[str, Any]:
+    """Least and most tokens/s of the steps, and the model FLOPs utilisation of their median where the card is known."""
+    speeds = [tokens * micro_batches / (micro * micro_batches + step) * 1e3 for micro, step in zip(micro_ms, step_ms)]
+    found: dict[str, Any] = {"tokens_per_second_range": [round(min(speeds)), round(max(speeds))]}
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if peak is not None:
+        model: Any = getattr(trainer.model, "module", trainer.model)  # of a wrapper
+        found["mfu"] = round(flops_per_token(model, tokens) * statistics.median(speeds) / peak, 4)
+    return found
 
 
 def freeze_garbage() -> None:
@@ -124,13 +144,26 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def memory_used(index: int) -> dict[str, float]:
-    """Of this process by PyTorch's allocator, and of the whole GPU, by all processes, as the driver counts it."""
+def handle_of(index: int) -> tuple[Any, Any]:
+    """NVML, and its handle of a CUDA device, by the name: CUDA may have been told to count the devices otherwise."""
     import pynvml  # only there where a GPU is
 
     pynvml.nvmlInit()
-    # By its name: CUDA may have been told to count the devices otherwise.
-    device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+
+
+def joules(index: int) -> float:
+    """What the GPU has used up so far, since the driver was loaded; 0 where the driver does not count it."""
+    pynvml, device = handle_of(index)
+    try:
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1e3
+    except pynvml.NVMLError_NotSupported:
+        return 0.0
+
+
+def memory_used(index: int) -> dict[str, float]:
+    """Of this process by PyTorch's allocator, and of the whole GPU, by all processes, as the driver counts it."""
+    pynvml, device = handle_of(index)
     driver = pynvml.nvmlDeviceGetMemoryInfo(device).used
     reserved = torch.cuda.max_memory_reserved()
     return {

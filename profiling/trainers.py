@@ -15,6 +15,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import OPTIMIZERS
+from ds_mofa.profiler.predict.simulated.model import attention
 from ds_mofa.profiler.setting import RunSetting, SettingError
 
 __all__ = [
@@ -84,7 +85,7 @@ def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
     config.get_text_config().use_cache = config.use_cache = False
     dtype = torch.float32 if setting.weights == "fp32" else torch.bfloat16
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config))
     if setting.liger:
         apply_liger_kernel(model, {"fused_linear_cross_entropy": False} if setting.option("fused_head") else None)
     if setting.embed == "frozen":

@@ -11,14 +11,13 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ds_mofa.parameters import experts
 from ds_mofa.parameters.shapes import full_shape
 
 __all__ = [
     "Slot",
-    "holds_experts",
     "is_convolution",
     "is_embedding",
-    "is_experts",
     "is_linear_map",
     "is_transposed",
     "other_kind",
@@ -27,8 +26,6 @@ __all__ = [
 
 Slot = tuple[nn.Module, str]  # a module, and the name of a parameter of its own
 
-EXPERTS_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-_OF_EXPERTS = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate", "down_proj")
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -68,26 +65,14 @@ def _is_weight(param: nn.Parameter, module: nn.Module, name: str) -> bool:
     return is_transposed(module) and name == "weight"
 
 
-def holds_experts(module: nn.Module) -> bool:
-    """Whether it is one of transformers' modules of stacked experts, which are computed by a function of its registry: by
-    what that function reads of a module.
-    """
-    return all(hasattr(module, name) for name in _OF_EXPERTS) and hasattr(type(module).forward, "__wrapped__")
-
-
-def is_experts(param: nn.Parameter, slots: Iterable[Slot]) -> bool:
-    """Whether a 3-D parameter (E, m, n) is the weights of E linear maps, each of some of the tokens."""
-    return any(name in EXPERTS_WEIGHTS and holds_experts(module) for module, name in slots)
-
-
 def is_convolution(slots: Iterable[Slot]) -> bool:
     return any(isinstance(module, nn.modules.conv._ConvNd) for module, _ in slots)
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module computes x W: by its class, which is there if anybody has made one; stacked experts say it."""
-    if holds_experts(module):
-        return bool(module.is_transposed)
+    if experts.holds_experts(module):
+        return experts.is_transposed(module)
     transposed = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return transposed is not None and isinstance(module, transposed)
 

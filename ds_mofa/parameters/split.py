@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ds_mofa.groups import check_group
 from ds_mofa.options import OptimizerOptions, OptionError
+from ds_mofa.parameters import experts
 from ds_mofa.parameters.heads import output_heads
 from ds_mofa.parameters.kinds import (
     Slot,
     is_convolution,
     is_embedding,
-    is_experts,
     is_linear_map,
     is_transposed,
     other_kind,
@@ -147,6 +147,7 @@ def split_parameters(
     """
     names = names if names is not None else {p: name for name, p in model.named_parameters()}
     _refuse_lazy(model)
+    experts.refuse(model)
     slots = slots_of(model)
     heads = output_heads(model, slots)
 
@@ -327,6 +328,6 @@ def _why_adamw(
         if not is_linear_map(param, slots):
             return other_kind(param, name, slots)
         return impossible
-    if len(shape) == 3 and is_experts(param, slots):
+    if len(shape) == 3 and experts.is_experts(param, slots):
         return "excluded by pattern" if hits["exclude"] else impossible
     return other_kind(param, name, slots)

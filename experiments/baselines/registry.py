@@ -105,7 +105,7 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
     options = Options(**{key: value for key, value in settings.items() if key in _COMMON})
     split = split_parameters(model, model.parameters(), options)
     stacks = [matrix.name for matrix in split.matrices if matrix.stack is not None]
-    if stacks:
+    if stacks and name != "AdamW":
         raise OptionError(f"{name} trains matrices, and {stacks[0]!r} is a stack of them: exclude it")
     reset_every, sketched = settings.get("reset_every", 0), settings.get("sketched", False)
     check_integer("reset_every", reset_every, low=0, high=2**31)

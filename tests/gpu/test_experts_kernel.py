@@ -170,18 +170,22 @@ def test_no_rows_and_what_is_not_contiguous():
         problem.launch()
 
 
+@pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize(("dtype", "by_the_kernel"), [(torch.float16, True), (torch.float32, False)])
-def test_the_capture_takes_the_kernel(dtype, by_the_kernel, monkeypatch):
-    """For 16-bit rows, contiguous or not; others follow one another."""
+def test_the_capture_takes_the_kernel(dtype, by_the_kernel, side, monkeypatch):
+    """For 16-bit rows, contiguous or not, sorted or found by number; others follow one another."""
     if INTERPRETED:
         monkeypatch.setattr(products, "triton_serves", lambda tensor: True)
     launched = []
     launch = _experts.launch
-    monkeypatch.setattr(_experts, "launch", lambda *tensors: launched.append(launch(*tensors)))
-    problem = Problem(ROUTINGS["few"], 40, 64, 8, dtype)
+    monkeypatch.setattr(_experts, "launch", lambda *args, **rows: launched.append(launch(*args, **rows)))
+    problem = Problem(ROUTINGS["few"], 40, 64, 8, dtype, beyond=0)
     Y, Z = problem.Y.clone(), problem.Z.clone()
-    left = problem.left.mT.contiguous().mT
-    products.add_grouped(Y, Z, left, problem.right, problem.U, problem.V, problem.ends)
+    rows, numbers = {"left": problem.left.mT.contiguous().mT, "right": problem.right}, {}
+    if side is not None:
+        order = torch.randperm(len(problem.left), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        rows[side], numbers[f"{side}_rows"] = rows[side][order], order.argsort().int()
+    products.add_grouped(Y, Z, rows["left"], rows["right"], problem.U, problem.V, problem.ends, **numbers)
     problem.check((Y, Z))
     assert bool(launched) == by_the_kernel
 

@@ -84,6 +84,36 @@ def test_explored_under_fsdp2(ran):
     check(ran, "scaled", explore=2)
 
 
+def gathered_in_backward(kind: str, capture: str) -> dict:
+    """Whether the embedding is there when its gradient comes, of each backward."""
+    found = []
+    rows, gradient = Sketch.add_rows, Sketch.add_gradient
+
+    def looked_at(method):
+        def add(self, *args):
+            if self.param is not None and self.param.ds_shape.numel() == 61 * 35:
+                found.append(str(self.param.ds_status))
+            return method(self, *args)
+
+        return add
+
+    with (
+        mock.patch.object(Sketch, "add_rows", looked_at(rows)),
+        mock.patch.object(Sketch, "add_gradient", looked_at(gradient)),
+    ):
+        model = toy(MODELS[kind])
+        settings = config(3, options={"include": model.INCLUDE, "capture": capture})
+        ran = train_by_deepspeed(settings, 3, data=plenty(4), model=model)
+    return {**ran, "found": found}
+
+
+@on_ranks(gathered_in_backward, kind=["scaled"], capture=["linear", "hook"])
+def test_an_embedding_is_not_gathered_for_a_backward_that_needs_no_weight(ran):
+    wanted = "NOT_AVAILABLE" if ran.capture == "linear" else "AVAILABLE"
+    for result in ran.ranks:
+        assert len(result["found"]) == 3 and {status.rpartition(".")[2] for status in result["found"]} == {wanted}
+
+
 @on_ranks(with_the_padding_in_the_sketches)
 def test_what_torch_leaves_out_would_be_seen(ran):
     """The control."""

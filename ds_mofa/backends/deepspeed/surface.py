@@ -328,6 +328,12 @@ ROWS: tuple[Row, ...] = (
         "ds_status",
         "ds_tensor",
     ),
+    *_attributes(
+        "deepspeed.runtime.zero.parameter_offload",
+        "it gathers a module's weights before its backward, which an embedding's has no use for",
+        "pre_bwd_fn",
+        use="replaces",
+    ),
     # ---------------------------------------------------------------- bf16 with fp32 accumulation, and stage 0
     *_rows(
         BF16,

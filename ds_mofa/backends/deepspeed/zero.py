@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from ds_mofa.backends.deepspeed import bases
+from ds_mofa.backends.deepspeed.embeddings import spare_gathering
 from ds_mofa.backends.deepspeed.gradients import GradientMixin
 from ds_mofa.backends.deepspeed.matrices import Stage3Accessors, answer_for_whole, is_partitioned, move_shards
 from ds_mofa.groups import check_rates
@@ -238,6 +239,7 @@ class Stage3Mixin(Stage3Accessors, ZeroMixin, bases.Stage3):
         for matrix in self.mofa.split.matrices:
             asked: Any = matrix.param
             asked._z3_optimizer = self
+        self.mofa.matrices.on_detach(spare_gathering(self.mofa.split.matrices))
         if self.offload_param:
             move_shards(self.mofa.split.matrices, HostMemory(self.offload_param_pin_memory))
 

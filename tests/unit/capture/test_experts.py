@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AriaTextConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     GptOssConfig,
+    JetMoeConfig,
+    Llama4TextConfig,
     MixtralConfig,
     OlmoeConfig,
     Qwen3MoeConfig,
@@ -18,7 +21,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from ds_mofa import MoFaSGD
 from ds_mofa.capture.attach import attach
-from ds_mofa.capture.experts import _Permuted
+from ds_mofa.capture.grouped import Permuted
 from ds_mofa.capture.sketch import Sketch
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import split_parameters
@@ -54,14 +57,38 @@ CONFIGS = {
         **COMMON, intermediate_size=24, num_local_experts=8, num_experts_per_tok=2, head_dim=8, sliding_window=16
     ),
 }
+OTHERS = {  # with a forward of their own
+    "jetmoe": JetMoeConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        intermediate_size=48,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    ),
+    "llama4": Llama4TextConfig(
+        **COMMON,
+        intermediate_size=24,
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        head_dim=8,
+        interleave_moe_layer_step=1,
+    ),
+    "aria": AriaTextConfig(**COMMON, intermediate_size=24, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+}
 RANK = 4
 
 
 def model_of(kind, dtype=torch.float64, **more):
     torch.manual_seed(0)
-    config = copy.deepcopy(CONFIGS[kind])
+    config = copy.deepcopy({**CONFIGS, **OTHERS}[kind])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **more)
-    model.set_experts_implementation("eager")
+    if kind in CONFIGS:
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         for name, param in model.named_parameters():
             if "norm" not in name:
@@ -131,6 +158,22 @@ def test_sketches_are_those_of_the_dense_gradient(kind, dtype, tolerance, no_gra
         for loss in losses:
             loss.backward()
     check(stacks, plain, tolerance, None if dtype == torch.bfloat16 else model)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_those_with_a_forward_of_their_own(kind, checkpointed, no_gradients):
+    model = model_of(kind, torch.float64)
+    plain, stacks, _ = captured(model)
+    # Llama 4's router weighs with zero what it does not choose, and JetMoe has a stack in attention too.
+    assert len(stacks) == {"jetmoe": 8, "llama4": 4, "aria": 4}[kind]
+    if checkpointed and model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for one in (model.train(), plain.train()):
+        loss = one(input_ids=ids(), labels=ids(), use_cache=False).loss
+        loss.backward()
+    check(stacks, plain, 1e-12, model)
+    assert split_parameters(model, model.parameters(), Options(rank=RANK)).share > 0.8
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -213,8 +256,8 @@ def inputs(tokens=11, k=2):
 def test_the_backward_of_a_permutation_is_its_inverse():
     x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    assert torch.autograd.gradcheck(lambda x: _Permuted.apply(x, order, order.argsort()), [x])
-    assert torch.equal(_Permuted.apply(x, order, order.argsort()), x[order])
+    assert torch.autograd.gradcheck(lambda x: Permuted.apply(x, order, order.argsort()), [x])
+    assert torch.equal(Permuted.apply(x, order, order.argsort()), x[order])
 
 
 def test_without_gradients_and_in_a_copy_the_model_is_what_it_was():
@@ -306,10 +349,34 @@ def test_an_expert_that_no_token_goes_to_stays_bit_for_bit():
         assert same.tolist() == [False] * 4 + [True], name
 
 
-def test_a_part_of_the_experts_is_refused():
-    model = experts_of(gate=True, bias=False, transposed=False)
-    model.num_experts = 10
-    with pytest.raises(OptionError, match=r"holds 5 of the module's 10 experts: expert parallelism is not served"):
+def test_experts_that_cannot_be_trained_right_are_refused_by_name():
+    model = nn.ModuleDict({"mlp": experts_of(gate=True, bias=False, transposed=False), "out": nn.Linear(8, 8)})
+    model.mlp.num_experts = 10
+    with pytest.raises(
+        OptionError, match=r"mlp.gate_up_proj holds 5 of the 10 experts: expert parallelism is not served"
+    ):
+        MoFaSGD(model, rank=RANK)
+    model.mlp.down_proj = nn.Parameter(torch.zeros(5, 7, 6, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(OptionError, match=r"the experts of 'mlp' are quantised .*Mxfp4Config\(dequantize=True\)"):
+        MoFaSGD(model, rank=RANK)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["by a kernel", "by a wrapper"])
+def test_a_block_that_computes_its_experts_itself_is_refused(ours, monkeypatch):
+    model = model_of("gpt-oss", torch.float32)
+    block = model.model.layers[1].mlp
+    monkeypatch.setattr(
+        type(block), "kernel_layer_name", "MegaBlocksMoeMLP", raising=False
+    )  # as the package kernels does
+    before = block.forward
+    block.forward = lambda *args: before(*args)
+    if not ours:
+        block._old_forward = before  # as Accelerate's hooks leave it
+        assert MoFaSGD(model, rank=RANK).split.share > 0.5
+        return
+    with pytest.raises(
+        OptionError, match=r"'model.layers.1.mlp' computes its experts by the kernel 'MegaBlocksMoeMLP'"
+    ):
         MoFaSGD(model, rank=RANK)
 
 

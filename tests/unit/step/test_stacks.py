@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ds_mofa.kernels.shard import Shard, runs
-from ds_mofa.options import Options
+from ds_mofa.options import GaLoreOptions, Options
 from ds_mofa.parameters import Matrix
+from ds_mofa.rules.galore import GaLoreRule
 from ds_mofa.rules.mofasgd import MoFaSGDRule
 from ds_mofa.step.backend import OneProcess
 from ds_mofa.step.step import MatrixStep
@@ -41,9 +42,10 @@ def alone(params, **more):
     return [Matrix(f"alone{e}", param, SHAPE[1:], (), 0, e, **more) for e, param in enumerate(params)]
 
 
-def step_of(matrices, backend=None, **options):
-    options = Options(rank=4, **options)
-    return MatrixStep(matrices, options, MoFaSGDRule(options), backend or OneProcess(torch.device("cpu")))
+def step_of(matrices, backend=None, kind=Options, **options):
+    options = kind(rank=4, **options)
+    rule = MoFaSGDRule(options) if kind is Options else GaLoreRule(options)
+    return MatrixStep(matrices, options, rule, backend or OneProcess(torch.device("cpu")))
 
 
 def train(step, gradients):
@@ -86,6 +88,22 @@ def test_a_stack_moves_as_parameters_do(dtype, options, held):
     for name in ("U", "V", "sigma"):
         whole = one.state_dict()["matrices"]["stack"][name]
         assert torch.equal(whole, torch.stack([own[name] for own in other.state_dict()["matrices"].values()]))
+
+
+def test_galore_moves_a_stack_as_parameters():
+    torch.manual_seed(0)
+    stack = nn.Parameter(torch.randn(SHAPE))
+    params = [nn.Parameter(part.clone()) for part in stack.data]
+    gradients = [torch.randn(SHAPE) for _ in range(3)]
+    gradients[1][2] = 0
+    settings = {"kind": GaLoreOptions, "refresh_every": 10}
+    one, other = (step_of(some, **settings) for some in (stacked(stack), alone(params)))
+    begin_alike(one, other)
+    train(one, [[some] for some in gradients])
+    train(other, gradients)
+    torch.testing.assert_close(stack.data, torch.stack(list(params)), rtol=1e-6, atol=1e-7)
+    state = one.state_dict()["matrices"]["stack"]
+    assert state["gradients"].flatten().tolist() == [3, 3, 2] and state["P"].shape == (3, 8, 4)
 
 
 def test_a_matrix_of_a_stack_that_gets_no_gradient_stays():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_mofa.parameters.kinds import holds_experts
+from ds_mofa.parameters.experts import holds_experts
 from ds_mofa.profiler.predict.simulated.errors import PredictionError
 from ds_mofa.profiler.predict.simulated.liger import MODELS, fused
 from ds_mofa.profiler.setting import RunSetting
@@ -23,7 +23,7 @@ except ImportError as error:
         f"a prediction builds the model with transformers ({error}): pip install 'ds_mofa[train]'"
     ) from error
 
-__all__ = ["build", "head_names", "one_sequence_a_row", "operators"]
+__all__ = ["attention", "build", "head_names", "one_sequence_a_row", "operators"]
 
 
 def build(setting: RunSetting) -> nn.Module:
@@ -35,7 +35,7 @@ def build(setting: RunSetting) -> nn.Module:
     config = AutoConfig.for_model(**_shape_in(setting.model_config))
     config.get_text_config().use_cache = config.use_cache = False
     dtype = torch.float32 if setting.weights == "fp32" else torch.bfloat16
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config)).train()
     if any(map(holds_experts, model.modules())):  # a loop over them looks into the routing
         model.set_experts_implementation("grouped_mm")
     if setting.checkpointing:
@@ -43,6 +43,12 @@ def build(setting: RunSetting) -> nn.Module:
     if setting.embed == "frozen":
         model.get_input_embeddings().weight.requires_grad_(False)
     return model
+
+
+def attention(config: Any) -> str:
+    """torch's scaled dot-product attention where the model has it, else its own code: GPT-OSS has sinks."""
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    return "sdpa" if kind._supports_sdpa else "eager"
 
 
 def _shape_in(path: str) -> dict[str, Any]:
