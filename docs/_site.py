@@ -18,6 +18,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "configs/README.md": "configs.md",
     "tests/README.md": "tests.md",
+    "examples/README.md": "examples.md",
     "experiments/results/README.md": "learning.md",
     "profiling/results/benchmarks/README.md": "benchmarks.md",
 }

@@ -1,6 +1,6 @@
-"""MoFaSGD: full-parameter training at LoRA's memory. Importing this makes it and GaLore known to DeepSpeed."""
-
-import importlib.util
+"""MoFaSGD: full-parameter training at LoRA's memory. Importing this makes it and GaLore known to DeepSpeed, as soon as
+that is imported.
+"""
 
 import torch
 
@@ -8,6 +8,7 @@ from ds_mofa.optimizers.for_trainer import ForTrainer
 from ds_mofa.optimizers.galore import GaLore
 from ds_mofa.optimizers.mofasgd import MoFaSGD
 from ds_mofa.options import OptionError, Options
+from ds_mofa_autoload import after_import
 
 __version__ = "0.1.0"
 __all__ = ["ForTrainer", "GaLore", "MoFaSGD", "OptionError", "Options"]
@@ -15,7 +16,9 @@ __all__ = ["ForTrainer", "GaLore", "MoFaSGD", "OptionError", "Options"]
 if torch.distributed.is_available():
     from ds_mofa.backends import ddp, fsdp2  # noqa: F401  which enter the list of engines
 
-if importlib.util.find_spec("deepspeed") is not None:
-    from ds_mofa.backends.deepspeed import register
 
-    register()
+def _join_deepspeed() -> None:
+    import ds_mofa.backends.deepspeed  # noqa: F401  which registers
+
+
+after_import("deepspeed", _join_deepspeed)

@@ -1,64 +1,6 @@
-"""Commands: ``python -m ds_mofa split MODEL_OR_CONFIG`` says how a model would be split, before a GPU is asked for."""
+"""``python -m ds_mofa``, which is ``ds-mofa``: see :mod:`ds_mofa.commands`."""
 
-import argparse
-import json
-from typing import Any
-
-import torch
-
-from ds_mofa.options import OptionError
-from ds_mofa.split_model import build, described, shown
-
-__all__ = ["main"]
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ds_mofa")
-    commands = parser.add_subparsers(required=True)
-    split = commands.add_parser(
-        "split",
-        help="which parameters of a model are matrices, and the memory that it takes",
-        description="Say which parameters of a model are matrices, which are left to AdamW and why, and what stands in "
-        "memory between two steps: from its config, without a GPU.",
-    )
-    split.add_argument(
-        "model", help="a config such as configs/models/llama-3.1-8b.json, a folder with one, or a Hub name"
-    )
-    split.add_argument("--optimizer", default="MoFaSGD", help="a name (MoFaSGD)")
-    split.add_argument("--rank", type=int, help="of the factors (the optimizer's default)")
-    split.add_argument("--include", nargs="+", help="regular expressions of names to make matrices")
-    split.add_argument("--exclude", nargs="+", help="and to leave to AdamW")
-    split.add_argument("--options", type=_object, default={}, help='others, as JSON: \'{"adamw_states": "8bit"}\'')
-    split.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (bf16)")
-    split.add_argument("--gpus", type=_positive, default=1, help="how many share the work (1)")
-    split.add_argument("--json", action="store_true", help="print JSON; sizes are bytes on each GPU")
-    arguments = parser.parse_args(argv)
-    given = {name: getattr(arguments, name) for name in ("rank", "include", "exclude")}
-    params = arguments.options | {name: value for name, value in given.items() if value is not None}
-    try:
-        model = build(arguments.model, torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
-        found = described(model, params, optimizer=arguments.optimizer, gpus=arguments.gpus)
-    except OptionError as error:
-        parser.exit(2, f"error: {error}\n")
-    print(json.dumps(found, indent=2) if arguments.json else shown(found))
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} must be an object")
-    return found
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
-
+from ds_mofa.commands import main
 
 if __name__ == "__main__":
     main()

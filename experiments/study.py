@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Look at the gradients and the momentum of a training: what a projection loses, and how low-rank the momentum is.
+"""Look at the gradients and the momentum of a training: what a projection loses, how low-rank the momentum is, how large
+AdamW's update is.
 
     pip install -e ".[compare]"
     python experiments/study.py projection --data_dir sst2=path/to/sst2
     python experiments/study.py spectrum --data_dir sst2=path/to/sst2
+    python experiments/study.py updates --data_dir sst2=path/to/sst2
 
 Each writes NAME.md, NAME.json and figures into --output_dir; experiments/results has what they have written. A PLAN is
 a YAML as experiments/compare.py takes it (docs/comparing.md); the first of its optimizers trains, and is looked at.
@@ -26,7 +28,7 @@ sys.path[0] = str(ROOT)
 import torch
 
 from experiments.comparison.plan import Plan, load_plan
-from experiments.studies import projection, spectrum
+from experiments.studies import projection, spectrum, updates
 from experiments.studies.pages import described, write_pages, write_study
 from experiments.studies.synthetic import SEQUENCES, SHAPE
 from experiments.studies.trajectory import Trajectory
@@ -43,7 +45,9 @@ def main(argv: list[str]) -> None:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no GPU. Leave the option out to run on the CPU.")
         plans = read_plans(args)
-        measure = measure_projection if args.study == "projection" else measure_spectrum
+        measure = {"projection": measure_projection, "spectrum": measure_spectrum, "updates": measure_updates}[
+            args.study
+        ]
         result = {**described(args.study, argv, plans, torch.device(args.device)), **measure(args, plans)}
         result["seconds"] = round(time.monotonic() - STARTED)
         written = write_study(result, args.output_dir)
@@ -82,6 +86,15 @@ def measure_spectrum(args: argparse.Namespace, plans: list[Plan]) -> dict:
     return {"options": {"tops": args.tops, "betas": args.betas, "every": args.every}, "tasks": observed, "costs": costs}
 
 
+def measure_updates(args: argparse.Namespace, plans: list[Plan]) -> dict:
+    measured = {}
+    for plan in plans:
+        say(plan.name)
+        trajectory = Trajectory(plan.runs[0], plan.task, torch.device(args.device))
+        measured[plan.name] = updates.measure(trajectory, args.tops, args.every)
+    return {"options": {"tops": args.tops, "every": args.every}, "tasks": measured}
+
+
 def read_plans(args: argparse.Namespace) -> list[Plan]:
     """The YAMLs, each with its data folder and, where ``--steps`` is given, of another length."""
     folders = dict(args.data_dir)
@@ -117,7 +130,11 @@ def make_parser() -> argparse.ArgumentParser:
     of_spectrum = studies.add_parser("spectrum", help="energy in the leading directions of the momentum, and its worth")
     of_spectrum.add_argument("--tops", nargs="+", type=positive, default=[8, 16, 32, 64], help="numbers of directions")
     of_spectrum.add_argument("--betas", nargs="+", type=float, default=[0.85, 0.95], help="decays of the momentum")
-    for study, every in ((of_projection, 5), (of_spectrum, 10)):
+    of_updates = studies.add_parser("updates", help="root mean square and singular values of AdamW's update")
+    of_updates.add_argument(
+        "--tops", nargs="+", type=positive, default=[1, 2, 4, 8, 16, 32, 64], help="singular values"
+    )
+    for study, every in ((of_projection, 5), (of_spectrum, 10), (of_updates, 25)):
         plans = [ROOT / "experiments/configs/studies/lm.yaml", ROOT / "experiments/configs/studies/sst2.yaml"]
         study.add_argument(
             "plans", nargs="*", type=Path, default=plans, metavar="PLAN", help="YAMLs of experiments/configs/studies"

@@ -11,6 +11,8 @@ import torch
 from torch import distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from launch.launcher import lives
+
 EXIT_CODE = 128 + signal.SIGTERM  # as a shell reports a process that SIGTERM has ended
 
 
@@ -77,7 +79,7 @@ class SaveOnSigterm(TrainerCallback):
 
     def _leave_the_dead(self, signals: socket.socket) -> None:
         while number := signals.recv(1):
-            if number[0] == signal.SIGTERM and not all(map(_lives, self._ranks)):
+            if number[0] == signal.SIGTERM and not all(map(lives, self._ranks)):
                 os._exit(EXIT_CODE)
 
 
@@ -108,12 +110,3 @@ def _process(pid: int) -> psutil.Process | None:
         return psutil.Process(pid)
     except psutil.NoSuchProcess:
         return None
-
-
-def _lives(process: psutil.Process | None) -> bool:
-    try:
-        return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True  # one that this process may not look at

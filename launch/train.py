@@ -8,6 +8,8 @@
     torchrun --nproc_per_node 2 launch/train.py --optimizer MoFaSGD --rank 32 ...            # DDP
     python launch/train.py --optimizer MoFaSGD --rank 32 ...                                 # one process
 
+From an installed package it is `ds-mofa train`, which starts the ranks itself.
+
 Built on TRL's SFTTrainer, for what it carries beyond HF's Trainer and would otherwise be ours to write: packing that
 keeps packed examples apart (where the model does, which is measured: launch/packing.py), batches without padding, and a
 head that computes the loss without ever holding the (tokens x vocabulary) logits, which at a vocabulary of 128,256
@@ -20,6 +22,11 @@ from pathlib import Path
 
 # A script's first import folder is its own; this makes it the repository's, from wherever the launcher runs it.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.launcher import end_with_launcher
+
+if __name__ == "__main__":
+    end_with_launcher()  # before the imports that take most of a start
 
 from transformers import ProgressCallback, set_seed
 

@@ -10,7 +10,7 @@ from ds_mofa.options.optimizer import OptimizerOptions
 
 __all__ = ["AdjustLr", "MoFaSGDRuleOptions", "Options", "UpdateRule"]
 
-AdjustLr = Literal["match_rms_adamw", "original", "none"]
+AdjustLr = Literal["adamw", "match_rms_adamw", "original", "none"]
 UpdateRule = Literal["spectral", "inverse_sigma"]
 
 
@@ -20,9 +20,10 @@ class MoFaSGDRuleOptions(Checked):
 
     Attributes:
         beta: decay of the momentum per step, 0 <= beta < 1 (the average weighs the gradient by 1 - beta).
-        adjust_lr_fn: factor on lr by shape, in the sense of ``torch.optim.Muon``: ``"match_rms_adamw"``
-            0.2 sqrt(max(m, n)), ``"original"`` sqrt(max(1, m / n)), ``"none"`` 1. m outputs and n inputs are the linear
-            map's, also where a module keeps its weight transposed (transformers' Conv1D).
+        adjust_lr_fn: factor f on lr by shape: ``"adamw"`` sqrt(max(m, n)), with which lr is AdamW's, and what AdamW trains
+            steps at lr too, unless ``adamw_lr`` is given (docs/learning/rates.md); or in the sense of ``torch.optim.Muon``
+            ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)), ``"original"`` sqrt(max(1, m / n)), ``"none"`` 1. m outputs and n
+            inputs are the linear map's, also where a module keeps its weight transposed (transformers' Conv1D).
         update_rule: ``"spectral"``, W -= lr U V^T (the paper's equation), or ``"inverse_sigma"``,
             W -= lr U diag(1 / sigma) V^T with 1 / sigma at most ``inverse_sigma_clamp`` (what the paper's
             code runs).
@@ -75,6 +76,8 @@ class MoFaSGDRuleOptions(Checked):
 
     def shape_factor(self, m: int, n: int) -> float:
         """The factor on lr for a linear map of n inputs and m outputs, see ``adjust_lr_fn``."""
+        if self.adjust_lr_fn == "adamw":
+            return math.sqrt(max(m, n))
         if self.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(m, n))
         if self.adjust_lr_fn == "original":
@@ -98,3 +101,9 @@ class Options(MoFaSGDRuleOptions, OptimizerOptions):
     title: ClassVar[str] = "MoFaSGD"
     # A config whose "type" was AdamW a minute ago has these.
     aliases: ClassVar[Mapping[str, str]] = {"betas": "adamw_betas", "eps": "adamw_eps"}
+
+    @property
+    def adamw_lr_ratio(self) -> float:
+        if self.adamw_lr is None and self.adjust_lr_fn == "adamw":
+            return 1.0  # both rates are of one kind
+        return super().adamw_lr_ratio

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_mofa.optimizers.base import MatrixOptimizer
 from experiments import baselines
 from experiments.baselines import comera
+from experiments.comparison.masters import keep_masters
 from experiments.comparison.reading import unknown
 from launch.errors import UserError
 
@@ -28,7 +30,8 @@ def build(
 
     Args:
         name: one of :func:`names`.
-        options: its arguments, as the YAML gives them.
+        options: its arguments, as the YAML gives them; and ``fp32_masters``: whether what is trained by AdamW, or by a
+            baseline, has fp32 masters where it is of 16 bits. MoFaSGD's matrices have a ``master_weights`` of their own.
         head_modules: names of modules without pre-trained weights; see :class:`experiments.comparison.tasks.Task`.
         clips: whether :func:`clip_gradients` will be called.
 
@@ -45,15 +48,38 @@ def build(
             f"optimizers: {name} with sketched=True leaves no gradients to clip. Set training.max_grad_norm to null, "
             "or sketched to false."
         )
+    own = {option: value for option, value in options.items() if option != "fp32_masters"}
+    masters = options.get("fp32_masters", False)
+    if not isinstance(masters, bool):
+        raise UserError(f"optimizers: {name} with fp32_masters={masters!r}: it must be true or false.")
+    if masters and options.get("sketched"):
+        raise UserError(
+            f"optimizers: {name} with sketched=True leaves no gradients for fp32_masters. Leave one of them out."
+        )
+    if masters and name == "CoMERA":
+        raise UserError(
+            "optimizers: CoMERA has no fp32_masters: pruning changes the shapes that it trains. Leave it out."
+        )
     try:
         if name == "LoRA":
-            return _lora(model, head_modules, **options)
-        if name == "CoMERA":
-            return model, _comera(model, **options)
-        return model, baselines.build(name, model, **options)
+            model, optimizer = _lora(model, head_modules, **own)
+        elif name == "CoMERA":
+            optimizer = _comera(model, **own)
+        else:
+            optimizer = baselines.build(name, model, **own)
     except (TypeError, ValueError) as error:
         shown = ", ".join(f"{option}={value!r}" for option, value in options.items())
         raise UserError(f"optimizers: {name} cannot be built with {shown} ({error}). Correct its options.") from error
+    for part in _by_gradients(optimizer) if masters else ():
+        keep_masters(part)
+    return model, optimizer
+
+
+def _by_gradients(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Of what it is made of, what steps parameters by their ``.grad``."""
+    if isinstance(optimizer, MatrixOptimizer):
+        return [optimizer.adamw] if optimizer.adamw is not None else []
+    return optimizer.parts
 
 
 def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:

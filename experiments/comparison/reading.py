@@ -21,8 +21,9 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 but for two things: 1e-3 is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value):
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # << brings what may be given anew
+        keys = [self.construct_object(key, deep=True) for key in own]
+        for key, key_node in zip(keys, own):
             if keys.count(key) > 1:
                 raise yaml.MarkedYAMLError(problem=f"{key!r} is given twice", problem_mark=key_node.start_mark)
         return super().construct_mapping(node, deep)

@@ -10,15 +10,21 @@ from ds_mofa.profiler.report.document import Document, Figure, Points, Section, 
 from ds_mofa.profiler.report.rendering import markdown_table, write
 from experiments.comparison.curves import charts
 from experiments.comparison.plan import Plan
+from experiments.comparison.rates import best_rates
 from experiments.comparison.results import check_control
 from experiments.comparison.summary import Outcome, Summary, summarise
-from experiments.comparison.tables import all_table, best_table, fixed_table, notes
+from experiments.comparison.tables import all_table, best_table, fixed_table, notes, rates_table
 
 __all__ = ["write_report"]
 
 _CURVES = (
     "Each optimizer at its best setting, the mean over seeds; bands reach from the lowest seed to the highest. In "
     "colour the first optimizer of the YAML and the best others, the rest in grey."
+)
+
+_RATES = (
+    "On dev. A best rate lies between those tried, by a parabola through the best of them and its neighbours; < and > mark "
+    "one at the end of its grid. The last column is what it costs to take the first optimizer's best rate tried."
 )
 
 
@@ -36,12 +42,15 @@ def write_report(plan: Plan, rows: Mapping[str, dict[str, Any]], folder: Path) -
     if not summary.seeds:
         return None
     best, said, drawn = best_table(summary), notes(summary), charts(summary)
+    found = best_rates(plan, rows)
+    rates = [rates_table(plan, found)] if len(found) > 1 else []
     document = Document(
         f"Comparison {plan.name}",
         _subtitle(summary) + ".",
         [
             Section("", [best, *([Points(said)] if said else [])]),
             *([Section("Curves", [Text(_CURVES), *map(Figure, drawn)])] if drawn else []),
+            *([Section("Best rates", [Text(_RATES), *rates])] if rates else []),
             Section("All settings", [all_table(summary)], folded=True),
             Section("What was held fixed", [fixed_table(summary)], folded=True),
         ],

@@ -1,16 +1,17 @@
 """The tables and notes of a comparison as text."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ds_mofa.profiler.report.document import Table
 from ds_mofa.profiler.report.units import unit_of
 from experiments.comparison.plan import Plan
+from experiments.comparison.rates import BestRate
 from experiments.comparison.results import differing_environments
 from experiments.comparison.summary import Outcome, Stat, Summary
 
-__all__ = ["all_table", "best_table", "fixed_table", "notes", "shown_metric"]
+__all__ = ["all_table", "best_table", "fixed_table", "notes", "rates_table", "shown_metric"]
 
 
 def best_table(summary: Summary) -> Table:
@@ -41,6 +42,29 @@ def all_table(summary: Summary) -> Table:
         for o in summary.outcomes
     ]
     return Table(["setting", f"dev {metric}", "diverged for seeds"], rows)
+
+
+def rates_table(plan: Plan, rates: Sequence[BestRate]) -> Table:
+    """A row for each optimizer whose grid is of rates; the first is the control."""
+    control = rates[0]
+    header = [
+        "optimizer",
+        "best lr",
+        f"over {control.label}'s",
+        f"dev {plan.task.metric}",
+        f"worse at {control.label}'s best",
+    ]
+    rows = [
+        [
+            rate.label,
+            f"{rate.at_edge}{rate.lr:.2g}",
+            f"{rate.at_edge}{rate.lr / control.lr:.2f}",
+            shown_metric(plan, Stat(rate.dev, None, 1)),
+            "-" if rate.cost is None else f"{rate.cost:.1%}",
+        ]
+        for rate in rates
+    ]
+    return Table(header, rows)
 
 
 def fixed_table(summary: Summary) -> Table:

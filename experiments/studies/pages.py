@@ -12,11 +12,11 @@ import torch
 
 from experiments.comparison.environment import describe
 from experiments.comparison.plan import Plan
-from experiments.studies import projection_page, spectrum_page
+from experiments.studies import projection_page, spectrum_page, updates_page
 
 __all__ = ["described", "write_pages", "write_study"]
 
-_PAGES = {"projection": projection_page, "spectrum": spectrum_page}
+_PAGES = {"projection": projection_page, "spectrum": spectrum_page, "updates": updates_page}
 
 
 def described(study: str, argv: Sequence[str], plans: Sequence[Plan], device: torch.device) -> dict[str, Any]:

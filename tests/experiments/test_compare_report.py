@@ -185,7 +185,7 @@ def test_the_report_is_whole_and_its_page_needs_nothing_else(tmp_path):
     assert not re.search(r"url\((?!#)", text) and "@import" not in text and "http" not in text
     assert page.tags.count("svg") == 4
     labels = [word for word in page.words if word == "MoFaSGD"]
-    assert len(labels) == 5, "a row of the table, and a line in each figure"
+    assert len(labels) == 6, "a row of the table and of the rates', and a line in each figure"
     assert "A <b>&" in page.words and "2.5000 ± 0.7071" in page.words and "1.7500 ± 0.7071" in page.words
     assert "prefers-color-scheme:dark" in text and 'name="viewport"' in text
     assert str(tmp_path) not in "".join(page.words), "a path of this machine"

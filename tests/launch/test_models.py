@@ -28,13 +28,33 @@ PUBLISHED = {
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.1-405b": 405_853_388_800,
 }
+# As cards and papers give them, in billions: Gemma and Qwen3.5 without vision, DeepSeek-V3 without its second prediction.
+BILLIONS = {
+    "qwen3.5-9b": "9",
+    "gemma-3-4b": "3.88",
+    "gemma-3-27b": "27.0",
+    "gpt-oss-20b": "20.91",
+    "gpt-oss-120b": "116.83",
+    "qwen3-30b-a3b": "30.5",
+    "mixtral-8x7b": "46.7",
+    "deepseek-v3": "671",
+}
+
+
+def size_of(name: str) -> int:
+    with torch.device("meta"):
+        return count_parameters(AutoModelForCausalLM.from_config(config_from_shape(f"configs/models/{name}.json")))
 
 
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
 def test_shapes_have_the_published_size(name, parameters):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_from_shape(f"configs/models/{name}.json"))
-    assert count_parameters(model) == parameters
+    assert size_of(name) == parameters
+
+
+@pytest.mark.parametrize(("name", "billions"), BILLIONS.items())
+def test_shapes_have_the_published_size_as_far_as_it_is_given(name, billions):
+    digits = len(billions.partition(".")[2])
+    assert f"{size_of(name) / 1e9:.{digits}f}" == billions
 
 
 def test_the_tiny_shape_fits_the_byte_tokenizer_and_runs():

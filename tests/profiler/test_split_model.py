@@ -66,11 +66,11 @@ def test_8bit_states_masters_and_what_is_left_are_counted():
 
 def test_experts_of_real_size_are_matrices():
     """Mixtral 8x7B, by the sizes of its card: 47 B parameters, of which 45 B are stacks."""
-    found = of(str(ROOT / "tests/fixtures/mixtral-8x7b.json"), gpus=8, rank=8)
+    found = of(str(ROOT / "configs/models/mixtral-8x7b.json"), gpus=8, rank=8)
     assert found["parameters"] == 46_702_792_704
     assert found["matrices"] == 32 * (2 * 8 + 4)
     assert found["share"] > 0.99 and "warning" not in found["summary"]
-    excluded = of(str(ROOT / "tests/fixtures/mixtral-8x7b.json"), gpus=8, rank=8, exclude=["experts"])
+    excluded = of(str(ROOT / "configs/models/mixtral-8x7b.json"), gpus=8, rank=8, exclude=["experts"])
     stacks = excluded["largest_on_adamw"][:2]
     assert [rest["reason"] for rest in stacks] == ["excluded by pattern"] * 2
     assert sum(rest["parameters"] for rest in stacks) == 32 * 8 * 3 * 4096 * 14336

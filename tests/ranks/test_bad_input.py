@@ -223,7 +223,7 @@ CASES: dict[str, dict[str, tuple[Callable[[], Any], str]]] = {
         "include matches nothing": (options(include=["wte"]), "include: the pattern 'wte' matches no.*Names look like"),
         "include of what is no matrix": (
             options(include=["norm"]),
-            "include: 'norm' names 'norm.weight'.*not 2-D.*Narrow the pattern",
+            "include: 'norm' names 'norm.weight'.*neither a matrix nor a stack.*Narrow the pattern",
         ),
         "max_grad_norm": (options(max_grad_norm=1.0), 'write "gradient_clipping" beside "optimizer"'),
         "params misspelt": (engine(config(2), parms={"lr": 1e-3}), "unknown key 'parms'; did you mean 'params'"),

@@ -104,8 +104,8 @@ def test_by_the_hook(ran):
 def with_a_shifted_expert() -> dict:
     grouped = Sketch.add_grouped
 
-    def shifted(self, left, right, ends):
-        grouped(self, left.roll(1, 0), right, ends)
+    def shifted(self, left, right, ends, left_rows=None, right_rows=None):
+        grouped(self, left.roll(1, 0), right, ends, left_rows, right_rows)
 
     with mock.patch.object(Sketch, "add_grouped", shifted):
         return by_zero(2)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-__all__ = ["Bf16", "Optimizer", "Partitioned", "Replicated16", "Stage12", "Stage3", "Zero"]
+__all__ = ["Bf16", "ChecksItself", "Optimizer", "Partitioned", "Replicated16", "Stage12", "Stage3", "Zero"]
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping, Sequence
@@ -122,6 +122,10 @@ if TYPE_CHECKING:
         offload_param: bool
         offload_param_pin_memory: bool
 
+        dtype: torch.dtype
+
+        def check_overflow(self, partition_gradients: bool = True) -> None: ...
+        def _overflow_check_and_loss_scale_update(self) -> Any: ...  # before 0.19.8
         def has_overflow(self, partition_gradients: bool = True) -> Any: ...
         def invalidate_secondary_tensor(self) -> None: ...
         def _get_norm_groups(self) -> Any: ...
@@ -158,3 +162,7 @@ if TYPE_CHECKING:
 else:
     Partitioned = nn.Parameter
     Optimizer = Zero = Stage12 = Stage3 = Bf16 = Replicated16 = object
+
+
+class ChecksItself:
+    """Over an optimizer of DeepSpeed's that looks for a NaN in every dtype; ``older.Stage3Checks`` is over others."""

@@ -11,7 +11,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from ds_mofa.adamw.eight_bit import AdamW8bit
-from ds_mofa.backends.deepspeed import takeover
+from ds_mofa.backends.deepspeed import older, takeover, versions
 from ds_mofa.backends.deepspeed.backend import EngineBackend
 from ds_mofa.backends.deepspeed.dropped import AdamWGradients
 from ds_mofa.backends.deepspeed.matrices import forget, mark_matrices
@@ -116,9 +116,11 @@ def _adamw(
     engine, groups: list[dict[str, Any]], options: OptimizerOptions, passed_on: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """Which of DeepSpeed's and torch's AdamWs the config asks for."""
+    betas, eps = tuple(options.adamw_betas), options.adamw_eps
+    if not hasattr(engine, "get_optimizer_configuration"):
+        return older.adamw(engine, groups, {"lr": options.lr, "betas": betas, "eps": eps, **passed_on})
     adamw_class, settings = engine.get_optimizer_configuration(passed_on, True)
     settings = {key: value for key, value in settings.items() if value is not None}
-    betas, eps = tuple(options.adamw_betas), options.adamw_eps
     return adamw_class(groups, lr=options.lr, betas=betas, eps=eps, **passed_on, **settings)
 
 
@@ -162,7 +164,8 @@ def _write_to_monitor(engine, title: str, report: Report) -> None:
 
 
 def _refuse_unsupported(engine, title: str) -> None:
-    for problem, found in _UNSUPPORTED.items():
+    refused = {**older.REFUSED, **_UNSUPPORTED} if versions.is_older(versions.WHOLE) else _UNSUPPORTED
+    for problem, found in refused.items():
         if found(engine):
             raise OptionError(f"{title} does not work with {problem}")
 

@@ -168,7 +168,10 @@ def _names(engine, save_dir: str, tag: str) -> list[str]:
         paths = [engine._get_ckpt_name(save_dir, tag)]
     if engine.zero_optimization():
         bf16 = engine.bfloat16_enabled()
-        paths += engine._get_mp_rank_zero_checkpoint_names(save_dir, tag, engine.checkpoint_mp_rank, world, bf16)
+        mp_rank = getattr(
+            engine, "checkpoint_mp_rank", 0
+        )  # older ones have no such name; without model parallelism it is 0
+        paths += engine._get_mp_rank_zero_checkpoint_names(save_dir, tag, mp_rank, world, bf16)
     return [os.path.relpath(path, Path(save_dir) / tag) for path in paths]
 
 

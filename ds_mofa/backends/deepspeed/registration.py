@@ -5,7 +5,6 @@ Every wrapper asks first whether the engine at hand trains with one of them, and
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from deepspeed.runtime import config as ds_config
 from deepspeed.runtime import engine as ds_engine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
-from packaging.version import Version
 
 from ds_mofa.adamw.eight_bit import AdamW8bit
-from ds_mofa.backends.deepspeed import checkpoints, surface, takeover
+from ds_mofa.backends.deepspeed import checkpoints, older, surface, takeover, versions
 from ds_mofa.backends.deepspeed.build import build_optimizer
 from ds_mofa.backends.deepspeed.matrices import is_matrix, is_partitioned
 from ds_mofa.backends.deepspeed.replicated import wrap_replicated
@@ -29,20 +27,18 @@ from ds_mofa.optimizers import registry
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.step import claims
 
-__all__ = ["register", "TESTED"]
-
-TESTED = ("0.19.8", "0.19.8")  # first and last version of DeepSpeed that the tests run on
-
-_registered = False
+__all__ = ["join"]
 
 
-def register() -> None:
-    """Add the names and wrap the engine's methods; once a process, later calls do nothing."""
-    global _registered
-    if _registered:
-        return
-    _registered = True
-    warn_if_untested(deepspeed.__version__)
+def join() -> None:
+    """Add the names and wrap the engine's methods; to be called once.
+
+    Raises:
+        AttributeError: DeepSpeed has not a method that is wrapped; nothing is, then.
+    """
+    for row in surface.ROWS:
+        if row.owner == surface.ENGINE and row.use == "wraps" and row.is_expected(deepspeed.__version__):
+            _check(row)
     registry.on_register(_make_known)
 
     claims.on_claim(takeover.take_over)
@@ -69,23 +65,16 @@ def register() -> None:
 
     # "Optimized" is what DeepSpeed's optimizer writes into checkpoints; the rest it saves as frozen. It
     # reads this name from the engine's module, so that is where it must change.
-    optimized = ds_engine.is_optimized_parameter
-    ds_engine.is_optimized_parameter = lambda param: optimized(param) and not is_matrix(param)
+    if hasattr(ds_engine, "is_optimized_parameter"):
+        optimized = ds_engine.is_optimized_parameter
+        ds_engine.is_optimized_parameter = lambda param: optimized(param) and not is_matrix(param)
+    else:
+        _wrap("_get_zero_frozen_param_attributes", older.with_matrices)
 
 
 def _make_known(entry: registry.Entry) -> None:
     ds_config.DEEPSPEED_OPTIMIZERS.append(entry.name.lower())  # DeepSpeed compares in lower case
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(entry.optimizer)
-
-
-def warn_if_untested(version: str) -> None:
-    """Warn where DeepSpeed's ``version`` is outside the range that the tests run on."""
-    if not Version(TESTED[0]) <= Version(Version(version).base_version) <= Version(TESTED[1]):
-        warnings.warn(
-            f"ds_mofa is tested with DeepSpeed {TESTED[0]} to {TESTED[1]}, this is {version}: its hooks may not fit. "
-            f"Install deepspeed=={TESTED[1]} if anything looks wrong",
-            stacklevel=4,
-        )
 
 
 def optimizer_of(engine: DeepSpeedEngine) -> MatrixOptimizer | None:
@@ -94,14 +83,15 @@ def optimizer_of(engine: DeepSpeedEngine) -> MatrixOptimizer | None:
     return basic if isinstance(basic, MatrixOptimizer) else None
 
 
+def _check(row: surface.Row) -> None:
+    if not hasattr(DeepSpeedEngine, row.name):
+        raise AttributeError(f"there is no {row.owner}.{row.name}, which ds_mofa wraps ({row.why})")
+
+
 def _wrap(name: str, replacement: Callable) -> None:
-    row = surface.row_of(surface.ENGINE, name)
-    original = getattr(DeepSpeedEngine, name, None)
-    if original is None:
-        raise AttributeError(
-            f"DeepSpeed {deepspeed.__version__} has no {row.owner}.{name}, which ds_mofa wraps ({row.why}). Install "
-            f"deepspeed=={TESTED[1]}"
-        )
+    if not any(row.is_expected(deepspeed.__version__) for row in surface.rows_of(surface.ENGINE, name)):
+        return
+    original = getattr(DeepSpeedEngine, name)
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
@@ -111,6 +101,8 @@ def _wrap(name: str, replacement: Callable) -> None:
 
 
 def _do_sanity_check(original, engine):
+    if registry.find(engine.optimizer_name()) is not None:
+        versions.warn_if_untested(deepspeed.__version__)
     takeover.check_client(engine, engine.client_optimizer)  # as early as can be: the model is as it was
     original()
 
@@ -146,7 +138,8 @@ def _configure_wrapper(wrap, original, engine, optimizer, *args, **kwargs):
 
 
 def _configure_zero_optimizer(original, engine, optimizer, *args, **kwargs):
-    wrap = functools.partial(wrap_zero, managed_accumulation=engine.managed_gradient_accumulation())
+    managed = getattr(engine, "managed_gradient_accumulation", lambda: True)()
+    wrap = functools.partial(wrap_zero, managed_accumulation=managed)
     return _configure_wrapper(wrap, original, engine, optimizer, *args, **kwargs)
 
 
@@ -280,8 +273,13 @@ def _replaced(module, name: str, value):
 
 def _load_module_state_dict(original, engine, checkpoint, *args, **kwargs):
     mofa, fragments = optimizer_of(engine), checkpoint.get(FROZEN_PARAM_FRAGMENTS)
-    if mofa is None or fragments is None or all(matrix.name in fragments for matrix in mofa.split.matrices):
+    if mofa is None or fragments is None:
         return original(checkpoint, *args, **kwargs)
+    if all(matrix.name in fragments for matrix in mofa.split.matrices):
+        result = original(checkpoint, *args, **kwargs)
+        if versions.is_older(versions.WHOLE):
+            older.load_matrices(engine, fragments)
+        return result
     # Another optimizer has trained what are matrices here: they are with its other weights, not with the frozen ones.
     result = original({**checkpoint, FROZEN_PARAM_FRAGMENTS: None}, *args, **kwargs)
     for param, name in engine.param_names.items():

@@ -3,12 +3,15 @@
 They are DeepSpeed's private names, the methods that are wrapped or overridden here, and what the overriding methods
 read of DeepSpeed's optimizers. tests/unit/backends/test_deepspeed_surface.py compares the table with the source of the
 DeepSpeed that is installed: after an upgrade it says what has changed, and what that was needed for. It also finds
-names that the package uses and the table has not.
+names that the package uses and the table has not. A row says in which versions DeepSpeed has it, where that is not in all
+from versions.OLDEST on.
 """
 
 from typing import Literal, NamedTuple
 
-__all__ = ["ROWS", "Row", "row_of"]
+from ds_mofa.backends.deepspeed.versions import WHOLE, is_older
+
+__all__ = ["ROWS", "Row", "rows_of"]
 
 Use = Literal["wraps", "overrides", "calls", "replaces", "reads", "sets"]
 
@@ -33,6 +36,8 @@ class Row(NamedTuple):
             on themselves or, where the owner is a module, its code asks of any object; or "name", which the module's
             functions look up in it.
         why: what it is needed for.
+        since: the first version in which this package counts on it; before, older.py does without.
+        until: the first in which it does not any more.
     """
 
     owner: str
@@ -40,14 +45,20 @@ class Row(NamedTuple):
     use: Use
     form: str
     why: str
+    since: str = ""
+    until: str = ""
+
+    def is_expected(self, version: str) -> bool:
+        """Whether DeepSpeed of this version must have it."""
+        return not (self.since and is_older(self.since, version)) and (not self.until or is_older(self.until, version))
 
 
-def _rows(owner: str, use: Use, *rows: tuple[str, str, str]) -> list[Row]:
-    return [Row(owner, name, use, form, why) for name, form, why in rows]
+def _rows(owner: str, use: Use, *rows: tuple[str, str, str], since: str = "", until: str = "") -> list[Row]:
+    return [Row(owner, name, use, form, why, since, until) for name, form, why in rows]
 
 
-def _attributes(owner: str, why: str, *names: str, use: Use = "reads") -> list[Row]:
-    return [Row(owner, name, use, "attribute", why) for name in names]
+def _attributes(owner: str, why: str, *names: str, use: Use = "reads", since: str = "") -> list[Row]:
+    return [Row(owner, name, use, "attribute", why, since) for name in names]
 
 
 def _replicated(owner: str) -> list[Row]:
@@ -69,6 +80,11 @@ def _replicated(owner: str) -> list[Row]:
             owner,
             "calls",
             ("_skip_invalid_grad_norm", "(self)", "to skip a step whose sketches hold a NaN or Inf"),
+            since=WHOLE,
+        ),
+        *_rows(
+            owner,
+            "calls",
             ("refresh_fp32_params", "(self)", "after the step on zero gradients with which it makes its state"),
         ),
         *_attributes(owner, "its parameters, clipping, and a step's outcome", "fp16_groups", "clip_grad", "overflow"),
@@ -98,7 +114,6 @@ ROWS: tuple[Row, ...] = (
         ("zero_grad", "(self)", "likewise"),
         ("step", "(self, lr_kwargs=None)", "likewise; refuses to step an engine that another has followed"),
         ("destroy", "(self)", "happens once, and takes the hooks on the model away"),
-        ("coalesce_grad_reduction", "(self)", "gradients that were reduced at its end are not dropped ones"),
         (
             "save_checkpoint",
             "(self, save_dir, tag=None, client_state={}, save_latest=True, exclude_frozen_parameters=False)",
@@ -111,18 +126,45 @@ ROWS: tuple[Row, ...] = (
             "load_lr_scheduler_states=True, load_module_only=False, custom_load_fn=None)",
             "verifies the checkpoint before anything of the engine is changed",
         ),
+        ("_load_zero_checkpoint", "(self, load_dir, tag, load_optimizer_states=True)", "loads universal checkpoints"),
+    ),
+    *_rows(
+        ENGINE,
+        "wraps",
+        ("coalesce_grad_reduction", "(self)", "gradients that were reduced at its end are not dropped ones"),
+        since="0.19.1",
+    ),
+    *_rows(
+        ENGINE,
+        "wraps",
         (
             "load_module_state_dict",
             "(self, checkpoint, strict=True, custom_load_fn=None, fetch_z3_params=False, z3_params_to_fetch=None, "
             "allowed_missing_keys=None)",
             "takes weights that another optimizer has trained, from where it has saved them",
         ),
-        ("_load_zero_checkpoint", "(self, load_dir, tag, load_optimizer_states=True)", "loads universal checkpoints"),
         (
             "_common_checkpoint_state",
             "(self, module_state_dict, zero_optimizer_state, save_frozen_param)",
             "saves matrices as frozen parameters at stage 1 too",
         ),
+        since="0.19.3",
+    ),
+    *_rows(
+        ENGINE,
+        "wraps",
+        (
+            "load_module_state_dict",
+            "(self, checkpoint, strict=True, custom_load_fn=None, fetch_z3_params=False)",
+            "likewise, and loads matrices as the frozen parameters that they were saved as",
+        ),
+        until="0.19.3",
+    ),
+    *_rows(
+        ENGINE,
+        "wraps",
+        ("_get_zero_frozen_param_attributes", "(self, attr_func)", "saves matrices as frozen parameters"),
+        until=WHOLE,
     ),
     *_rows(
         ENGINE,
@@ -137,25 +179,40 @@ ROWS: tuple[Row, ...] = (
             "(self, load_dir, tag, mp_rank, dp_world_size, bf16_mode)",
             "likewise, of ZeRO's",
         ),
+    ),
+    *_rows(
+        ENGINE,
+        "calls",
         (
             "get_optimizer_configuration",
             "(self, optimizer_parameters, adam_w_mode, allow_legacy_fallback=False)",
             "which of DeepSpeed's and torch's AdamWs the JSON asks for",
         ),
+        since="0.19.6",
     ),
     *_attributes(ENGINE, "the JSON as it was read, and what DeepSpeed has made of it", "_config"),
     *_attributes(CONFIG, "the JSON as it was read", "_param_dict"),
     *_rows(
         "deepspeed.runtime.engine",
         "replaces",
-        ("is_optimized_parameter", "name", "the engine asks it which parameters to save as frozen: matrices too"),
         (
             "get_fp32_state_dict_from_zero_checkpoint",
             "name",
             "weights alone are loaded from the tag that was asked for",
         ),
     ),
-    *_rows("deepspeed.runtime.utils", "calls", ("is_optimized_parameter", "(param)", "all but the matrices")),
+    *_rows(
+        "deepspeed.runtime.engine",
+        "replaces",
+        ("is_optimized_parameter", "name", "the engine asks it which parameters to save as frozen: matrices too"),
+        since=WHOLE,
+    ),
+    *_rows(
+        "deepspeed.runtime.utils",
+        "calls",
+        ("is_optimized_parameter", "(param)", "all but the matrices"),
+        since=WHOLE,
+    ),
     *_rows(
         "deepspeed.utils.zero_to_fp32",
         "calls",
@@ -186,9 +243,13 @@ ROWS: tuple[Row, ...] = (
             "and loaded",
         ),
         ("destroy", "(self)", "gives the model back as it was"),
+        ("reduce_ipg_grads", "(self, comm_dtype=None)", "a backward may reach matrices alone"),
+    ),
+    *_rows(
+        STAGE_1_2,
+        "overrides",
         ("process_gradients", "(self, param, i)", "gradients add up until the last micro-batch"),
         ("overlapping_partition_gradients_reduce_epilogue", "(self)", "likewise"),
-        ("reduce_ipg_grads", "(self, comm_dtype=None)", "a backward may reach matrices alone"),
         ("reduce_ready_partitions_and_remove_grads", "(self, param, i)", "large gradients are reduce-scattered"),
         ("clear_backward_seen_flag", "(self)", "every forward calls it: the next backward begins"),
         ("_use_compact_grad_partition_buffer", "(self, group_idx)", "so the step takes a group's flat partition"),
@@ -203,11 +264,16 @@ ROWS: tuple[Row, ...] = (
         ("async_inplace_copy_grad_to_fp32_buffer_from_gpu", "(self, param)", "gradients go to the host by pieces"),
         ("async_accumulate_grad_in_cpu_via_gpu", "(self, param)", "likewise, and add up there"),
         ("_restore_cpu_offload_grad_to_gpu", "(self, param)", "and come back"),
+        since=WHOLE,
     ),
     *_rows(
         STAGE_1_2,
         "calls",
         ("_link_all_hp_params", "(self)", "accessors' views follow masters that are the weights"),
+    ),
+    *_rows(
+        STAGE_1_2,
+        "calls",
         ("get_param_id", "(self, param)", "the key of a parameter in the attributes below"),
         ("get_param_comm_dtype", "(self, param)", "whether a gradient is reduced in its own dtype"),
         ("get_param_gradient_attribute", "(self, param)", "where the gradient is"),
@@ -216,16 +282,27 @@ ROWS: tuple[Row, ...] = (
         ("_record_gradient_stream", "(self, tensor, stream)", "its memory is in use there"),
         ("_record_offload_copy", "(self)", "a copy to the host has begun"),
         ("_wait_for_offload_copies", "(self)", "it has ended"),
+        since=WHOLE,
     ),
     *_rows(STAGE_1_2, "reads", ("loss_scale", "property", "sketches are divided by it")),
     *_attributes(
         STAGE_1_2,
-        "how it was configured",
-        "clip_grad",
+        "how it was configured, its buckets, groups, partitions and masters, and the outcome of a step",
         "check_grad_overflow",
+        "clip_grad",
+        "cpu_offload",
+        "dp_process_group",
+        "ipg_buckets",
+        "overflow",
+        "parallel_partitioned_bit16_groups",
+        "real_dp_process_group",
+        "single_partition_of_fp32_groups",
+    ),
+    *_attributes(
+        STAGE_1_2,
+        "how it was configured",
         "compute_grad_norm",
         "contiguous_gradients",
-        "cpu_offload",
         "cpu_offload_pin_memory",
         "device",
         "dtype",
@@ -240,17 +317,15 @@ ROWS: tuple[Row, ...] = (
         "use_grad_accum_attribute",
         "use_separate_grad_accum",
         "_offload_gradient_safety_enabled",
+        since=WHOLE,
     ),
     *_attributes(
         STAGE_1_2,
-        "the groups, their partitions and masters",
+        "the groups and their partitions",
         "bit16_groups",
-        "dp_process_group",
-        "real_dp_process_group",
-        "parallel_partitioned_bit16_groups",
         "params_in_partition",
         "partition_size",
-        "single_partition_of_fp32_groups",
+        since=WHOLE,
     ),
     *_attributes(
         STAGE_1_2,
@@ -258,14 +333,13 @@ ROWS: tuple[Row, ...] = (
         "accumulated_grads_in_cpu",
         "averaged_gradients",
         "grad_position",
-        "ipg_buckets",
         "micro_step_id",
         "norm_for_param_grads",
         "params_already_reduced",
         "reduction_stream",
         "_pending_offload_events",
+        since=WHOLE,
     ),
-    *_attributes(STAGE_1_2, "the outcome of a step", "overflow"),
     *_attributes(
         STAGE_1_2,
         "smaller buffers than DeepSpeed's",
@@ -273,11 +347,13 @@ ROWS: tuple[Row, ...] = (
         "grads_in_partition_offset",
         "temp_grad_buffer_for_gpu_offload",
         use="sets",
+        since=WHOLE,
     ),
     *_attributes(
         "deepspeed.runtime.zero.stage_1_and_2",
         "marks zeros that stand for no gradient: no part of a norm",
         "_zero_padding",
+        since=WHOLE,
     ),
     *_attributes("deepspeed.runtime.zero.stage_1_and_2", "a gradient that adds up in another dtype", "grad_accum"),
     *_attributes("deepspeed.runtime.zero.stage_1_and_2", "a gradient that waits for others", "ds_grad_is_ready"),
@@ -311,8 +387,20 @@ ROWS: tuple[Row, ...] = (
         ("get_local_fp32_grad_for_param", "(self, param)", "likewise"),
         ("set_local_grad_for_param", "(self, value, param)", "likewise"),
     ),
+    *_rows(
+        STAGE_3,
+        "overrides",
+        ("_overflow_check_and_loss_scale_update", "(self)", "a NaN is looked for in every dtype"),
+        until=WHOLE,
+    ),
+    *_rows(
+        STAGE_3,
+        "calls",
+        ("check_overflow", "(self, partition_gradients=True)", "likewise"),
+        until=WHOLE,
+    ),
     *_rows(STAGE_3, "reads", ("loss_scale", "property", "sketches are divided by it")),
-    *_attributes(STAGE_3, "how it was configured", "clip_grad", "offload_param", "offload_param_pin_memory"),
+    *_attributes(STAGE_3, "how it was configured", "clip_grad", "dtype", "offload_param", "offload_param_pin_memory"),
     *_attributes(STAGE_3, "who shares the parameters, and the outcome of a step", "dp_process_group", "overflow"),
     *_attributes("deepspeed.runtime.zero.stage3", "whom the accessors ask", "_z3_optimizer", use="sets"),
     *_attributes(PARTITION, "a weight is whole while a hook looks at it", "all_gather", "partition", use="calls"),
@@ -358,6 +446,7 @@ ROWS: tuple[Row, ...] = (
         "clip_grad",
         "_global_grad_norm",
         "overflow",
+        since=WHOLE,  # with stages 0 and 1
     ),
     *_replicated(FUSED),
     *_replicated(UNFUSED),
@@ -384,13 +473,13 @@ ROWS: tuple[Row, ...] = (
 )
 
 
-_BY_NAME = {(row.owner, row.name): row for row in ROWS}
-
-
-def row_of(owner: str, name: str) -> Row:
-    """The row of a name.
+def rows_of(owner: str, name: str) -> list[Row]:
+    """The rows of a name, one for each form that it has had.
 
     Raises:
         KeyError: it is not in the table.
     """
-    return _BY_NAME[owner, name]
+    found = [row for row in ROWS if (row.owner, row.name) == (owner, name)]
+    if not found:
+        raise KeyError(f"{owner}.{name}")
+    return found

@@ -6,23 +6,29 @@ own class, so that every isinstance check in the engine still holds.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from ds_mofa.backends.deepspeed import bases
+from ds_mofa.backends.deepspeed import bases, versions
 from ds_mofa.backends.deepspeed.embeddings import spare_gathering
-from ds_mofa.backends.deepspeed.gradients import GradientMixin
 from ds_mofa.backends.deepspeed.matrices import Stage3Accessors, answer_for_whole, is_partitioned, move_shards
 from ds_mofa.groups import check_rates
 from ds_mofa.optimizers.base import MatrixOptimizer, clip_factor
 from ds_mofa.phases import phase
 from ds_mofa.weights.staging import HostMemory
+
+if TYPE_CHECKING or not versions.is_older(versions.WHOLE):
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    from ds_mofa.backends.deepspeed.bases import ChecksItself as Stage3Checks
+    from ds_mofa.backends.deepspeed.gradients import GradientMixin
+else:
+    from ds_mofa.backends.deepspeed.older import GradientMixin, Stage3Checks, combine_grad_norm_groups
 
 __all__ = ["wrap_zero", "MatrixMixin", "swap_class"]
 
@@ -209,7 +215,7 @@ class Stage12Mixin(GradientMixin, ZeroMixin):
         return self.with_matrix_norm([super().scaled_global_norm(norm_type)])
 
 
-class Stage3Mixin(Stage3Accessors, ZeroMixin, bases.Stage3):
+class Stage3Mixin(Stage3Checks, Stage3Accessors, ZeroMixin, bases.Stage3):
     """DeepSpeedZeroOptimizer_Stage3."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -70,7 +70,7 @@ class Task(abc.ABC):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
-        """The mean over the examples of what :meth:`measure` returns."""
+        """The mean of what :meth:`measure` returns, each batch by its :meth:`weight`."""
         was_training = model.training
         model.eval()
         sums: dict[str, float] = {}
@@ -78,13 +78,17 @@ class Task(abc.ABC):
             batch = to_device(batch, device)
             output = model(**batch)
             for name, value in self.measure(output, batch).items():
-                sums[name] = sums.get(name, 0.0) + value.item() * len(batch["labels"])
+                sums[name] = sums.get(name, 0.0) + value.item() * self.weight(batch)
         model.train(was_training)
-        examples = sum(len(batch["labels"]) for batch in batches)
-        return {name: value / examples for name, value in sums.items()}
+        total = sum(map(self.weight, batches))
+        return {name: value / total for name, value in sums.items()}
+
+    def weight(self, batch: Batch) -> int:
+        """Of how many equal parts a batch's measures are means: its examples."""
+        return len(batch["labels"])
 
     def measure(self, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """Means over the examples of a batch, ``metric`` among them."""
+        """Means over a batch, ``metric`` among them."""
         return {"loss": output.loss}
 
 

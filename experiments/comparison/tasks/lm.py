@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers import logging as transformers_logging
 
 from experiments.comparison.digests import digest_of_files
 from experiments.comparison.tasks.base import Batch, Split, Task, shuffled
+from experiments.comparison.tasks.decoder import files_of, load_decoder
 from launch.errors import UserError
 from launch.examples import encoded_records
 from launch.json_files import read_json
@@ -25,8 +25,6 @@ from launch.shapes import check_vocabulary, config_from_shape
 from launch.tokenizer import load_tokenizer
 
 __all__ = ["LanguageModelling"]
-
-_WEIGHTS_AND_SHAPES = (".json", ".safetensors", ".bin")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,9 +66,8 @@ class LanguageModelling(Task):
         options["eval_batch_size"] = None  # how an evaluation is cut up does not change it
         if self.model_config is not None:
             options["model_config"] = read_json(self.model_config, "task.model_config")
-        if self.pretrained is not None and Path(self.pretrained).is_dir():
-            files = sorted(file for file in Path(self.pretrained).iterdir() if file.suffix in _WEIGHTS_AND_SHAPES)
-            options["pretrained"] = digest_of_files(files)
+        if self.pretrained is not None:
+            options["pretrained"] = files_of(self.pretrained)
         with self._files() as files:
             return {"name": self.name, **options, "data": digest_of_files(files)}
 
@@ -79,15 +76,10 @@ class LanguageModelling(Task):
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
+        if self.pretrained is not None:
+            return load_decoder(self.pretrained, self._tokenizer)
         options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-        if self.model_config is not None:
-            model = AutoModelForCausalLM.from_config(config_from_shape(self.model_config), **options)
-        else:
-            transformers_logging.disable_progress_bar()
-            try:
-                model = AutoModelForCausalLM.from_pretrained(self.pretrained, **options)
-            except OSError as error:
-                raise UserError(f"task.pretrained: {self.pretrained} could not be loaded ({error}).") from None
+        model = AutoModelForCausalLM.from_config(config_from_shape(self.model_config), **options)
         check_vocabulary(model.config, self._tokenizer)
         model.config.use_cache = False
         return model
