@@ -139,7 +139,8 @@ def test_a_shipped_comparison_builds(tmp_path, monkeypatch, path):
     fine_tunes = "finetune" in path.stem
     for split in ("train", "dev"):
         (tmp_path / f"{split}.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n' * 4)
-    data = sentences(tmp_path) if "sst2" in path.stem else tmp_path if fine_tunes else None
+    on_sentences = "name: sst2" in path.read_text()
+    data = sentences(tmp_path) if on_sentences else tmp_path if fine_tunes else None
     plan = load_plan(path, data, pretrained=str(decoder) if fine_tunes else None)
     firsts = [next(s for s in plan.settings if s.label == label) for label in plan.labels]
     check_settings(firsts, plan.training, plan.task, "cpu")

@@ -154,7 +154,7 @@ class TensorTrainEmbedding(TensorTrain):
     def forward(self, ids: Tensor) -> Tensor:
         """(...) to (..., e): each row that occurs once, from one table for either half of the cores.
 
-        On a GPU finding the rows that occur waits for the device once.
+        On a GPU this waits for the device, to know which rows occur.
 
         Raises:
             IndexError: an id is negative, or V or above.
