@@ -5,7 +5,16 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import full_shape, split_parameters
@@ -408,3 +417,13 @@ def test_the_summary_s_units(width, shown):
     with torch.device("meta"):
         model.linear = nn.Linear(width, width, bias=False)
     assert f"({shown} parameters)" in split(model).summary()
+
+
+def test_a_transposed_stack_says_which_way_its_maps_go():
+    """Factors on lr by shape are of (outputs, inputs)."""
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    config = GptOssConfig(**sizes, vocab_size=40, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
+    stacks = {m.name.rpartition(".")[2]: m for m in split(GptOssForCausalLM(config)).matrices if m.stack is not None}
+    up, down = stacks["gate_up_proj"], stacks["down_proj"]
+    assert (up.full_shape, up.shape, up.map_shape) == ((4, 16, 48), (16, 48), (48, 16))
+    assert (down.full_shape, down.shape, down.map_shape) == ((4, 24, 16), (24, 16), (16, 24))
