@@ -46,7 +46,17 @@ MANIFEST = "mofasgd_manifest.json"
 FORMAT = 1
 _ENTRIES = {"format", "state_format", "universal", "zero_stage", "world_size", "rank", "matrices", "crc32", "files"}
 _UNNAMED = "MoFaSGD"  # the manifests of which name no optimizer
-_OF_DEEPSPEED = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]  # objects of its own in its files
+
+
+def _stage_named(kind: Any, name: str) -> ZeroStageEnum:
+    """In the place of ``getattr``, by which Python before 3.11.4 pickles a member of an enum: of this one alone."""
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError("getattr of something else than DeepSpeed's stages")
+    return ZeroStageEnum[name]
+
+
+# Objects of its own in its files.
+_OF_DEEPSPEED = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, (_stage_named, "builtins.getattr")]
 CONVERT = "python -m ds_mofa.to_universal --input_folder {} --output_folder {}_universal"
 
 
