@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_mofa.kernels import stages_that_fit
-from ds_mofa.kernels.random_bits import Rounding, rounding_keys
+from ds_mofa.kernels.random_bits import Rounding, rounding_key
 from ds_mofa.kernels.shard import Shard
 
 _TILES = 8  # that one program writes
@@ -42,12 +42,15 @@ def launch(
         return
     (B, m, r), n = U.shape, V.shape[1]
     if B > _MOST:
-        raise ValueError(f"{B} matrices of one shape: a grid has room for {_MOST}")
+        raise ValueError(
+            f"{B} matrices of one shape in one param group, and a launch has room for {_MOST}: divide them into several "
+            "param groups"
+        )
     device = U.device
     weights = _addresses([shard.flat for shard in shards], numel, device)
     first_row, last_row = start // n, -(-(start + numel) // n)
     stochastic = rounding.stochastic and dtype != torch.float32
-    keys = rounding_keys(rounding, numbers).to(device, non_blocking=True) if stochastic else weights
+    keys = rounding_key(rounding, numbers).to(device, non_blocking=True) if stochastic else weights
     R = max(16, triton.next_power_of_2(r))
     # Two bf16 weights are one word: half the hashing, and no shuffling between threads.
     in_pairs = dtype == torch.bfloat16 == U.dtype and stochastic and n % 2 == start % 2 == numel % 2 == 0

@@ -8,11 +8,12 @@ gets the same.
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rounding", "mix", "random_bits", "round_stochastically", "rounding_key", "rounding_keys"]
+__all__ = ["Rounding", "mix", "random_bits", "round_stochastically", "rounding_key"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +31,13 @@ class Rounding:
     step: int = 0
 
 
-def rounding_key(rounding: Rounding, index: int) -> int:
-    """The 32-bit word that keys the random bits of matrix number ``index`` in this step."""
-    return _mix_int(_mix_int(rounding.seed + 0x9E3779B9 * (index + 1)) + rounding.step)
+def rounding_key(rounding: Rounding, number: Any) -> Any:
+    """The 32-bit word that keys the random bits of a matrix in this step.
 
-
-def rounding_keys(rounding: Rounding, numbers: Tensor) -> Tensor:
-    """:func:`rounding_key` of each of ``numbers``, int64 of the same shape and device."""
-    return mix((mix(rounding.seed + 0x9E3779B9 * (numbers + 1) & 0xFFFFFFFF) + rounding.step) & 0xFFFFFFFF)
+    Args:
+        number: of the matrix, an int; or of several, an int64 tensor of any shape, whose keys are one too.
+    """
+    return _mix_wide(_mix_wide(rounding.seed + 0x9E3779B9 * (number + 1)) + rounding.step)
 
 
 def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,5 +82,5 @@ def mix(x):
     return x ^ (x >> 16)
 
 
-def _mix_int(x: int) -> int:
+def _mix_wide(x):
     return mix(x & 0xFFFFFFFF)

@@ -62,7 +62,8 @@ class Part:
 
     def numbers(self) -> Tensor:
         """Of the matrices, among those of all parameters: (count,), int64, on the CPU."""
-        return torch.cat([torch.arange(span.number, span.number + span.count, device="cpu") for span in self.spans()])
+        firsts = torch.tensor(self.block.numbers, dtype=torch.int64, device="cpu").unsqueeze(-1)
+        return (firsts + torch.arange(self.block.each, device="cpu")).flatten()[self.first : self.last]
 
     def views(self, flat: Tensor, start: int = 0) -> tuple[Tensor, ...]:
         """left (B, m, r), right (B, n, r) and spectrum (B, r), as :meth:`ds_mofa.partition.layout.Block.views`."""

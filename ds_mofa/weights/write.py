@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_mofa.kernels import triton_serves
-from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically, rounding_keys
+from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically, rounding_key
 from ds_mofa.kernels.shard import Shard
 
 __all__ = ["each_of", "write_updates"]
@@ -55,7 +55,7 @@ def write_updates(
         _write.launch(shards, U, V, coefficients, numbers, step_size, decay, rounding, masters)
         return
     moving = coefficients.any(-1).tolist()  # a NaN is not zero
-    keys = rounding_keys(rounding, numbers).tolist() if rounding.stochastic else None
+    keys = rounding_key(rounding, numbers).tolist() if rounding.stochastic else None
     wholes = [one for shard in shards for one in shard.each()]
     copies = None if masters is None else each_of(masters, shards)
     for i, shard in enumerate(wholes):
