@@ -83,12 +83,9 @@ def _opened(key: Tensor) -> Any:
     return sketch
 
 
-_library.impl("add_linear", _add_linear, "CompositeExplicitAutograd")
-_library.impl("add_rows", _add_rows, "CompositeExplicitAutograd")
-_library.impl("add_grouped", _add_grouped, "CompositeExplicitAutograd")
-torch.library.register_fake("ds_mofa::add_grouped", lambda *args: None, lib=_library)
-for _name in ("add_linear", "add_rows"):
-    torch.library.register_fake(f"ds_mofa::{_name}", lambda x, dy, key: None, lib=_library)
+for _name, _function in (("add_linear", _add_linear), ("add_rows", _add_rows), ("add_grouped", _add_grouped)):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ds_mofa::{_name}", lambda *args: None, lib=_library)
 add_linear = torch.ops.ds_mofa.add_linear.default
 add_grouped = torch.ops.ds_mofa.add_grouped.default
 add_rows = torch.ops.ds_mofa.add_rows.default

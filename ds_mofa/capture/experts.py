@@ -5,13 +5,14 @@ some with a forward of their own (:mod:`ds_mofa.parameters.experts`): the forwar
 grouped products.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.capture.grouped import Permuted, SketchedExperts, project
+from ds_mofa.capture.grouped import Permuted, SketchedExperts, product
 from ds_mofa.capture.held import holds, leaf_in, own_weight, refuse_replaced, replace_forward
 from ds_mofa.capture.sink import Gathered, Sink
 from ds_mofa.parameters import Matrix
@@ -61,7 +62,7 @@ _SINKS, _UNDO = "ds_mofa_sinks", "ds_mofa_undo"
 
 
 def _forward_of(module: Any, sinks: Sinks) -> Callable[..., Tensor]:
-    compute = _COMPUTED[kind_of(module)]
+    compute = functools.partial(_COMPUTED[kind_of(module)], module, _Projections(module, sinks))
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         plain = self is not module or torch._C._get_tracing_state() is not None
@@ -69,12 +70,33 @@ def _forward_of(module: Any, sinks: Sinks) -> Callable[..., Tensor]:
             return type(module).forward(self, *args, **kwargs)
         if not all(is_own(self, getattr(self, name)) for name, (_, _, is_own) in sinks.items()):
             return type(module).forward(self, *args, **kwargs)
-        return compute(self, sinks, *args, **kwargs)
+        return compute(*args, **kwargs)
 
     return forward
 
 
-def _registered(module: Any, sinks: Sinks, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+class _Projections:
+    """A module's products with its experts; see :class:`ds_mofa.capture.grouped.SketchedExperts`."""
+
+    def __init__(self, module: nn.Module, sinks: Sinks):
+        self._module, self._sinks, self._transposed = module, sinks, is_transposed(module)
+
+    def __call__(
+        self, name: str, x: Tensor, ends: Tensor, rows: Tensor | None = None, back: Tensor | None = None
+    ) -> Tensor:
+        """x times the weights of this name."""
+        weight: Any = getattr(self._module, name)
+        x = x.to(_autocast(x) or weight.dtype)
+        if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+            any_gathered = next((gathered for _, gathered, _ in self._sinks.values()), None)
+            sink, gathered = self._sinks[name][:2] if name in self._sinks else (None, any_gathered)
+            return SketchedExperts.apply(x, weight, ends, self._transposed, sink, gathered, rows, back)
+        return product(x if rows is None else x[rows], weight, ends, self._transposed)
+
+
+def _registered(
+    module: Any, project: _Projections, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """What transformers' experts functions compute."""
     tokens, k = top_k_index.shape
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
@@ -82,28 +104,28 @@ def _registered(module: Any, sinks: Sinks, hidden_states: Tensor, top_k_index: T
     back[order] = torch.arange(len(order), device=order.device)
     ends = _ends(experts, module.num_experts)
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    x = _projected(module, sinks, first, hidden_states, ends, (order // k).int(), back)
+    x = project(first, hidden_states, ends, (order // k).int(), back)
     x = x + _bias(module, first, experts, x) if module.has_bias else x
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-    x = _projected(module, sinks, "down_proj", x, ends)
+    x = project("down_proj", x, ends)
     x = x + _bias(module, "down_proj", experts, x) if module.has_bias else x
     x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     x = Permuted.apply(x, back, order)
     return x.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
 
-def _sorted(module: Any, sinks: Sinks, x: Tensor, counts: Tensor | Sequence[int]) -> Tensor:
+def _sorted(module: Any, project: _Projections, x: Tensor, counts: Tensor | Sequence[int]) -> Tensor:
     """Of rows that are sorted by expert already: x (S, in), and how many each expert has, (E,)."""
     ends = torch.as_tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
-    return _projected(module, sinks, "weight", x, ends)
+    return project("weight", x, ends)
 
 
-def _batched(module: Any, sinks: Sinks, hidden_states: Tensor) -> Tensor:
+def _batched(module: Any, project: _Projections, hidden_states: Tensor) -> Tensor:
     """Llama 4's: every expert has all tokens, (E * T, in), of which the router has weighed most with zero."""
     E = module.num_experts
     ends = hidden_states.shape[0] // E * torch.arange(1, E + 1, dtype=torch.int32, device=hidden_states.device)
-    gate, up = _projected(module, sinks, "gate_up_proj", hidden_states, ends).chunk(2, dim=-1)
-    return _projected(module, sinks, "down_proj", up * module.act_fn(gate), ends)
+    gate, up = project("gate_up_proj", hidden_states, ends).chunk(2, dim=-1)
+    return project("down_proj", up * module.act_fn(gate), ends)
 
 
 _COMPUTED: dict[Kind | None, Callable[..., Tensor]] = {
@@ -123,25 +145,6 @@ def _ends(experts: Tensor, count: int) -> Tensor:
     """Where each expert's rows end, (count,), int32, of the sorted experts of all rows; the host waits for nothing."""
     numbers = torch.arange(count, dtype=experts.dtype, device=experts.device)
     return torch.searchsorted(experts, numbers, right=True, out_int32=True)
-
-
-def _projected(
-    module: nn.Module,
-    sinks: Sinks,
-    name: str,
-    x: Tensor,
-    ends: Tensor,
-    rows: Tensor | None = None,
-    back: Tensor | None = None,
-) -> Tensor:
-    """x times the module's weights of this name; see :class:`ds_mofa.capture.grouped.SketchedExperts`."""
-    weight: Any = getattr(module, name)
-    x = x.to(_autocast(x) or weight.dtype)
-    any_gathered = next((gathered for _, gathered, _ in sinks.values()), None)
-    sink, gathered = sinks[name][:2] if name in sinks else (None, any_gathered)
-    if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
-        return SketchedExperts.apply(x, weight, ends, is_transposed(module), sink, gathered, rows, back)
-    return project(x if rows is None else x[rows], weight, ends, is_transposed(module))
 
 
 def _bias(module: nn.Module, name: str, experts: Tensor, like: Tensor) -> Tensor:

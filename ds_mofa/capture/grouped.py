@@ -13,11 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from ds_mofa.capture import compiled
 from ds_mofa.capture.autograd import wanted
-from ds_mofa.capture.products import grouped_product
+from ds_mofa.capture.products import grouped_outer, grouped_product
 from ds_mofa.capture.sink import Gathered, Sink
 from ds_mofa.capture.sketch import Sketch
 
-__all__ = ["Permuted", "SketchedExperts", "project"]
+__all__ = ["Permuted", "SketchedExperts", "product"]
 
 
 class SketchedExperts(torch.autograd.Function):
@@ -50,14 +50,14 @@ class SketchedExperts(torch.autograd.Function):
         """
         ctx.save_for_backward(x, weight, ends, rows, back)
         ctx.transposed, ctx.sketch, ctx.gathered = transposed, sketch, gathered
-        return project(x if rows is None else x[rows], weight, ends, transposed)
+        return product(x if rows is None else x[rows], weight, ends, transposed)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
 
 
-def project(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
     """y_e = x_e W_e^T, (S, out); see :class:`SketchedExperts`."""
     weight = weight.to(x.dtype)
     return grouped_product(x, weight if transposed else weight.mT, ends)
@@ -69,10 +69,10 @@ def _backward(ctx, dy: Tensor):
     dy = dy.contiguous()  # a broadcast one is not, which no grouped product takes
     if ctx.needs_input_grad[0]:
         if ctx.gathered is None:
-            dx = project(dy, weight, ends, not ctx.transposed)
+            dx = product(dy, weight, ends, not ctx.transposed)
         else:
             with ctx.gathered(weight) as whole:
-                dx = project(dy, whole, ends, not ctx.transposed)
+                dx = product(dy, whole, ends, not ctx.transposed)
         dx = dx if back is None else _gathered_sums(dx, back, x.shape[0])
     if ctx.needs_input_grad[1]:
         left, right, left_rows, right_rows = (x, dy, rows, None) if ctx.transposed else (dy, x, None, rows)
@@ -86,23 +86,13 @@ def _backward(ctx, dy: Tensor):
             asked = sketch is None or wanted(ctx.next_functions[1][0])
             if sketch is None or asked is None or asked and sketch.param is not None and sketch.param._backward_hooks:
                 left, right = (a if own is None else a[own] for a, own in ((left, left_rows), (right, right_rows)))
-                dw = _dense(left, right, ends).to(weight.dtype)
+                dw = grouped_outer(left, right, ends).to(weight.dtype)
             elif asked:
                 sketch.add_grouped(left, right, ends, left_rows, right_rows)
     return dx, dw, None, None, None, None, None, None
 
 
 _backward_once = once_differentiable(_backward)
-
-
-def _dense(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """The gradient of the whole stack, (E, m, n)."""
-    out = left.new_zeros(len(ends), left.shape[-1], right.shape[-1])
-    first = 0
-    for e, last in enumerate(ends.tolist()):
-        torch.mm(left[first:last].mT, right[first:last], out=out[e])
-        first = last
-    return out
 
 
 def _gathered_sums(dx: Tensor, back: Tensor, count: int) -> Tensor:

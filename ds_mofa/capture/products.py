@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ds_mofa.kernels import triton_serves
 
-__all__ = ["add_grouped", "add_product", "add_to_rows", "grouped_product"]
+__all__ = ["add_grouped", "add_product", "add_to_rows", "grouped_outer", "grouped_product"]
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
@@ -78,6 +78,20 @@ def grouped_product(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
         (S, p).
     """
     return torch.ops.ds_mofa.grouped_product(x, stack, ends)
+
+
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """left_e^T right_e of every group, (E, m, n), formed: what :func:`add_grouped` is there to spare. The host waits.
+
+    Args:
+        left: (S, m), of which rows [ends[e - 1], ends[e]) are of group e.
+        right: (S, n), likewise.
+        ends: (E,), int32.
+    """
+    out = left.new_zeros(len(ends), left.shape[-1], right.shape[-1])
+    for e, rows in _groups(ends):
+        torch.mm(left[rows].mT, right[rows], out=out[e])
+    return out
 
 
 # Operators: what the rows of a group are is known only when they run, and neither a graph nor a simulation looks into them.
