@@ -58,9 +58,7 @@ def _wait(processes: list[subprocess.Popen], asked: Callable[[], bool]) -> int:
     failed, deadline = None, None
     while None in [process.poll() for process in processes]:
         if failed is None:
-            failed = next(
-                (status for status in map(_status, processes) if status and not (asked() and status == ENDED)), None
-            )
+            failed = _failure(processes, asked())
             if failed is not None:
                 deadline = time.monotonic() + GRACE
                 _send(processes, signal.SIGTERM)
@@ -69,12 +67,17 @@ def _wait(processes: list[subprocess.Popen], asked: Callable[[], bool]) -> int:
             deadline = None
         with contextlib.suppress(KeyboardInterrupt):  # which every rank has had too
             time.sleep(_POLL)
-    statuses = [_status(process) for process in processes]
     if failed is None:
-        failed = next((status for status in statuses if status and not (asked() and status == ENDED)), None)
+        failed = _failure(processes, asked())
     if failed is not None:
         return failed
-    return ENDED if asked() and any(statuses) else 0
+    return ENDED if asked() and any(map(_status, processes)) else 0
+
+
+def _failure(processes: list[subprocess.Popen], asked: bool) -> int | None:
+    """The status of the first rank that has failed, and not ended because it was asked to."""
+    statuses = map(_status, processes)
+    return next((status for status in statuses if status and not (asked and status == ENDED)), None)
 
 
 def _status(process: subprocess.Popen) -> int | None:

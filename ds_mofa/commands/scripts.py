@@ -29,11 +29,11 @@ SIGTERM, also as a container's first process, has all ranks save a checkpoint; t
 
 
 def predict(argv: list[str]) -> None:
-    _run(_script("profiling/predict.py"), argv)
+    _run(_script("profiling/predict.py"), _with_shipped(argv))
 
 
 def verify(argv: list[str]) -> None:
-    _run(_script("profiling/verify_claim.py"), argv)
+    _run(_script("profiling/verify_claim.py"), _with_shipped(argv))
 
 
 def train(argv: list[str]) -> int | None:
@@ -62,7 +62,7 @@ def _script(name: str) -> Path:
 
 
 def _run(script: Path, words: list[str]) -> None:
-    sys.argv = [str(script), *_with_shipped(words)]
+    sys.argv = [str(script), *words]
     runpy.run_path(str(script), run_name="__main__")
 
 

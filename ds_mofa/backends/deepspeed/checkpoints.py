@@ -46,6 +46,7 @@ MANIFEST = "mofasgd_manifest.json"
 FORMAT = 1
 _ENTRIES = {"format", "state_format", "universal", "zero_stage", "world_size", "rank", "matrices", "crc32", "files"}
 _UNNAMED = "MoFaSGD"  # the manifests of which name no optimizer
+CONVERT = "python -m ds_mofa.to_universal --input_folder {} --output_folder {}_universal"
 
 
 def _stage_named(kind: Any, name: str) -> ZeroStageEnum:
@@ -57,7 +58,6 @@ def _stage_named(kind: Any, name: str) -> ZeroStageEnum:
 
 # Objects of its own in its files.
 _OF_DEEPSPEED = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, (_stage_named, "builtins.getattr")]
-CONVERT = "python -m ds_mofa.to_universal --input_folder {} --output_folder {}_universal"
 
 
 class CheckpointError(ValueError):
@@ -178,9 +178,8 @@ def _names(engine, save_dir: str, tag: str) -> list[str]:
         paths = [engine._get_ckpt_name(save_dir, tag)]
     if engine.zero_optimization():
         bf16 = engine.bfloat16_enabled()
-        mp_rank = getattr(
-            engine, "checkpoint_mp_rank", 0
-        )  # older ones have no such name; without model parallelism it is 0
+        # Older ones have no such name; without model parallelism it is 0.
+        mp_rank = getattr(engine, "checkpoint_mp_rank", 0)
         paths += engine._get_mp_rank_zero_checkpoint_names(save_dir, tag, mp_rank, world, bf16)
     return [os.path.relpath(path, Path(save_dir) / tag) for path in paths]
 
