@@ -83,6 +83,20 @@ def test_the_write_gives_the_bits_of_its_twin(m, n, r, start, stop, size, dtype,
         assert start == stop or not torch.equal(written[1][0][moved], W[moved])
 
 
+@pytest.mark.parametrize("columns", [248, 600])
+@pytest.mark.parametrize(("n", "dtype"), [(304, torch.bfloat16), (301, torch.bfloat16), (304, torch.float32)])
+def test_factors_of_any_width_are_written(n, dtype, columns):
+    """As wide as rank + 2 explore may be: the tiles shrink to what the card's shared memory holds."""
+    torch.manual_seed(0)
+    U, V = torch.randn(1, 70, columns, dtype=dtype), torch.randn(1, n, columns, dtype=dtype)
+    W, ones = torch.randn(1, 70 * n, dtype=dtype), torch.ones(1, columns, dtype=dtype)
+    arguments = {"numbers": torch.arange(1), "step_size": 0.01, "decay": 1.0, "rounding": Rounding(False)}
+    expected = W.double() - 0.01 * (U.double() @ V.double().mT).flatten(1)
+    ours = W.cuda()
+    write_updates([Shard(ours[0])], U.cuda(), V.cuda(), ones.cuda(), **arguments)
+    torch.testing.assert_close(ours.cpu().double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
 @pytest.mark.parametrize(("n", "dtype"), [(304, torch.bfloat16), (301, torch.bfloat16), (304, torch.float32)])
 def test_a_coefficient_that_is_no_number_is_written(n, dtype):
     """In fp32 and bf16, in pairs and not: a NaN is not zero, and the weights say so."""
