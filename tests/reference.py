@@ -207,7 +207,10 @@ class Reference:
         self.moments = {name: (0.0, 0.0) for name in self.params if name not in self.momenta}
         self.clip_apart = tuple(clip_apart)
         self.lr = lr if callable(lr) else lambda step: lr
-        self.adamw_lr = adamw_lr if callable(adamw_lr) else lambda step: self.lr(step) / 10
+        if adamw_lr is None:
+            self.adamw_lr = lambda step: self.lr(step) / 10
+        else:
+            self.adamw_lr = adamw_lr if callable(adamw_lr) else lambda step: adamw_lr
         self.beta, self.weight_decay, self.eps, self.clip = beta, weight_decay, adamw_eps, clip
         self.no_decay, self.balance = set(no_decay), balance
         self.steps = 0

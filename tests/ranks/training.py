@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_ep
 
 
 # With eps far above rounding: Adam's first direction is the sign of a gradient, of which rounding may decide.
-GALORE: dict[str, Any] = {**OPTIONS, "refresh_every": 3, "alpha": 0.5, "eps": 1e-3, "adamw_lr": 1e-3}
+GALORE: dict[str, Any] = {**OPTIONS, "lr": 1e-2, "refresh_every": 3, "alpha": 0.5, "eps": 1e-3, "adamw_lr": 1e-3}
 
 TIGHT = 0.2  # to clip by: the norm of every step of the toy is far above it
 
