@@ -102,7 +102,8 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
     if "lr" not in settings:
         raise ValueError(f"{name} needs an lr: no rate suits all methods; docs/baselines.md has the published ones")
 
-    options = Options(**{key: value for key, value in settings.items() if key in _COMMON})
+    # No baseline's lr is MoFaSGD's: any is taken.
+    options = Options(adjust_lr_fn="adamw", **{key: value for key, value in settings.items() if key in _COMMON})
     split = split_parameters(model, model.parameters(), options)
     stacks = [matrix.name for matrix in split.matrices if matrix.stack is not None]
     if stacks and name != "AdamW":

@@ -30,7 +30,7 @@ __all__ = [
     "with_the_toy_s_own",
 ]
 
-OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6, "torch_adam": True}
+OPTIONS: dict[str, Any] = {"lr": 2e-3, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6, "torch_adam": True}
 
 
 # With eps far above rounding: Adam's first direction is the sign of a gradient, of which rounding may decide.
