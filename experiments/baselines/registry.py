@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ds_mofa.optimizers.registry import OPTIMIZERS
@@ -112,6 +113,11 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
     check_integer("reset_every", reset_every, low=0, high=2**31)
     if not isinstance(sketched, bool):
         raise OptionError(f"sketched={sketched!r} must be true or false")
+    if sketched and dist.is_initialized() and dist.get_world_size() > 1:
+        raise OptionError(
+            "sketched=True is for one process: DDP does not see what is captured, and would not reduce it. Leave it out, or "
+            "take ds_mofa.GaLore"
+        )
 
     method = _METHODS[name]
     given = {"rank": options.rank, "seed": options.seed, **settings}
