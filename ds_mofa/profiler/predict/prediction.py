@@ -90,7 +90,7 @@ def _one_micro_batch(setting: RunSetting) -> RunSetting:
     return alike.but(**{field: getattr(setting, field) for field in kept}, **options)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)  # searches go back and forth between some
 def _simulated(run: str, changed: int | None) -> MicroBatch:
     """Args: changed: when the model's file was, so that it is read anew."""
     return simulate(RunSetting.parse(run))
