@@ -8,6 +8,7 @@ inventory.py     which storage is what
 recorded.py      one step, allocation by allocation; history.py, from PyTorch's allocator
 curve.py         what each of these was, and what was alive when
 layers.py        what is alive after each layer's backward
+throughput.py    tokens, seconds and joules of the steps; flops.py, what share of a card that is
 accounting.py    from meters to a sum by category
 rank_report.py   all of it as data
 """

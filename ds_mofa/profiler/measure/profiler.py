@@ -18,6 +18,7 @@ from ds_mofa.profiler.measure.meters import Meters, default_device, several_rank
 from ds_mofa.profiler.measure.phases import PhaseRecorder, watch_model, watch_optimizer
 from ds_mofa.profiler.measure.rank_report import rank_report
 from ds_mofa.profiler.measure.recorded import RecordedStep
+from ds_mofa.profiler.measure.throughput import Throughput
 from ds_mofa.profiler.outside import on_host
 from ds_mofa.profiler.report import assemble, write_report
 
@@ -102,6 +103,7 @@ class MemoryProfiler:
         self._recorder = PhaseRecorder(
             self._meters.read_and_reset if self._cuda else None, lambda: process.memory_info().rss, nvtx=self._cuda
         )
+        self._throughput = Throughput(self._meters.joules)
         self._recorded = RecordedStep(own, stacks or memory_snapshot)
         self._undo, self._listening = contextlib.ExitStack(), contextlib.ExitStack()
         self._known: list[Known] = []
@@ -163,6 +165,7 @@ class MemoryProfiler:
         for undo in [
             *watch_model(model, self._recorder),
             *watch_optimizer(self._optimizer, self._recorder),
+            self._throughput.watch(model),
             *watch_layers(model, self._recorded.layer_done, wanted=lambda: self._recorder.detail),
         ]:
             self._undo.callback(undo)
@@ -177,9 +180,11 @@ class MemoryProfiler:
             raise RuntimeError("step() before watch(model, optimizer): the profiler does not know what to look at")
         self._end_step()
         now = time.perf_counter()
+        counted = self.steps != self.detail_step and self._recorder.active
+        self._throughput.step(now - self._step_started, counted)
         if self.steps == self.detail_step:
             self._detail_cost = self._recorder.cost - self._cost_before
-        elif self._recorder.active:
+        elif counted:
             self.step_seconds.append(now - self._step_started)
         self.steps += 1
         self._step_started = time.perf_counter()
@@ -239,9 +244,11 @@ class MemoryProfiler:
                 f"({self.detail_step + 1}): activations and temporaries are not told apart. Lower detail_step"
             )
         own = self._recorder.cost - self._detail_cost  # the recorded step is not like the others
+        card = torch.cuda.get_device_name(self._meters.device) if self._cuda else "CPU"
         return rank_report(
-            self._meters, self._recorder, self._recorded, self._known, self.step_seconds, self.steps, own, self.notes
-        )
+            self._meters, self._recorder, self._recorded, self._known, self.step_seconds, self.steps, own, self.notes,
+            self._throughput.report(self._model, card),
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ steps and the recorded one
 

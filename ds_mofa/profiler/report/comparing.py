@@ -72,18 +72,15 @@ def used_categories(stacks: Sequence[Bar]) -> list[str]:
 
 
 def breakdowns(runs: Runs) -> Table:
-    """One unit for all, so that a row's parts can be seen to add up."""
+    """One unit for all, so that parts can be seen to add up; of one run a row for each category."""
     stacks = bars(runs)
     unit, used = unit_of([bar.total for bar in stacks]), used_categories(stacks)
-    rows = [
-        [
-            "predicted" if bar.predicted else bar.label,
-            *(unit.number(bar.parts.get(name), digits=3) for name in used),
-            unit.number(bar.total, digits=3),
-        ]
-        for bar in stacks
-    ]
-    return Table([f"run, {unit.name}", *used, "sum"], rows)
+    names = ["predicted" if bar.predicted else bar.label for bar in stacks]
+    columns = [[unit.number(size, digits=3) for size in (*map(bar.parts.get, used), bar.total)] for bar in stacks]
+    if len(runs) == 1:
+        rows = [[name, *cells] for name, cells in zip([*used, "sum"], zip(*columns))]
+        return Table([f"category, {unit.name}", *names], rows, summed=True)
+    return Table([f"run, {unit.name}", *used, "sum"], [[name, *cells] for name, cells in zip(names, columns)])
 
 
 def speeds(runs: Runs) -> Table | None:

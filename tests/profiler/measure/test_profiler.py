@@ -122,7 +122,8 @@ def test_a_gradient_that_is_kept_elsewhere_is_found(tmp_path):
     assert len(kept) == 3 and not holds, text
 
 
-# What a reader of report.json may rely on: a change here is a new schema version.
+# What a reader of report.json may rely on: taking something away, or another meaning, is a new schema version. What is added
+# is not in the reports of before.
 NUMBER, TEXT = (int, float), str
 SCHEMA = {
     "schema_version": int, "kind": TEXT, "created": TEXT, "command": list, "setting": dict, "environment": dict,
@@ -131,12 +132,13 @@ SCHEMA = {
 RANK = {
     "rank": int, "device": TEXT, "driver": (TEXT, type(None)), "measured": TEXT, "peaks": dict, "breakdown": dict,
     "phases": list, "phase_peaks": list, "layers": list, "steps": int, "step_seconds": list, "sampling": dict,
-    "overhead": dict, "timeline": dict, "step_timeline": (dict, type(None)), "notes": list,
+    "throughput": dict, "overhead": dict, "timeline": dict, "step_timeline": (dict, type(None)), "notes": list,
 }  # fmt: skip
 PARTS = {
     "peaks": {"allocated", "allocated_while_building", "reserved", "traced", "nvml_device", "nvml_process", "host"},
     "breakdown": {"meter", "total", "categories"},
     "sampling": {"hz_asked", "samples", "longest_gap_seconds", "thread_cpu_share"},
+    "throughput": {"tokens_per_step", "tokens_per_second", "mfu", "joules", "tokens_per_joule"},
     "overhead": {"seconds_per_step", "share_of_step"},
     "timeline": {"seconds", "nvml_device", "nvml_process", "allocated", "reserved", "host"},
     "step_timeline": {"milliseconds", "categories", "peak_milliseconds", "phases"},
