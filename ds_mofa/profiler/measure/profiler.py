@@ -1,6 +1,8 @@
 """``MemoryProfiler``: meters, phases and history around a training loop, and the report of one run."""
 
 import contextlib
+import pickle
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_mofa.profiler.measure.inventory import Known, inventory, unwrap_optimizer
+from ds_mofa.profiler.measure import out_of_memory
+from ds_mofa.profiler.measure.inventory import Known, inventory, sizes, unwrap_optimizer
 from ds_mofa.profiler.measure.layers import watch_layers
 from ds_mofa.profiler.measure.meters import Meters, default_device, several_ranks, this_rank
 from ds_mofa.profiler.measure.phases import PhaseRecorder, watch_model, watch_optimizer
@@ -21,6 +24,7 @@ from ds_mofa.profiler.measure.recorded import RecordedStep
 from ds_mofa.profiler.measure.throughput import Throughput
 from ds_mofa.profiler.outside import on_host
 from ds_mofa.profiler.report import assemble, write_report
+from ds_mofa.profiler.report.rendering import markdown
 
 __all__ = ["MemoryProfiler"]
 
@@ -47,8 +51,9 @@ class MemoryProfiler:
         sample_hz: readings of NVML and the host a second.
         detail_step: which call of :meth:`step` ends the step whose allocations are recorded one by one: that one gives
             the breakdown. The second by default (1): optimizer states exist then.
-        stacks: record with each of them the Python stack that made it. Slows that step.
+        stacks: record with each of them the Python stack that made it, for the stack at the peak. Slows that step.
         memory_snapshot: also write that step's history for https://pytorch.org/memory_viz; implies ``stacks``.
+            When the memory runs out one is written whatever this says, beside a page on what has grown.
         device: by default the CUDA device of LOCAL_RANK, or the CPU.
         setting: what was run, for the report: anything that JSON takes.
         predicted: a prediction of :func:`ds_mofa.profiler.predict.predict` to stand beside what is measured.
@@ -69,7 +74,7 @@ class MemoryProfiler:
         output_dir: str | Path = "out/memory",
         sample_hz: float = 20.0,
         detail_step: int = 1,
-        stacks: bool = False,
+        stacks: bool = True,
         memory_snapshot: bool = False,
         device: torch.device | str | None = None,
         setting: dict[str, Any] | None = None,
@@ -108,6 +113,7 @@ class MemoryProfiler:
         self._undo, self._listening = contextlib.ExitStack(), contextlib.ExitStack()
         self._known: list[Known] = []
         self._step_range: Any = None
+        self._recorded_shape: tuple[int, int] | None = None
         self._step_started = 0.0
         self._cost_before = self._detail_cost = 0.0
         self._started = self._running = False
@@ -138,6 +144,8 @@ class MemoryProfiler:
             raise RuntimeError("this MemoryProfiler has been started already: make a new one for each run")
         self._started = self._running = True
         self._meters.start()
+        if self._cuda:
+            out_of_memory.watch(self)
         self._listening.enter_context(self._recorder.listening())
         if self._model is not None:
             self.watch(self._model, self._optimizer)
@@ -220,6 +228,7 @@ class MemoryProfiler:
         self._recorder.between()
         self._known = inventory(self._model, self._optimizer) if self._model is not None else []
         self._running = False
+        out_of_memory.forget(self)
         self._undo.close()
         self._listening.close()
         self._sampler.stop()
@@ -250,6 +259,33 @@ class MemoryProfiler:
             self._throughput.report(self._model, card),
         )  # fmt: skip
 
+    # ------------------------------------------------------------------ the memory runs out
+
+    def out_of_memory(self, device: int, asked: int, free: int) -> None:
+        """Write what has grown, and the allocator's blocks for memory_viz; see :mod:`.out_of_memory`."""
+        if not self._running or device != self._meters.device.index:
+            return
+        known = sizes(inventory(self._model, self._optimizer), "cuda") if self._model is not None else {}
+        now = out_of_memory.gathered_up(known, torch.cuda.memory_allocated(device))
+        before, of, shape = out_of_memory.gathered_up(sizes(self._known, "cuda")), "the beginning of the training", None
+        recorded = self._recorded.curve(self._recorder.spans)
+        if recorded is not None:
+            before, of = out_of_memory.gathered_up(recorded.peak), f"the peak of step {self.detail_step}"
+            shape = self._recorded_shape
+        grown, document = out_of_memory.explain(
+            step=self.steps, phase=self._recorder.current, asked=asked, free=free, now=now, before=before, of=of,
+            shapes=(shape, self._throughput.shape),
+        )  # fmt: skip
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        page = self.output_dir / f"out_of_memory_rank{this_rank()}.md"
+        page.write_text(markdown(document, pictures=False), encoding="utf-8")
+        self.notes.append(f"The memory ran out in step {self.steps}; {grown} have grown most: see {page.name}")
+        print(
+            f"ds_mofa: out of memory, rank {this_rank()}: {document.subtitle} See {page}", file=sys.stderr, flush=True
+        )
+        with open(page.with_suffix(".pickle"), "wb") as file:
+            pickle.dump(torch.cuda.memory._snapshot(device), file)
+
     # ------------------------------------------------------------------ steps and the recorded one
 
     def _begin_step(self) -> None:
@@ -269,6 +305,7 @@ class MemoryProfiler:
 
     def _end_detail(self) -> None:
         self._recorder.detail = False
+        self._recorded_shape = self._throughput.shape
         snapshot = self.output_dir / f"snapshot_rank{this_rank()}.pickle"
         self._recorded.end(snapshot if self.memory_snapshot else None)
 

@@ -68,6 +68,7 @@ def rank_report(
         "breakdown": breakdown,
         "phases": [{"name": name, **entry} for name, entry in recorder.statistics.items()],
         "phase_peaks": recorded.phase_peaks(recorder.spans, recorder.inner),
+        "peak": recorded.peak(curve, [*recorder.spans, *recorder.inner]),
         "layers": recorded.layers(recorder.spans),
         "steps": steps,
         "step_seconds": list(step_seconds),

@@ -119,6 +119,8 @@ def _run(name: str, report: Mapping[str, Any]) -> list[Section]:
     ranks = comparing.over_ranks(report)
     if ranks is not None:
         sections.append(ranks)
+    if rank.get("peak"):
+        sections += _at_peak(rank["peak"])
     if rank["phases"]:
         sections.append(Section("Phases", [_phases(rank["phases"])], 3))
     if rank["phase_peaks"]:
@@ -128,6 +130,29 @@ def _run(name: str, report: Mapping[str, Any]) -> list[Section]:
         title = f"When the backward of each of {len(rank['layers'])} layers is done"
         sections.append(Section(title, _layers(rank["layers"]), 3, folded=True))
     return sections
+
+
+def _at_peak(peak: Mapping[str, Any]) -> list[Section]:
+    """The allocation that made it with its stack, and the largest pieces with the line that is the program's own."""
+    made = peak["allocation"]
+    sections = []
+    if made is not None:
+        phase = f" in {peak['phase']}" if peak["phase"] else ""
+        text = f"{shown(made['size'])} of {made['category']}{phase} made the peak, allocated by:"
+        sections.append(Section("The stack at the peak", [Text(text), Code("\n".join(made["stack"]) or _NO_STACK)], 3))
+    rows = [
+        [_own_line(piece["stack"]), piece["category"], shown(piece["size"]), str(piece["count"])]
+        for piece in peak["pieces"]
+    ]
+    table = Table(["allocated at", "category", "bytes", "pieces"], rows)
+    return [*sections, Section("The largest pieces at the peak", [table], 3, folded=True)]
+
+
+def _own_line(stack: Sequence[str]) -> str:
+    """The innermost line that is not of a library, or the innermost of all."""
+    own = (line for line in stack if "/site-packages/" not in line and ":" in line and "<frozen" not in line)
+    line = next(own, stack[0] if stack else "before the step, or no stack")
+    return line if len(line) <= 80 else "..." + line[-77:]
 
 
 def _summary(report: Mapping[str, Any], rank: Mapping[str, Any]) -> str:

@@ -131,7 +131,8 @@ SCHEMA = {
 }  # fmt: skip
 RANK = {
     "rank": int, "device": TEXT, "driver": (TEXT, type(None)), "measured": TEXT, "peaks": dict, "breakdown": dict,
-    "phases": list, "phase_peaks": list, "layers": list, "steps": int, "step_seconds": list, "sampling": dict,
+    "phases": list, "phase_peaks": list, "layers": list, "peak": (dict, type(None)),
+    "steps": int, "step_seconds": list, "sampling": dict,
     "throughput": dict, "overhead": dict, "timeline": dict, "step_timeline": (dict, type(None)), "notes": list,
 }  # fmt: skip
 PARTS = {
