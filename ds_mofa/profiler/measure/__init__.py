@@ -11,6 +11,7 @@ peak.py          what stood at its peak, with the stack
 out_of_memory.py what has grown, when the memory runs out
 layers.py        what is alive after each layer's backward
 throughput.py    tokens, seconds and joules of the steps; flops.py, what share of a card that is
+of_trainer.py    what run HF's Trainer is, for a prediction beside it
 accounting.py    from meters to a sum by category
 rank_report.py   all of it as data
 """

@@ -4,7 +4,7 @@ import contextlib
 import pickle
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,6 +86,7 @@ class MemoryProfiler:
         self.output_dir, self.detail_step = Path(output_dir), detail_step
         self.memory_snapshot = memory_snapshot
         self.setting, self.predicted = dict(setting or {}), predicted
+        self.predictor: Callable[[tuple[int, int], str], dict[str, Any]] | None = None  # of a callback
         self.notes: list[str] = []
         self.report: dict[str, Any] | None = None
         self.steps = 0
@@ -242,9 +243,21 @@ class MemoryProfiler:
             self.output_dir = self.output_dir / f"rank{this_rank()}"
         if this_rank() and not failed:
             return None
+        self._predict(failed)
         self.report = assemble(everyone, self.setting, self.predicted)
         write_report(self.report, self.output_dir)
         return self.report
+
+    def _predict(self, failed: bool) -> None:
+        """The prediction that was left for the end, since it is of the largest forward that has been."""
+        shape = self._throughput.shape
+        if self.predictor is None or self.predicted is not None or failed or shape is None:
+            return
+        found = self.predictor(shape, self._throughput.loss)
+        if "error" in found:
+            self.notes.append(f"No prediction beside these figures: {found['error']}")
+        else:
+            self.predicted = found if self._cuda else on_host(found)
 
     def _report_of_this_rank(self) -> dict[str, Any]:
         if self._recorded.allocations is None and self._model is not None:

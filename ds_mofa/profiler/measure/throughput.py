@@ -20,11 +20,13 @@ class Throughput:
 
     Attributes:
         shape: (sequences, tokens) of the largest forward so far; None before one.
+        loss: "trl" where TRL has asked its head for the loss, else "model".
     """
 
     def __init__(self, joules: Callable[[], float | None]):
         self._joules = joules
         self.shape: tuple[int, int] | None = None
+        self.loss = "model"
         self._tokens = 0  # of this step so far
         self._energy: float | None = None  # at the end of the step before
         self._steps: list[tuple[int, float, float | None]] = []  # tokens, seconds, joules
@@ -71,6 +73,8 @@ class Throughput:
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
+        if kwargs.get("fused_lm_head"):
+            self.loss = "trl"
         ids, embedded = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
             shape = ids.size(0), ids.size(1)
