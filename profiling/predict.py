@@ -10,7 +10,7 @@ each term is derived, and how far measured runs were from it, is in docs/memory.
 
 ``--fit`` prints for a card of that size the longest sequence, the largest micro-batch and the highest rank with which the run
 fits, each with the two others as given, and then the same with each switch that saves memory on top of those before it. It
-asks for some tens of predictions: for an 8B some minutes.
+asks for a dozen predictions a row: for an 8B about a minute of one core.
 """
 
 import argparse
