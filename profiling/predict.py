@@ -24,6 +24,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ds_mofa.options import Options
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.predict import predict
 from ds_mofa.profiler.predict.fitting import STEPS, Fit, bytes_of, fits
@@ -33,6 +34,7 @@ from ds_mofa.profiler.setting import BACKENDS, RunSetting, SettingError, known_o
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    args.rank, args.explore = rank_and_explore(args.rank, args.explore)
     try:
         settings = {name: RunSetting.from_args(args, optimizer=name) for name in args.optimizer}
         if args.fit is None:
@@ -45,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def rank_and_explore(rank: int | None, explore: int | None) -> tuple[int, int]:
+    """What is in force where the command line says one of them, or neither: as of the optimizer itself."""
+    said = {name: value for name, value in (("rank", rank), ("explore", explore)) if value is not None}
+    completed = Options.completed(said)
+    return completed["rank"], completed.get("explore", Options.explore)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -64,8 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--micro_batch", type=int, default=1, help="sequences of one forward")
     parser.add_argument("--micro_batches", type=int, default=8, help="of one optimizer step (gradient accumulation)")
-    parser.add_argument("--rank", type=int, default=8, help="of ds_mofa's optimizers and of LoRA")
-    parser.add_argument("--explore", type=int, default=0, help="random directions beside the rank, of MoFaSGD")
+    parser.add_argument("--rank", type=int, help="of ds_mofa's optimizers and of LoRA; default: 32, and explore 32")
+    parser.add_argument("--explore", type=int, help="random directions beside the rank, of MoFaSGD; with --rank 0 by default")
     parser.add_argument("--states", default="fp32", choices=["fp32", "bf16"], help="DeepSpeed's masters and moments")
     parser.add_argument(
         "--weights", default="bf16", choices=["bf16", "fp32"], help="FSDP2's shards; fp32 ones are gathered in bf16"

@@ -22,7 +22,11 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """Lines over one x axis; ``name`` is for files."""
+    """Lines over one x axis; ``name`` is for files.
+
+    Attributes:
+        ticks: names of x = 0, 1, 2, ..., where it stands for no quantity.
+    """
 
     name: str
     title: str
@@ -30,6 +34,7 @@ class Lines:
     y_label: str
     series: Sequence[Series]
     log_x: bool = False
+    ticks: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,6 +99,8 @@ def _lines(chart: Lines, width: float) -> Figure:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if max(rates) > 12 * min(rates) else (1, 2, 3, 6)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
+    if chart.ticks:
+        axes.set_xticks(range(len(chart.ticks)), chart.ticks)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.margins(x=0.02)
