@@ -35,8 +35,18 @@ TASKS = {
     "sentiment (SST-2)": ("sst2_why", "sst2_why"),
     "from random weights": ("pretrain_rank8", "pretrain_rank8"),
 }
-RATES = ["r=4", "r=8", "r=16", "r=32", "r=4 explore 16", "r=8 explore 8", "r=8 explore 32", "r=8 explore 56", "r=32 explore 32", "r=32 explore 128"]  # fmt: skip
-LOSSES = ["LoRA r=8", "LoRA r=32", "GaLore r=32", "AdamW bf16", "r=8", "r=16", "r=32", "r=8 explore 8", "r=8 explore 32", "r=32 explore 32", "r=32 explore 128"]  # fmt: skip
+_EXPLORED = ["r=8 explore 8", "r=8 explore 32", "r=8 explore 56", "r=32 explore 32", "r=32 explore 128"]
+RATES = ["r=4", "r=8", "r=16", "r=32", "r=4 explore 16", *_EXPLORED]
+LOSSES = [
+    "LoRA r=8",
+    "LoRA r=32",
+    "GaLore r=32",
+    "AdamW bf16",
+    "r=8",
+    "r=16",
+    "r=32",
+    *(s for s in _EXPLORED if "56" not in s),
+]
 
 
 def searched(folder: str, yaml: str) -> tuple[Plan, Plan, Mapping[str, dict]]:

@@ -10,9 +10,11 @@ from ds_mofa import MoFaSGD
 from ds_mofa.linalg.factors import Factors
 from experiments import baselines
 from experiments.baselines.laboratory import MoFaSGDLab
+from experiments.baselines.laboratory.complement import beside
 from experiments.baselines.laboratory.probes import range_estimate
 from experiments.baselines.laboratory.ranks import allotted_ranks
 from experiments.baselines.laboratory.scaling import balancing
+from experiments.baselines.randomness import keyed_generator
 from tests.unit.dense_reference import dense, next_momentum, relative_error, truncated
 
 LR, BETA, R = 0.01, 0.85, 3
@@ -187,6 +189,59 @@ def test_exploring_by_signs_moves_all_columns_alike():
 
 
 # ---------------------------------------------------------------------- the momentum
+
+
+def test_held_directions_have_a_momentum_of_their_own():
+    """Four steps of one period: along E the update is the polar factor of the averaged gradients, each beside its factors."""
+    grads = gradients((12, 17), 6)
+    held = LastStep((12, 17), grads, explore=2, explore_by="signs", explore_hold=4)
+    # Steps 5 and 6 are the second period's first two.
+    draws = [LastStep((12, 17), grads[:t], explore=2, explore_by="signs", explore_hold=4) for t in (5, 6)]
+    E = signs_of(draws[1], period=2)
+    assert torch.equal(E, signs_of(draws[0], period=2))
+    averaged = sum(
+        BETA ** (1 - i) * (1 - BETA) * beside(step.old.U, step.G @ beside(step.old.V, E))
+        for i, step in enumerate(draws)
+    )
+    close(held.state["held 0"][None], averaged)
+    U, V = held.new.U, held.new.V
+    close(held.D, U @ V.mT + polar(averaged, 2) @ E.mT)
+    once = LastStep((12, 17), grads, explore=2, explore_by="signs")
+    assert relative_error(once.D, held.D) > 0.1
+
+
+def signs_of(step: LastStep, period: int) -> torch.Tensor:
+    """The E of a period, as the laboratory draws it."""
+    generator = keyed_generator(2, period, 0, torch.device("cpu"))
+    return (torch.randn(17, 2, generator=generator, dtype=torch.float64).sign() / math.sqrt(17))[None]
+
+
+@SHAPES
+def test_every_second_step_is_exact(shape):
+    grads = gradients(shape, 4)
+    for count in (2, 3, 4):
+        step = LastStep(shape, grads[:count], exact=2)
+        plain = LastStep(shape, grads[:count])
+        turn = (0 + count) % 2 == 0
+        close(step.D, polar(step.G, min(shape)) if turn else plain.new.U @ plain.new.V.mT)
+        close(step.new.U @ torch.diag_embed(step.new.sigma) @ step.new.V.mT, dense(plain.new))
+
+
+def test_trust_is_the_ratio_of_weights():
+    params = [nn.Parameter(torch.full((6, 5), size, dtype=torch.float64)) for size in (1.0, 4.0)]
+    moved = []
+    for trust in (0.0, 1.0):
+        own = [nn.Parameter(param.detach().clone()) for param in params]
+        optimizer = MoFaSGDLab(own, rank=2, trust=trust)
+        optimizer.param_groups[0]["lr"] = LR
+        for G in gradients((6, 5), 3):
+            for param in own:
+                param.grad = G.clone()
+            before = [param.detach().clone() for param in own]
+            optimizer.step()
+        moved.append([(one - param.detach()).norm().item() for one, param in zip(before, own)])
+    (plain, _), (small, large) = moved
+    assert small / plain == pytest.approx(0.5, rel=0.05) and large / plain == pytest.approx(2.0, rel=0.05)
 
 
 @SHAPES

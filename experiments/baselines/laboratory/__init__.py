@@ -20,6 +20,8 @@ balance = p: D <- D (b / b_i)^p, b_i = |sigma'| of this matrix, b the geometric 
 balance_by = "gradient": b_i^2 = the average (decay ``beta2``, debiased) of |G Omega|^2 / k, an unbiased estimate of
     |G|^2 from the k = ``probes`` columns; Adam's second moment, one for a matrix. Price: that of the probes.
 rank_scale = p: D <- D (min(m, n) / r)^(p / 2), p = 1: |D| is that of a full-rank Muon. Price: none.
+trust = p: D <- D (w_i / w)^p, w_i the rms of the matrix' weights, w the geometric mean of all: LAMB's ratio (1904.00962),
+    for updates that are alike long. Price: one number a matrix known to all ranks.
 
 *What D is made of*:
 
@@ -40,6 +42,10 @@ explore = k: D <- D + explore_scale polar(H) E^T, H = (1 - U U^T) G E, E (n x k)
     "signs": the same with E of random signs / sqrt(n), which need neither V nor a decomposition to be drawn.
     explore_sides = "both": besides, explore_scale F polar(J)^T, J = (1 - V V^T) G^T (1 - U U^T) F, F (m x k) as E.
     Price: k columns in Z too.
+explore_hold = T: E (and F) stay for T steps, and H (and J) are averages over these with decay beta: held directions have a
+    momentum of their own. With explore_by = "signs" alone. Price: k (m + n) numbers with the owner.
+exact = N: in each step every N-th matrix, in turn, moves by polar(G), all directions of its gradient, and not by its
+    factors, which learn all the same. Price: its gradient for a moment, reduced whole.
 
 *What the momentum learns*:
 
@@ -64,7 +70,7 @@ momentum m x n, of which D has the r leading directions, what the rank alone los
 Kept per m x n matrix: 4 r (m + n + 1) bytes, and what an option adds.
 
 optimizer.py has the step; momentum.py K, M' and L from the sketches, oracles.py the same from all of G; probes.py,
-exploring.py, scaling.py and ranks.py an idea each; settings.py what each may be.
+exploring.py, exact.py, scaling.py and ranks.py an idea each; settings.py what each may be.
 """
 
 from experiments.baselines.laboratory.optimizer import MoFaSGDLab

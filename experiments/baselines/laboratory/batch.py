@@ -43,14 +43,14 @@ class Batch:
         self.put(key, new)
         return new / (1 - decay**self.t)
 
-    def gaussian(self, columns: int, seed: int, stream: int) -> Tensor:
-        """(B, n, columns) for stream 0, (B, m, columns) for stream 1; of each matrix's own in each step."""
+    def gaussian(self, columns: int, seed: int, stream: int, hold: int = 1) -> Tensor:
+        """(B, n, columns) for stream 0, (B, m, columns) for stream 1; of each matrix's own, new every ``hold`` steps."""
         rows = self.shape[1 - stream]
         draws = [
             torch.randn(
                 rows,
                 columns,
-                generator=keyed_generator(seed + stream, self.t, index, self.G.device),
+                generator=keyed_generator(seed + stream, (self.t - 1) // hold + 1, index, self.G.device),
                 device=self.G.device,
                 dtype=self.G.dtype,
             )

@@ -1,4 +1,4 @@
-"""Directions without momentum that nobody chose, added to an update."""
+"""Directions that nobody chose, added to an update; without momentum, but for those that are held."""
 
 import math
 from collections.abc import Generator
@@ -23,10 +23,21 @@ def explored(batch: Batch, old: Factors, move: Terms, s: dict[str, Any]) -> SVDs
     for side, (near, far) in enumerate([(old.U, old.V), (old.V, old.U)][: 1 + (s["explore_sides"] == "both")]):
         E = _test_columns(batch, far, side, s)
         H = beside(near, (G.mT if side else G) @ (E if s["explore_by"] == "gaussian" else beside(far, E)))
-        P, coefficients, Q = yield from _polar(H, s["explore_scale"])
+        P, coefficients, Q = yield from _polar(_held(batch, f"held {side}", H, s), s["explore_scale"])
         outer = (E.double() @ Q).to(E.dtype)
         terms.append(Terms(outer, coefficients, P) if side else Terms(P, coefficients, outer))
     return Terms(*(torch.cat(parts, dim=-1) for parts in zip(*terms)))
+
+
+def _held(batch: Batch, key: str, H: Tensor, s: dict[str, Any]) -> Tensor:
+    """The average of H since its directions were drawn, with the momentum's decay."""
+    hold = s["explore_hold"]
+    if hold == 1:
+        return H
+    old = torch.zeros_like(H) if (batch.t - 1) % hold == 0 or key not in batch.states[0] else batch.get(key)
+    new = s["beta"] * old + (1 - s["beta"]) * H
+    batch.put(key, new)
+    return new
 
 
 def _polar(H: Tensor, scale: float) -> Generator[tuple[Tensor, int], tuple[Tensor, Tensor, Tensor], Terms]:
@@ -40,7 +51,7 @@ def _test_columns(batch: Batch, V: Tensor, stream: int, s: dict[str, Any]) -> Te
     """E (stream 0) or F: k columns to explore along, (B, n or m, k)."""
     k, seed, rows = s["explore"], s["seed"] + 2, V.shape[-2]
     if s["explore_by"] == "coordinates":
-        chosen = batch.gaussian(1, seed, stream).squeeze(-1).argsort(-1)[:, :k]
+        chosen = batch.gaussian(1, seed, stream, s["explore_hold"]).squeeze(-1).argsort(-1)[:, :k]
         return torch.nn.functional.one_hot(chosen, rows).mT.to(batch.G)
-    draw = batch.gaussian(k, seed, stream)
+    draw = batch.gaussian(k, seed, stream, s["explore_hold"])
     return draw.sign() / math.sqrt(rows) if s["explore_by"] == "signs" else orthonormal_beside(V, draw)

@@ -11,11 +11,12 @@ from ds_mofa.linalg.factors import Factors, live_directions, resized, start_fact
 from ds_mofa.options import AdjustLr, MoFaSGDRuleOptions
 from ds_mofa.step.step import full_fp32
 from experiments.baselines.laboratory.batch import Batch, Terms, keep_factors, masked_factors
+from experiments.baselines.laboratory.exact import exact_steps
 from experiments.baselines.laboratory.momentum import by_sketches
 from experiments.baselines.laboratory.oracles import by_oracle
 from experiments.baselines.laboratory.probes import observe_norm
 from experiments.baselines.laboratory.ranks import allotted_ranks
-from experiments.baselines.laboratory.scaling import balancing, row_scaled, size_of, softened
+from experiments.baselines.laboratory.scaling import balancing, row_scaled, size_of, softened, trusted
 from experiments.baselines.laboratory.settings import (
     BalanceBy,
     ExploreBy,
@@ -43,9 +44,9 @@ class MoFaSGDLab(MatrixMethod):
         beta: decay of the momentum.
         adjust_lr_fn: f, as for :class:`ds_mofa.options.MoFaSGDRuleOptions`.
         seed: of the start's test matrices and of all other random columns.
-        balance, balance_by, rank_scale: what multiplies D.
+        balance, balance_by, rank_scale, trust: what multiplies D.
         nesterov, update_rank, soft, second_moment, second_moment_power, second_moment_sides, explore, explore_scale,
-            explore_by, explore_sides: what D is made of.
+            explore_by, explore_sides, explore_hold, exact: what D is made of.
         probes, probe_rule, probe_weight, rank_budget, rank_rule, shrink, beta_warmup, momentum_reset:
             what the momentum learns.
         beta2: decay of the second moments.
@@ -74,6 +75,9 @@ class MoFaSGDLab(MatrixMethod):
         explore_scale: float = 1.0,
         explore_by: ExploreBy = "gaussian",
         explore_sides: ExploreSides = "right",
+        explore_hold: int = 1,
+        exact: int = 0,
+        trust: float = 0.0,
         probes: int = 0,
         probe_rule: ProbeRule = "range",
         probe_weight: float = 1.0,
@@ -105,8 +109,12 @@ class MoFaSGDLab(MatrixMethod):
             moves[i] = row_scaled(batch, moves[i], s)
         if s["rank_budget"]:
             self._reallot(batches, s)
+        if s["exact"]:
+            moves = exact_steps(batches, moves, s)
         sizes = [size_of(batch, s) for batch in batches]
         factors = balancing(sizes, s["balance"]) if s["balance"] else [torch.ones_like(size) for size in sizes]
+        if s["trust"]:
+            factors = [factor * trust for factor, trust in zip(factors, trusted(batches, s["trust"]))]
         for batch, move, factor in zip(batches, moves, factors):
             self._write(batch, move, factor, s)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from experiments.baselines.laboratory.batch import Batch, Terms
 
-__all__ = ["balancing", "observe_rows", "row_scaled", "size_of", "softened"]
+__all__ = ["balancing", "observe_rows", "row_scaled", "size_of", "softened", "trusted"]
 
 _SMALLEST_ROW = 1e-2  # rms of a row against the mean row's, below which it is not scaled further
 
@@ -53,6 +53,12 @@ def _norm(terms: Terms) -> Tensor:
     U, c, V = terms
     gram = (U.mT @ U) * (V.mT @ V)
     return (c.unsqueeze(-2) @ gram @ c.unsqueeze(-1)).squeeze((-2, -1)).clamp_min(0).sqrt()
+
+
+def trusted(batches: list[Batch], power: float) -> list[Tensor]:
+    """(rms of a matrix / geometric mean of all rms)^power, for each: LAMB's ratio, all updates being alike long."""
+    sizes = [torch.stack([p.detach().double().square().mean().sqrt() for p in batch.params]) for batch in batches]
+    return [factor.to(batch.G) for batch, factor in zip(batches, balancing(sizes, -power))]
 
 
 def size_of(batch: Batch, s: dict[str, Any]) -> Tensor:

@@ -45,13 +45,17 @@ def check_settings(s: dict[str, Any]) -> None:
     """Raise an OptionError where a setting cannot be right."""
     check_number("beta", s["beta"], low=0, high=1)
     check_number("beta2", s["beta2"], low=0, high=1)
-    for name in ("balance", "rank_scale", "second_moment_power", "explore_scale", "probe_weight"):
+    for name in ("balance", "rank_scale", "second_moment_power", "explore_scale", "probe_weight", "trust"):
         check_number(name, s[name], low=0)
     check_number("shrink", s["shrink"], low=0, high=1.0001)
     check_number("update_rank", s["update_rank"], low=0, high=2.0001, open_low=True)
     check_number("soft", s["soft"], low=-1, high=1.0001)
     for name in ("explore", "probes", "rank_budget", "beta_warmup", "momentum_reset"):
         check_integer(name, s[name], low=0, high=2**31)
+    check_integer("explore_hold", s["explore_hold"], low=1, high=2**31)
+    check_integer("exact", s["exact"], low=0, high=2**31)
+    if s["explore_hold"] > 1 and s["explore_by"] != "signs":
+        raise OptionError('explore_hold: only explore_by="signs" keeps its directions while V turns')
     if not isinstance(s["nesterov"], bool):
         raise OptionError(f"nesterov={s['nesterov']!r} must be true or false")
     for name, choices in _CHOICES.items():
