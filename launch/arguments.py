@@ -64,7 +64,10 @@ class DataArguments:
 
     train_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "Training data: .txt (a text) or .jsonl (a record per line); several may be given."},
+        metadata={
+            "help": "Training data: .txt (a text), .jsonl (a record per line), .json (a list of records), .csv or "
+            ".parquet; several may be given."
+        },
     )
     eval_file: list[str] = field(default_factory=list, metadata={"help": "Evaluation data, as --train_file."})
     dataset_name: str | None = field(
@@ -265,7 +268,9 @@ def check_data_arguments(args: DataArguments, training_args: TrainingArguments) 
     if args.dataset_name and (args.train_file or args.eval_file):
         raise UserError("--dataset_name and --train_file/--eval_file are both given. Keep one source of data.")
     if not args.dataset_name and not args.train_file:
-        raise UserError("No training data. Give --train_file (.txt or .jsonl) or --dataset_name.")
+        raise UserError(
+            "No training data. Give --train_file (.txt, .jsonl, .json, .csv or .parquet) or --dataset_name."
+        )
     if training_args.eval_packing:
         raise UserError(
             "--eval_packing would count some examples twice. Leave it out; --packing is for training alone."
