@@ -53,11 +53,11 @@ $(STAMP): install.sh setup.py pyproject.toml constraints.txt
 
 # The best of the rates in the table of configs/README.md, for each.
 LEARNING_RATE_AdamW := 1e-3
-LEARNING_RATE_MoFaSGD := 1.2e-2
+LEARNING_RATE_MoFaSGD := 1e-3
 NAME := $(shell echo "$(OPTIMIZER)" | tr '[:upper:]' '[:lower:]')
 
 # DeepSpeed's JSON names the optimizer with its options; without one the command line does, and says the same.
-FLAGS_MoFaSGD := --optimizer MoFaSGD --rank 32 --optimizer_args '{"adamw_lr": 2e-4}' --adam_beta2 0.95
+FLAGS_MoFaSGD := --optimizer MoFaSGD --rank 32 --adam_beta2 0.95
 FLAGS_AdamW := --optimizer AdamW
 TORCHRUN := torchrun --standalone --nproc_per_node $(RANKS) launch/train.py
 START_one := python launch/train.py $(FLAGS_$(OPTIMIZER))

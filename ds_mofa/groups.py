@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ds_mofa.options import OptimizerOptions, OptionError, check_number
 
-__all__ = ["check_group", "check_rates"]
+__all__ = ["check_group", "check_rates", "check_units"]
 
+_RATES = ("lr", "initial_lr", "max_lr")  # a step's, and where a schedule says that it starts and ends
 _TAKEN = ("params", "lr", "weight_decay", "betas", "eps")
 # What torch's optimizers and schedulers, and DeepSpeed, write into groups that may have been another optimizer's.
 _FOUND_THERE = frozenset(
@@ -47,6 +48,7 @@ def check_group(group: Mapping[str, Any], number: int, options: OptimizerOptions
     if "params" not in group:
         raise OptionError(f'{where} has no "params": it takes its parameters under that key')
     _check_numbers(group, where)
+    check_units(group, options, f"{where}: ")
     if "betas" in group:
         betas = group["betas"]
         if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) != 2:
@@ -64,8 +66,28 @@ def check_group(group: Mapping[str, Any], number: int, options: OptimizerOptions
             _refuse_unknown(key, value, where, names, options)
 
 
-def check_rates(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse to step where a schedule has made an ``lr`` or ``weight_decay`` negative, NaN or infinite.
+def check_units(group: Mapping[str, Any], options: OptimizerOptions, where: str) -> None:
+    """Refuse a group that carries a rate which can only be meant in other units than ``lr`` has.
+
+    Its ``lr``, and what a schedule keeps beside it: where it starts (``initial_lr``) and how far it goes (``max_lr``).
+
+    Args:
+        group: a param group, or the settings of one from a checkpoint.
+        options: of the optimizer.
+        where: whose the rate is, the beginning of the message.
+
+    Raises:
+        OptionError: it says what to write.
+    """
+    for key in _RATES:
+        rate = _plain(group.get(key, 0.0))
+        if isinstance(rate, float | int):
+            options.check_rate(rate, f"{where}{key}")
+
+
+def check_rates(groups: Sequence[Mapping[str, Any]], options: OptimizerOptions) -> None:
+    """Refuse to step where a schedule has made an ``lr`` or ``weight_decay`` negative, NaN or infinite, or a rate one of other
+    units (:func:`check_units`): here, whatever raises it, and however late.
 
     Raises:
         OptionError: it names the group.
@@ -76,6 +98,7 @@ def check_rates(groups: Sequence[Mapping[str, Any]]) -> None:
             if type(value) is float and 0.0 <= value < math.inf:
                 continue
             _check_numbers({key: value}, f"before this step, {_place(group, number)}")
+        check_units(group, options, f"before this step, {_place(group, number)}: ")
 
 
 def _refuse_unknown(key: str, value: Any, where: str, names: set[str], options: OptimizerOptions) -> None:

@@ -11,7 +11,7 @@ class Toy(lightning.LightningModule):
     def configure_model(self):
         if not hasattr(self, "net"):  # Lightning calls it more than once
             self.net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
-            self.mofasgd = ds_mofa.MoFaSGD(self, lr=1e-2, rank=4)
+            self.mofasgd = ds_mofa.MoFaSGD(self, lr=2e-3, rank=4)
 
     def configure_optimizers(self):
         return self.mofasgd

@@ -15,7 +15,7 @@ class Toy(lightning.LightningModule):
         self.net = fully_shard(net, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self):
-        return ds_mofa.MoFaSGD(self, lr=1e-2, rank=4)
+        return ds_mofa.MoFaSGD(self, lr=2e-3, rank=4)
 
     def training_step(self, batch, _):
         self.log("loss", loss := nn.functional.mse_loss(self.net(batch), batch))

@@ -8,7 +8,7 @@ from ds_mofa.integrations.torchtitan import MoFaSGDContainer
 if __name__ == "__main__":
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
-    config = MoFaSGDContainer.Config(options={"lr": 1e-2, "rank": 4})
+    config = MoFaSGDContainer.Config(options={"lr": 2e-3, "rank": 4})
     optimizers = config.build(model_parts=[model])
     data = torch.randn(64, 32)
     for _ in range(100):

@@ -5,7 +5,9 @@
 
 Prints a table and writes, into --output_dir (out/comparisons/sst2), report.html, summary.md, summary.json, a PNG for
 each chart, and results.jsonl with every run. Interrupted, the same command goes on: a run that is in results.jsonl is
-not made again; with ``--only_report`` the report of a results.jsonl is written anew, and nothing is trained.
+not made again; with ``--only_report`` the report of a results.jsonl is written anew, and nothing is trained. With
+``--find_rates`` the first seed finds the best rate of each optimizer, its grid growing until that is not at an end, and
+the others are trained at it; rates/ has the grids.
 docs/comparing.md says what is held fixed, and how to add a task or an optimizer.
 """
 
@@ -28,6 +30,7 @@ from experiments.comparison.published import matched
 from experiments.comparison.reading import unknown
 from experiments.comparison.report import write_report
 from experiments.comparison.results import Results
+from experiments.comparison.search import at_the_best, check_searchable, widened
 from experiments.comparison.training import check_settings, kept_key, train_and_keep
 from launch.errors import UserError
 
@@ -44,10 +47,13 @@ def main(argv: list[str]) -> None:
     plan = load_plan(*chosen, identify=not args.only_report)
     folder = args.output_dir or Path("out/comparisons") / plan.name
     if args.only_report:
-        print(report_only(plan, folder))
+        print(report_only(plan, folder, args.find_rates))
         return
     keep = models_to_keep(plan, args.keep_models or (), folder)
     with Results(folder / "results.jsonl") as results:
+        if args.find_rates:
+            plan = find_rates(plan, results, folder, args.device, args.jobs)
+            keep = models_to_keep(plan, args.keep_models or (), folder)
         run_all(plan, results, folder, args.device, args.jobs, keep)
         table = write_report(plan, results.rows, folder)
     print(f"\n{table}\nreport: {folder / 'report.html'}, and summary.md beside it")
@@ -55,12 +61,39 @@ def main(argv: list[str]) -> None:
         print("models: " + ", ".join(str(model) for key, model in keep.items() if kept_key(model) == key))
 
 
-def report_only(plan: Plan, folder: Path) -> str | None:
+def report_only(plan: Plan, folder: Path, found_rates: bool) -> str | None:
     """Write the report of the runs that ``folder`` holds; returns the table."""
     if not (folder / "results.jsonl").is_file():
         raise UserError(f"--only_report: {folder} has no results.jsonl. Give the folder of a comparison.")
     with Results(folder / "results.jsonl") as results:
+        if found_rates:
+            plan = report_rates(plan, results, folder)
         return write_report(*matched(plan, results.rows), folder)
+
+
+def report_rates(given: Plan, results: Results, folder: Path) -> Plan:
+    """What :func:`find_rates` has found; without the data."""
+    grid, rows = matched(given.with_settings(given.settings, given.seeds[:1]), results.rows)
+    while True:
+        wider, wider_rows = matched(widened(grid, rows, given), results.rows)
+        if len(wider.settings) == len(grid.settings):
+            break
+        grid, rows = wider, wider_rows
+    write_report(grid, rows, folder / "rates", curves=False)
+    return at_the_best(grid, rows, given.seeds)
+
+
+def find_rates(given: Plan, results: Results, folder: Path, device: str, jobs: int) -> Plan:
+    """Train the first seed until every best rate lies between others; the plan of all seeds at those."""
+    check_searchable(given)
+    plan = given.with_settings(given.settings, given.seeds[:1])
+    while True:
+        run_all(plan, results, folder / "rates", device, jobs, {})
+        write_report(plan, results.rows, folder / "rates", curves=False)
+        wider = widened(plan, results.rows, given)
+        if len(wider.settings) == len(plan.settings):
+            return at_the_best(plan, results.rows, given.seeds)
+        plan = wider
 
 
 def models_to_keep(plan: Plan, labels: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -122,7 +155,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--keep_models", nargs="+", metavar="NAME", help="keep what these optimizers trained, in OUTPUT_DIR/models"
     )
     parser.add_argument("--only_report", action="store_true", help="train nothing: report on OUTPUT_DIR/results.jsonl")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on the device; default: 1")
+    parser.add_argument("--find_rates", action="store_true", help="look for the best rate, then train all seeds at it")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at once, spread over the GPUs; default: 1"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 

@@ -158,8 +158,24 @@ def check_agreement(config: dict, path: str, args: TrainingArguments) -> None:
                 f'{path}: "{key}" is {json.dumps(written)} there, and --{option} is {given}. Give one of them alone, '
                 'or write "auto" in the JSON.'
             )
+    check_filled_in(config, path, args)
     check_batch_size(config, path, args)
     check_warmup(config, path, args)
+
+
+def check_filled_in(config: dict, path: str, args: TrainingArguments) -> None:
+    """What the command line makes of "auto" in the optimizer's options; the engine would check it once the model is loaded."""
+    params = nested_value(config, "optimizer.params")
+    if not isinstance(params, dict):
+        return
+    flags = {
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": [args.adam_beta1, args.adam_beta2],
+        "eps": args.adam_epsilon,
+    }
+    filled = {key: flags[key] for key in FILLED_IN if params.get(key) == "auto"}
+    check_optimizer({**config["optimizer"], "params": {**params, **filled}}, path)
 
 
 def check_batch_size(config: dict, path: str, args: TrainingArguments) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 import ds_mofa
 from ds_mofa.phases import listening
 from ds_mofa.profiler.setting import RunSetting
+from profiling.collectives import collective_times
 from profiling.engine_trainers import make_trainer
 from profiling.flops import flops_per_token, peak_flops
 from profiling.trainers import Trainer
@@ -191,7 +192,19 @@ def look_inside(trainer: Trainer, batches: Tensor) -> dict[str, float]:
         "micro_batch_gpu_ms": round(sum(kernel.device_time for kernel in kernels) / 1e3, 2),
         "micro_batch_kernels": len(kernels),
         **{f"{name.replace(' ', '_').lower()}_ms": round(ms, 2) for name, ms in phases.milliseconds().items()},
+        **(collectives(trainer, batches) if torch.distributed.is_initialized() else {}),
     }
+
+
+def collectives(trainer: Trainer, batches: Tensor) -> dict[str, float]:
+    """Of one more step as a whole, its micro-batches and its update: see :func:`collective_times`."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for ids in batches:
+            trainer.accumulate(ids)
+        trainer.step()
+        torch.cuda.synchronize()
+    return collective_times(e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
 
 
 class PhaseTimes:

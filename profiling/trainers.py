@@ -100,10 +100,10 @@ def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
 
 
 def optimizer_params(setting: RunSetting) -> dict[str, Any]:
-    """With rates at which random weights learn: half of the default one."""
+    """With rates at which random weights learn."""
     if setting.entry is None:
         return {"lr": 1e-5}
-    return {"lr": setting.entry.learning_rate / 2, "adamw_lr": 1e-5, **setting.params(include=("lm_head",))}
+    return {"lr": 6e-4, "adamw_lr": 1e-5, **setting.params(include=("lm_head",))}
 
 
 class TorchTrainer:

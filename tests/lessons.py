@@ -34,7 +34,7 @@ __all__ = [
 ENGINES = (("one", "one process"), ("zero2", "ZeRO-2"), ("zero3", "ZeRO-3"), ("fsdp2", "FSDP2"))
 STEPS = 8
 # AdamW's rate is so low that what the loss falls by is the matrices' work.
-OPTIONS: dict[str, Any] = {"lr": 2e-2, "rank": RANK, "adamw_lr": 1e-7}
+OPTIONS: dict[str, Any] = {"lr": 4e-3, "rank": RANK, "adamw_lr": 1e-7, "adjust_lr_fn": "adamw"}
 _LEARNED = 0.9999  # of the first loss: below it is the last, where a model has learned
 _EXACT = 1e-5  # relative error of a sketch
 _AGREES = 1e-4  # relative, of two losses that are one but for rounding

@@ -170,7 +170,7 @@ class Reference:
     Args:
         model: becomes float64 where it is.
         matrices: names, in the order of the model's parameters.
-        lr, adamw_lr: constants, or functions of the step's number, from 1. AdamW's is a tenth unless given.
+        lr, adamw_lr: constants, or functions of the step's number, from 1. AdamW's is the matrices' unless given.
         no_decay: names of AdamW parameters without weight decay.
         clip: to this norm, of the gradients of all.
         clip_apart: beginnings of names; those are clipped to it by a norm of their own, and the others by theirs.
@@ -207,7 +207,10 @@ class Reference:
         self.moments = {name: (0.0, 0.0) for name in self.params if name not in self.momenta}
         self.clip_apart = tuple(clip_apart)
         self.lr = lr if callable(lr) else lambda step: lr
-        self.adamw_lr = adamw_lr if callable(adamw_lr) else lambda step: self.lr(step) / 10
+        if adamw_lr is None:
+            self.adamw_lr = self.lr
+        else:
+            self.adamw_lr = adamw_lr if callable(adamw_lr) else lambda step: adamw_lr
         self.beta, self.weight_decay, self.eps, self.clip = beta, weight_decay, adamw_eps, clip
         self.no_decay, self.balance = set(no_decay), balance
         self.steps = 0
@@ -275,13 +278,13 @@ class Reference:
         factor = min(10.0, max(0.1, factor))
         length = self.explore_scale * math.sqrt(min(param.shape) / max(1, self.explore))
         direction = momentum.direction() + length * self.beside[name]
-        param.sub_(factor * lr * 0.2 * math.sqrt(max(param.shape)) * direction)
+        param.sub_(factor * lr * math.sqrt(max(param.shape)) * direction)
 
     def _move_stack(self, param: Tensor, momentum: DenseStack, name: str) -> None:
         assert not self.balance, "the reference balances no stacks"
         lr, shape = self.lr(self.steps), param.shape[1:]
         length = self.explore_scale * math.sqrt(min(shape) / max(1, self.explore))
-        update = 0.2 * math.sqrt(max(shape)) * (momentum.direction() + length * self.beside[name])
+        update = math.sqrt(max(shape)) * (momentum.direction() + length * self.beside[name])
         moved = momentum.moved.view(-1, 1, 1)
         param.copy_(torch.where(moved, param * (1 - lr * self.weight_decay) - lr * update, param))
 

@@ -63,10 +63,10 @@ def test_axolotl_s_plugin_hands_the_options_to_the_trainer():
     assert (module, name) == (Arguments.__module__, "Arguments")
     plugin.post_trainer_create({}, trainer)
     assert trainer.optimizer_cls_and_kwargs is None
-    # A YAML reader of version 1.1 takes 6e-3 for a string.
-    plugin.post_trainer_create({"mofasgd": {"lr": "6e-3", "rank": 4}}, trainer)
+    # A YAML reader of version 1.1 takes 6e-4 for a string.
+    plugin.post_trainer_create({"mofasgd": {"lr": "6e-4", "rank": 4}}, trainer)
     factory, options = trainer.optimizer_cls_and_kwargs
     optimizer = factory()(torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Linear(64, 32)), object(), **options)
-    assert isinstance(optimizer, MoFaSGD) and (optimizer.options.lr, optimizer.options.rank) == (6e-3, 4)
+    assert isinstance(optimizer, MoFaSGD) and (optimizer.options.lr, optimizer.options.rank) == (6e-4, 4)
     with pytest.raises(OptionError, match="write it into the JSON"):
-        plugin.post_trainer_create({"mofasgd": {"lr": 6e-3}, "deepspeed": "zero2.json"}, trainer)
+        plugin.post_trainer_create({"mofasgd": {"lr": 6e-4}, "deepspeed": "zero2.json"}, trainer)

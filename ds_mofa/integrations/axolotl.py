@@ -2,7 +2,7 @@
 
 Under DeepSpeed that is all; the JSON names the optimizer. Under FSDP2, DDP or in one process the YAML has the options:
 
-    mofasgd: {lr: 6e-3, rank: 32}
+    mofasgd: {lr: 1e-4, rank: 32}
 """
 
 from typing import Any

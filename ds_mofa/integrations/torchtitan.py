@@ -1,6 +1,6 @@
 """torchtitan: a container of MoFaSGD, one optimizer for each part of the model.
 
-    trainer_config.optimizer = MoFaSGDContainer.Config(options={"lr": 6e-3, "rank": 32})
+    trainer_config.optimizer = MoFaSGDContainer.Config(options={"lr": 1e-4, "rank": 32})
 
 Its models replace the forward of a linear where they shard it, which ``capture="auto"`` refuses: ``capture: "hook"`` is the
 default here, by which whole gradients are formed and reduced, and only the state is small.

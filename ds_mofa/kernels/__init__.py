@@ -3,12 +3,15 @@
 import functools
 import importlib.util
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["triton_serves", "stages_that_fit"]
+__all__ = ["stages_that_fit", "tile_that_fits", "triton_serves"]
+
+_LEAST = 16  # a side of a tile: tensor cores multiply no less
 
 
 def triton_serves(tensor: Tensor) -> bool:
@@ -31,9 +34,30 @@ def stages_that_fit(device: torch.device, bytes_per_stage: int, *, other: int = 
     return max(1, min(most, (_shared_memory(device) - other) // bytes_per_stage))
 
 
+def tile_that_fits(device: torch.device, tile: tuple[int, int], needs: Callable[[int, int], int]) -> tuple[int, int]:
+    """The tile given, or the largest below it that the device's shared memory holds: factors may be wide.
+
+    Args:
+        tile: its two sides, powers of 2; the second is halved first.
+        needs: bytes for a tile of these sides.
+
+    Raises:
+        ValueError: not even the smallest fits.
+    """
+    first, second = tile
+    while needs(first, second) > _shared_memory(device):
+        if first <= _LEAST and second <= _LEAST:
+            raise ValueError(
+                f"rank and explore make factors of more columns than the {_shared_memory(device)} bytes of this GPU's shared "
+                "memory hold. Lower explore or rank."
+            )
+        first, second = (first, second // 2) if second > _LEAST else (first // 2, second)
+    return first, second
+
+
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that one thread block may have."""
+    """Bytes of it that one thread block may have."""
     if device.type != "cuda":  # Triton's interpreter
         return 1 << 18
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stub has not all of them

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_mofa.kernels import stages_that_fit
+from ds_mofa.kernels import stages_that_fit, tile_that_fits
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ALIGNMENT = 16  # bytes of a vector load
@@ -42,12 +42,12 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
     R = max(16, triton.next_power_of_2(rank))
     products = torch.empty(jobs, most, R, dtype=dtype, device=device)
     shape = {"RANK": rank, "R": R, "DTYPE": _DTYPES[dtype], "EVEN": even}
-    block_t, block_w = 64, _WIDTH
+    block_t, block_w = tile_that_fits(device, (64, _WIDTH), lambda t, w: 2 * w * (t + R))
     stages = stages_that_fit(device, 2 * block_w * (block_t + R))
     _project_kernel[(jobs, triton.cdiv(most, block_t))](
         rows, products, most, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, num_warps=4, **shape
     )
-    block_t, block_w = 64, 64 if R <= 64 else 32
+    block_w, block_t = tile_that_fits(device, (64 if R <= 64 else 32, 64), lambda w, t: 2 * t * (w + R))
     stages = stages_that_fit(device, 2 * block_t * (block_w + R))
     _accumulate_kernel[(jobs, triton.cdiv(widest, block_w))](
         rows, products, most, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, num_warps=4, **shape

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_mofa.kernels import stages_that_fit
+from ds_mofa.kernels import stages_that_fit, tile_that_fits
 
 _TILE = 64  # rows of a tile that is projected
 _STRIP = 128  # columns of a sketch that a program adds to
@@ -58,7 +58,8 @@ def launch(
     P, Q = left.new_empty(rows, rank), left.new_empty(rows, rank)
     shape = {"RANK": rank, "R": R}
     tiles = triton.cdiv(rows, _TILE) + min(E, rows)  # each expert's last may not be full
-    block_w = 128
+    # The rows of a tile are fixed: 16 lets the other side alone shrink.
+    _, block_w = tile_that_fits(left.device, (16, 128), lambda _, w: 2 * w * (_TILE + R))
     _project_kernel[(2 * tiles,)](
         *(left, right, *indices, ends, U, V, P, Q, E, m, n),
         EXPERTS=triton.next_power_of_2(E),
@@ -68,7 +69,8 @@ def launch(
         num_warps=4 if R <= 128 else 8,
         **shape,
     )
-    block_t, block_w = 64, _STRIP if R <= 64 else 64
+    strip = _STRIP if R <= 64 else 64
+    block_w, block_t = tile_that_fits(left.device, (strip, 64), lambda w, t: 2 * t * (w + R))
     strips = triton.cdiv(m, block_w) + triton.cdiv(n, block_w)
     _accumulate_kernel[(E * strips,)](
         *(left, right, *indices, ends, P, Q, Y, Z, E, m, n),

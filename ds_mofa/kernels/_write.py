@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_mofa.kernels import stages_that_fit
+from ds_mofa.kernels import stages_that_fit, tile_that_fits
 from ds_mofa.kernels.random_bits import Rounding, rounding_key
 from ds_mofa.kernels.shard import Shard
 
@@ -61,8 +61,9 @@ def launch(
         wide = (n // 2) % 4 == 0 and all((shard.flat.data_ptr() - 4 * low) % 16 == 0 for shard in shards)
         # Tiles of one strip of columns, one after the other: its part of V stays, the next tile of W is on its way.
         block_m, block_n, warps, most = _PAIRS[R] if R in _PAIRS else _PAIRS[max(_PAIRS)]
-        strip = 2 * 2 * R * block_n  # of V, beside the tiles of W and U
-        stages = stages_that_fit(device, block_m * (4 * block_n + 2 * R), other=strip, most=most)
+        block_m, block_n = tile_that_fits(device, (block_m, block_n), lambda rows, words: _pairs_bytes(rows, words, R))
+        strip = 4 * R * block_n  # of V, beside the tiles of W and U
+        stages = stages_that_fit(device, _pairs_bytes(block_m, block_n, R) - strip, other=strip, most=most)
         grid = (triton.cdiv(n // 2, block_n), triton.cdiv(last_row - first_row, block_m * _TILES), B)
         _write_pairs_kernel[grid](
             weights,
@@ -88,7 +89,8 @@ def launch(
             num_warps=warps,
         )
         return
-    block_m, block_n = 32, 256
+    row = R * U.element_size()
+    block_m, block_n = tile_that_fits(device, (32, 256), lambda rows, columns: (rows + columns) * row)  # of U and V
     grid = (triton.cdiv(n, block_n), triton.cdiv(last_row - first_row, block_m), B)
     _write_kernel[grid](
         weights,
@@ -113,6 +115,11 @@ def launch(
         MASTER=masters is not None,
         num_warps=8,
     )
+
+
+def _pairs_bytes(block_m: int, block_n: int, R: int) -> int:
+    """Of shared memory, by the kernel of pairs: V's even and odd columns, and one stage of W and U."""
+    return 4 * R * block_n + block_m * (4 * block_n + 2 * R)
 
 
 def _addresses(parts: Sequence[Tensor], length: int, device: torch.device) -> Tensor:

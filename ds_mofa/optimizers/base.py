@@ -210,13 +210,14 @@ class MatrixOptimizer(Stateful):
         A step whose sketches hold a NaN or Inf changes nothing at all; ``optimizer.matrices.skipped`` counts it.
 
         Raises:
-            OptionError: a schedule has made a group's ``lr`` or ``weight_decay`` negative or no number. Nothing moves.
+            OptionError: a schedule has made a group's ``lr`` or ``weight_decay`` negative or no number, or raised ``lr`` beyond
+                what AdamW may have. Nothing moves.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_rates(self.param_groups)
+        check_rates(self.param_groups, self.options)
         if self._matrices is None:
             self.bind()
         if self._gradients is not None and self._gradients.are_a_dry_run([group["lr"] for group in self.param_groups]):

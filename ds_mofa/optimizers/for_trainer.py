@@ -5,7 +5,7 @@ Under FSDP the Trainer refuses ``optimizers=``, and what it builds itself gets p
 
 >>> trainer = Trainer(
 ...     model=model, args=args, train_dataset=data,
-...     optimizer_cls_and_kwargs=(ds_mofa.ForTrainer, {"lr": 6e-3, "rank": 32}),
+...     optimizer_cls_and_kwargs=(ds_mofa.ForTrainer, {"lr": 1e-4, "rank": 32}),
 ... )
 
 So it goes in one process, under DistributedDataParallel and under FSDP2, for TRL's trainers too. Under DeepSpeed the JSON

@@ -20,7 +20,7 @@ class MoFaSGD(MatrixOptimizer):
 
     In a plain PyTorch loop, with no DeepSpeed:
 
-    >>> optimizer = MoFaSGD(model, lr=6e-3, rank=8)
+    >>> optimizer = MoFaSGD(model, lr=1e-4, rank=8)
     >>> loss.backward()          # no weight matrix gets a .grad
     >>> optimizer.step()
     >>> optimizer.zero_grad()
@@ -40,7 +40,7 @@ class MoFaSGD(MatrixOptimizer):
             *,
             model: nn.Module | None = None,
             process_group: ProcessGroup | None = None,
-            lr: float = 6e-3,
+            lr: float = 1e-4,
             rank: int = 8,
             weight_decay: float = 0.0,
             rounding: Rounding = "stochastic",
@@ -58,7 +58,7 @@ class MoFaSGD(MatrixOptimizer):
             adamw_reduce: AdamWReduce = "step",
             adamw_states: AdamWStates = "full",
             beta: float = 0.85,
-            adjust_lr_fn: AdjustLr = "match_rms_adamw",
+            adjust_lr_fn: AdjustLr | None = None,
             update_rule: UpdateRule = "spectral",
             inverse_sigma_clamp: float = 1e4,
             balance: float = 0.0,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_mofa.adamw.eight_bit import AdamW8bit, check_states
+from ds_mofa.groups import check_units
 from ds_mofa.optimizers import torch_state
 from ds_mofa.options import OptimizerOptions
 from ds_mofa.step.state import adamw_misfit, whole_misfit
@@ -124,6 +125,7 @@ class Stateful(torch.optim.Optimizer):
         if problem:
             raise ValueError(problem)
         own, rest = groups[: len(self._matrix_groups)], groups[len(self._matrix_groups) :]
+        self.check_group_settings(own)
         # What only this run's implementation has, where another's group does not say it.
         rest = [{**group, **saved} for group, saved in zip(self.adamw_groups, rest, strict=True)]
         if not state and self._matrices is None:  # Accelerate hands an optimizer its own state before it is bound
@@ -165,6 +167,8 @@ class Stateful(torch.optim.Optimizer):
                 f"the checkpoint has {len(settings)} matrix param groups, this run has {len(self._matrix_groups)}: "
                 "use the param groups that it was saved with"
             )
+        for group in settings:
+            check_units(group, self.options, "the checkpoint's ")
 
     def load_group_settings(self, settings: list[dict[str, Any]]) -> None:
         """Take over what :meth:`group_settings` has given."""

@@ -17,7 +17,7 @@ class AdamWOptions(Checked):
     """The options of everything else that is trained.
 
     Attributes:
-        adamw_lr: learning rate; None: lr / 10. What is left to AdamW of a param group with an ``lr`` of its own steps
+        adamw_lr: learning rate; None: lr. What is left to AdamW of a param group with an ``lr`` of its own steps
             at adamw_lr * (the group's lr / lr): layer-wise rates scale both alike.
         adamw_betas: decay rates of the two moments.
         adamw_eps: added to the denominator.

@@ -1,10 +1,12 @@
 """What one value may be: each check raises an error that names the option, its value, and what would be right."""
 
 import dataclasses
+import itertools
 import math
 import re
+import types
 from collections.abc import Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["Checked", "OptionError", "check_flag", "check_integer", "check_number", "check_pair", "check_patterns"]
 
@@ -24,9 +26,18 @@ class Checked:
 
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
-            choices = get_args(hint)
-            if choices and all(isinstance(choice, str) for choice in choices) and getattr(self, name) not in choices:
-                raise OptionError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}")
+            choices, value = _choices(hint), getattr(self, name)
+            if choices and value not in choices:
+                raise OptionError(f"{name}={value!r} must be one of {', '.join(map(repr, filter(None, choices)))}")
+
+
+def _choices(hint: Any) -> tuple[str | None, ...]:
+    """What a ``Literal`` of strings, or None beside one, lets an option be; empty for every other type."""
+    parts = get_args(hint)
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        of_parts = [(None,) if part is type(None) else _choices(part) for part in parts]
+        return tuple(itertools.chain.from_iterable(of_parts)) if all(of_parts) else ()
+    return parts if get_origin(hint) is Literal and all(isinstance(part, str) for part in parts) else ()
 
 
 def check_number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:

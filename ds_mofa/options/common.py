@@ -17,8 +17,7 @@ class CommonOptions(Checked):
     """The options of the matrix parameters: 2-D weights of linear maps that are not embeddings or output heads.
 
     Attributes:
-        lr: learning rate of the matrices, per step, > 0. A rank-r update has about sqrt(r / min(m, n)) of
-            the size of AdamW's at the same number, so it wants to be larger than AdamW's: 3e-3 to 1.2e-2.
+        lr: learning rate of the matrices, per step, > 0: AdamW's for the same task (docs/learning/rates.md).
         rank: r, the number of momentum directions kept per matrix, >= 1. State is r (m + n + 1) fp32 numbers.
         weight_decay: decoupled; each step multiplies the weights by 1 - lr * weight_decay.
         rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
@@ -40,7 +39,7 @@ class CommonOptions(Checked):
         seed: of the start's test matrices and of the stochastic rounding, 0 <= seed < 2^31.
     """
 
-    lr: float = 6e-3
+    lr: float = 1e-4
     rank: int = 8
     weight_decay: float = 0.0
     rounding: Rounding = "stochastic"

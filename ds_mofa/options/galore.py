@@ -40,11 +40,10 @@ class GaLoreOptions(GaLoreRuleOptions, OptimizerOptions):
     and :class:`~ds_mofa.options.AdamWOptions`. Some of these have other defaults here, or a narrower meaning.
 
     Attributes:
-        lr: learning rate of the matrices and, without ``adamw_lr``, of all else; > 0. What counts is lr alpha: 2.5e-3
+        lr: learning rate of the matrices, > 0. What counts is lr alpha: 2.5e-3
             in the paper's training from scratch, 1.2e-4 on GLUE, which is the default.
         rank: r, directions of each matrix's subspace. With s = min(m, n) and l = max(m, n) the state of all ranks
             together is 4 (s r + 2 l r + 1) bytes a matrix.
-        adamw_lr: None: lr.
         adamw_betas: None: ``betas``.
         adamw_eps: None: ``eps``.
 
@@ -64,7 +63,3 @@ class GaLoreOptions(GaLoreRuleOptions, OptimizerOptions):
             if getattr(self, f"adamw_{name}") is None:
                 object.__setattr__(self, f"adamw_{name}", getattr(self, name))
         super().__post_init__()
-
-    @property
-    def adamw_lr_ratio(self) -> float:
-        return 1.0 if self.adamw_lr is None else self.adamw_lr / self.lr

@@ -13,6 +13,9 @@ __all__ = ["AdjustLr", "MoFaSGDRuleOptions", "Options", "UpdateRule"]
 AdjustLr = Literal["adamw", "match_rms_adamw", "original", "none"]
 UpdateRule = Literal["spectral", "inverse_sigma"]
 
+# Above, AdamW trains toys alone, and the rates of earlier versions were not below 3e-3 by their guide.
+_LARGEST_RATE = 2e-3
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoFaSGDRuleOptions(Checked):
@@ -20,9 +23,10 @@ class MoFaSGDRuleOptions(Checked):
 
     Attributes:
         beta: decay of the momentum per step, 0 <= beta < 1 (the average weighs the gradient by 1 - beta).
-        adjust_lr_fn: factor f on lr by shape: ``"adamw"`` sqrt(max(m, n)), with which lr is AdamW's, and what AdamW trains
-            steps at lr too, unless ``adamw_lr`` is given (docs/learning/rates.md); or in the sense of ``torch.optim.Muon``
-            ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)), ``"original"`` sqrt(max(1, m / n)), ``"none"`` 1. m outputs and n
+        adjust_lr_fn: factor f on lr by shape: ``"adamw"`` sqrt(max(m, n)), with which lr is AdamW's (docs/learning/rates.md);
+            or in the sense of ``torch.optim.Muon`` ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)), ``"original"``
+            sqrt(max(1, m / n)), ``"none"`` 1. None: ``"adamw"``, for an lr that AdamW may have, of at most 2e-3. Rates that
+            were found by earlier versions are larger: ``"match_rms_adamw"`` was their default. m outputs and n
             inputs are the linear map's, also where a module keeps its weight transposed (transformers' Conv1D).
         update_rule: ``"spectral"``, W -= lr U V^T (the paper's equation), or ``"inverse_sigma"``,
             W -= lr U diag(1 / sigma) V^T with 1 / sigma at most ``inverse_sigma_clamp`` (what the paper's
@@ -45,7 +49,7 @@ class MoFaSGDRuleOptions(Checked):
     """
 
     beta: float = 0.85
-    adjust_lr_fn: AdjustLr = "match_rms_adamw"
+    adjust_lr_fn: AdjustLr | None = None
     update_rule: UpdateRule = "spectral"
     inverse_sigma_clamp: float = 1e4
     balance: float = 0.0
@@ -63,6 +67,11 @@ class MoFaSGDRuleOptions(Checked):
         check_number("explore_scale", self.explore_scale, low=0, open_low=True)
         check_integer("diagnostics_every", self.diagnostics_every, low=0, high=2**31)
         super().__post_init__()
+        if self.update_rule == "inverse_sigma" and self.adjust_lr_fn in (None, "adamw"):
+            raise OptionError(
+                'update_rule="inverse_sigma" makes steps whose length goes by the gradient, so lr cannot be AdamW\'s rate. Set '
+                'adjust_lr_fn to "match_rms_adamw", "original" or "none", and search for lr and adamw_lr'
+            )
         if self.explore and self.update_rule != "spectral":
             raise OptionError(
                 f"explore={self.explore} with update_rule={self.update_rule!r}: what is explored has no momentum, "
@@ -76,7 +85,7 @@ class MoFaSGDRuleOptions(Checked):
 
     def shape_factor(self, m: int, n: int) -> float:
         """The factor on lr for a linear map of n inputs and m outputs, see ``adjust_lr_fn``."""
-        if self.adjust_lr_fn == "adamw":
+        if self.adjust_lr_fn in (None, "adamw"):
             return math.sqrt(max(m, n))
         if self.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(m, n))
@@ -102,8 +111,33 @@ class Options(MoFaSGDRuleOptions, OptimizerOptions):
     # A config whose "type" was AdamW a minute ago has these.
     aliases: ClassVar[Mapping[str, str]] = {"betas": "adamw_betas", "eps": "adamw_eps"}
 
-    @property
-    def adamw_lr_ratio(self) -> float:
-        if self.adamw_lr is None and self.adjust_lr_fn == "adamw":
-            return 1.0  # both rates are of one kind
-        return super().adamw_lr_ratio
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_rate(self.lr, "lr")
+        if self.adjust_lr_fn not in (None, "adamw") and self.adamw_lr is None:
+            raise OptionError(
+                f"adjust_lr_fn={self.adjust_lr_fn!r} gives lr units of its own, so what AdamW trains needs a rate by itself: "
+                f"write adamw_lr (in earlier versions it was lr / 10, {self.lr / 10:.3g}), or leave adjust_lr_fn out and "
+                "give AdamW's rate as lr"
+            )
+
+    def check_rate(self, lr: float, name: str) -> None:
+        if self.adjust_lr_fn is not None or not lr > _LARGEST_RATE:
+            return
+        raise OptionError(
+            f"{name}={lr!r} is far above AdamW's rates, and lr is AdamW's rate. If it comes from an earlier version, where the "
+            f"same step took 5 times as much, write {', '.join(self._converted(lr, name))}; or go on in its units with "
+            'adjust_lr_fn="match_rms_adamw" and an adamw_lr. If AdamW would train at it, say so with adjust_lr_fn="adamw"'
+        )
+
+    def _converted(self, lr: float, name: str) -> list[str]:
+        """The settings that make of an earlier version's the same training."""
+        own = name == "lr"  # else a param group's or a schedule's
+        written = [f"lr={lr / 5:.3g}" if own else f"{lr / 5:.3g} there"]
+        if self.adamw_lr is None:
+            written.append(f"adamw_lr={lr / 10:.3g}" if own else "half of the optimizer's lr as adamw_lr")
+        if self.weight_decay:
+            written.append(f"weight_decay={self.weight_decay * 5:.3g}")
+            if self.adamw_weight_decay is None:
+                written.append(f"adamw_weight_decay={self.weight_decay:.3g}")
+        return written

@@ -40,7 +40,7 @@ class OptimizerOptions(AdamWOptions, CommonOptions):
             OptionError: an unknown name, a value that cannot be right, or no object at all.
         """
         if not isinstance(params, Mapping):
-            raise OptionError(f'params={params!r} must be an object of options, such as {{"lr": 6e-3, "rank": 8}}')
+            raise OptionError(f'params={params!r} must be an object of options, such as {{"lr": 1e-4, "rank": 8}}')
         rest = {key: params[key] for key in passed_on if key in params}
         own: dict[str, Any] = {}
         known = cls.names()
@@ -77,7 +77,14 @@ class OptimizerOptions(AdamWOptions, CommonOptions):
     @property
     def adamw_lr_ratio(self) -> float:
         """AdamW's learning rate over the matrices': a schedule moves both, this stays."""
-        return 0.1 if self.adamw_lr is None else self.adamw_lr / self.lr
+        return 1.0 if self.adamw_lr is None else self.adamw_lr / self.lr
+
+    def check_rate(self, lr: float, name: str) -> None:
+        """Raise an OptionError where a rate can only be meant in other units than ``lr`` has here.
+
+        Args:
+            name: what it is called, and whose it is, for the message.
+        """
 
 
 def _unknown(key: str, known: list[str], title: str) -> str:

@@ -80,17 +80,17 @@ class MatrixMethod(torch.optim.Optimizer):
         return loss
 
     def _move_all(self) -> None:
-        for group in self.param_groups:
-            lr, decay = group["lr"], group["weight_decay"]
-            for p in group["params"]:
-                G = self._gradient(p)
-                if G is None:
-                    continue
-                state = self.state[p]
-                state["step"] = state.get("step", 0) + 1
-                D = self.direction(G, state, group, self._places[p][1])
-                p.mul_(1 - lr * decay)
-                p.add_(like(D, p.shape), alpha=-lr * self.lr_factor(*p.shape))
+        # By their order, and not by the parameter: what is stepped may be a master in its place.
+        everyone = ((group, p) for group in self.param_groups for p in group["params"])
+        for index, (group, p) in enumerate(everyone):
+            G = self._gradient(p)
+            if G is None:
+                continue
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            D = self.direction(G, state, group, index)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(like(D, p.shape), alpha=-group["lr"] * self.lr_factor(*p.shape))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients since the last step, captured ones included."""

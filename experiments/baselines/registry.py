@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ds_mofa.optimizers.registry import OPTIMIZERS
@@ -102,7 +103,8 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
     if "lr" not in settings:
         raise ValueError(f"{name} needs an lr: no rate suits all methods; docs/baselines.md has the published ones")
 
-    options = Options(**{key: value for key, value in settings.items() if key in _COMMON})
+    # No baseline's lr is MoFaSGD's: any is taken.
+    options = Options(adjust_lr_fn="adamw", **{key: value for key, value in settings.items() if key in _COMMON})
     split = split_parameters(model, model.parameters(), options)
     stacks = [matrix.name for matrix in split.matrices if matrix.stack is not None]
     if stacks and name != "AdamW":
@@ -111,6 +113,11 @@ def build(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
     check_integer("reset_every", reset_every, low=0, high=2**31)
     if not isinstance(sketched, bool):
         raise OptionError(f"sketched={sketched!r} must be true or false")
+    if sketched and dist.is_initialized() and dist.get_world_size() > 1:
+        raise OptionError(
+            "sketched=True is for one process: DDP does not see what is captured, and would not reduce it. Leave it out, or "
+            "take ds_mofa.GaLore"
+        )
 
     method = _METHODS[name]
     given = {"rank": options.rank, "seed": options.seed, **settings}

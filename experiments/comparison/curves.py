@@ -22,8 +22,12 @@ def styles(summary: Summary) -> dict[str, Style]:
     return styles_of(plan.labels, [plan.labels[0], *sorted(others, key=lambda o: sign * summary.best[o].dev.mean)])
 
 
-def charts(summary: Summary) -> list[Lines]:
-    """Of each optimizer's best setting: learning curves by step and by second; of all settings: the learning rates."""
+def charts(summary: Summary, curves: bool = True) -> list[Lines]:
+    """Of each optimizer's best setting: learning curves by step and by second; of all settings: the learning rates.
+
+    Args:
+        curves: without, the learning rates alone.
+    """
     task = summary.plan.task
     best = {label: outcome for label, outcome in summary.best.items() if outcome.dev is not None}
     if not best:
@@ -42,7 +46,7 @@ def charts(summary: Summary) -> list[Lines]:
         drawn.append(_chart(summary, best, "dev_loss_by_step", "step", "dev loss", _evaluated("loss", "step", 1)))
     drawn.append(_chart(summary, best, "train_loss_by_step", "step", "training loss", _train_loss))
     rates = _rates(summary, metric, scale)
-    return drawn + ([rates] if rates.series else [])
+    return (drawn if curves else []) + ([rates] if rates.series else [])
 
 
 Points = tuple[list[float], list[float]]  # x and y of one run

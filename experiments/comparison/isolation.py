@@ -1,6 +1,8 @@
 """Each run in a process of its own: its peak memory is its own, and a killed one takes no other along."""
 
+import collections
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import multiprocessing.connection
@@ -42,7 +44,8 @@ def in_own_processes(
     """``function(*args, device)`` for the args of each call, in a new process each, ``jobs`` at a time.
 
     Started in their order, and each yielded as it ends, as its place in ``calls`` and its value. None starts while the
-    caller looks at one. Close the iterator (``contextlib.closing``): with it, or with an error in one, all others end.
+    caller looks at one. On device "cuda" each takes the GPU that fewest of them run on. Close the iterator
+    (``contextlib.closing``): with it, or with an error in one, all others end.
 
     Raises:
         UserError: as one did, or its process was killed.
@@ -51,22 +54,33 @@ def in_own_processes(
     context = _context(start_method(device))
     # Of several at a time each takes its share of the cores; one alone takes what PyTorch would.
     threads = max(1, len(os.sched_getaffinity(0)) // jobs) if jobs > 1 else None
+    gpus = range(torch.cuda.device_count()) if device == "cuda" else ()
     waiting, running = list(enumerate(calls)), {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 index, args = waiting.pop(0)
-                receiver, process = _start(context, threads, function, (*args, device))
-                running[receiver] = index, process
+                busy = collections.Counter(gpu for _, _, gpu in running.values())
+                gpu = min(gpus, key=busy.__getitem__, default=None)
+                receiver, process = _start(context, _Place(threads, gpu), function, (*args, device))
+                running[receiver] = index, process, gpu
             receiver = multiprocessing.connection.wait(list(running))[0]
             value = _result(receiver, running[receiver][1])
-            index, _ = running.pop(receiver)
+            index, *_ = running.pop(receiver)
             yield index, value
     finally:
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.kill()
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.join(10)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a process computes: by how many ``threads`` on the CPU, on which ``gpu``; None: PyTorch's choice."""
+
+    threads: int | None = None
+    gpu: int | None = None
 
 
 @functools.cache
@@ -79,7 +93,7 @@ def start_method(device: str) -> str:
     """
     if not device.startswith("cuda"):
         return "forkserver"
-    receiver, process = _start(_context("forkserver"), None, _unusable, (device,))
+    receiver, process = _start(_context("forkserver"), _Place(), _unusable, (device,))
     try:
         reason = _result(receiver, process) if receiver.poll(_PROBE_SECONDS) else f"no answer in {_PROBE_SECONDS:.0f} s"
     except (UserError, RuntimeError) as error:
@@ -115,10 +129,10 @@ def _context(method: str) -> BaseContext:
 
 
 def _start(
-    context: BaseContext, threads: int | None, function: Callable[..., Any], args: tuple
+    context: BaseContext, place: _Place, function: Callable[..., Any], args: tuple
 ) -> tuple[Connection, BaseProcess]:
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, threads, function, args), daemon=True)
+    process = context.Process(target=_report, args=(sender, place, function, args), daemon=True)
     process.start()
     sender.close()
     return receiver, process
@@ -141,13 +155,15 @@ def _result(receiver: Connection, process: BaseProcess) -> Any:
     raise (UserError if outcome == "refused" else RuntimeError)(value)
 
 
-def _report(sender: Connection, threads: int | None, function: Callable[..., Any], args: tuple) -> None:
+def _report(sender: Connection, place: _Place, function: Callable[..., Any], args: tuple) -> None:
     # Ctrl-C reaches every process of a terminal; the one that was asked to stop ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    if threads is not None:
-        torch.set_num_threads(min(threads, torch.get_num_threads()))
+    if place.threads is not None:
+        torch.set_num_threads(min(place.threads, torch.get_num_threads()))
     try:
+        if place.gpu is not None:
+            torch.cuda.set_device(place.gpu)
         outcome = "returned", function(*args)
     except UserError as error:
         outcome = "refused", str(error)

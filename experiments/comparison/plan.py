@@ -106,6 +106,11 @@ class Plan:
     def labels(self) -> list[str]:
         return list(dict.fromkeys(setting.label for setting in self.settings))
 
+    def with_settings(self, settings: Sequence[Setting], seeds: Sequence[int]) -> "Plan":
+        """The same comparison of other settings and seeds."""
+        runs = _runs(self.identity, self.training, settings, seeds)
+        return dataclasses.replace(self, settings=tuple(settings), seeds=tuple(seeds), runs=runs)
+
     def run(self, setting: Setting, seed: int) -> Run:
         return next(run for run in self.runs if run.setting is setting and run.seed == seed)
 
@@ -147,14 +152,9 @@ def load_plan(
     settings = [setting for setting in settings if setting.label in kept_labels]
     kept_seeds = _kept(seeds, _seeds(content["seeds"], f"{path}: seeds"), "--seeds")
     identity = task.identity() if identify else {"name": task.name}
-    # Seeds outside, settings inside: what an interruption leaves is a complete comparison over fewer seeds.
-    runs = [
-        Run(setting, seed, training, _key(identity, training, setting, seed))
-        for seed in kept_seeds
-        for setting in settings
-    ]
+    runs = _runs(identity, training, settings, kept_seeds)
     _check_different(runs, f"{path}: optimizers")
-    return Plan(path.stem, task, identity, training, tuple(kept_seeds), tuple(settings), tuple(runs))
+    return Plan(path.stem, task, identity, training, tuple(kept_seeds), tuple(settings), runs)
 
 
 def _task(section: Any, given: Mapping[str, str | None], where: str) -> Task:
@@ -190,6 +190,15 @@ def _settings(section: Any, where: str) -> list[Setting]:
             grid = tuple(name for name, values in axes.items() if len(values) > 1)
             settings.append(Setting(str(label), optimizer, chosen, grid))
     return settings
+
+
+def _runs(
+    identity: Mapping[str, Any], training: Training, settings: Sequence[Setting], seeds: Sequence[int]
+) -> tuple[Run, ...]:
+    # Seeds outside, settings inside: what an interruption leaves is a complete comparison over fewer seeds.
+    return tuple(
+        Run(setting, seed, training, _key(identity, training, setting, seed)) for seed in seeds for setting in settings
+    )
 
 
 def _check_different(runs: Sequence[Run], where: str) -> None:

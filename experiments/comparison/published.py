@@ -37,4 +37,6 @@ def matched(plan: Plan, rows: Rows) -> tuple[Plan, dict[str, dict[str, Any]]]:
 
 
 def _known_by(optimizer: str, options: Mapping[str, Any], seed: int) -> str:
+    if optimizer == "MoFaSGD":  # what did not say in which units its rate is had those that were the default
+        options = {"adjust_lr_fn": "match_rms_adamw", **options}
     return json.dumps([optimizer, options, seed], sort_keys=True)

@@ -28,8 +28,11 @@ _RATES = (
 )
 
 
-def write_report(plan: Plan, rows: Mapping[str, dict[str, Any]], folder: Path) -> str | None:
+def write_report(plan: Plan, rows: Mapping[str, dict[str, Any]], folder: Path, *, curves: bool = True) -> str | None:
     """Write the report of the seeds that are done.
+
+    Args:
+        curves: with the learning curves of each optimizer's best setting.
 
     Returns:
         The table of the best settings with its notes, as Markdown; None where not one seed is done.
@@ -41,7 +44,7 @@ def write_report(plan: Plan, rows: Mapping[str, dict[str, Any]], folder: Path) -
     summary = summarise(plan, rows)
     if not summary.seeds:
         return None
-    best, said, drawn = best_table(summary), notes(summary), charts(summary)
+    best, said, drawn = best_table(summary), notes(summary), charts(summary, curves)
     found = best_rates(plan, rows)
     rates = [rates_table(plan, found)] if len(found) > 1 else []
     document = Document(

@@ -110,6 +110,6 @@ def _at_edge(chosen: Setting, tried: Sequence[Setting]) -> tuple[str, ...]:
     for name in chosen.grid:
         values = [setting.options[name] for setting in tried]
         numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        if numeric and chosen.options[name] in (min(values), max(values)):
+        if numeric and len(values) > 1 and chosen.options[name] in (min(values), max(values)):
             edges.append(name)
     return tuple(edges)

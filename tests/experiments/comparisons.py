@@ -15,7 +15,7 @@ SHAPE = {
     "num_attention_heads": 2, "num_key_value_heads": 2, "attention_dropout": 0.1,
 }  # fmt: skip
 TRAINING = {"steps": 4, "batch_size": 2, "eval_every": 2, "warmup_steps": 1, "max_grad_norm": 1.0}
-OPTIMIZERS = {"AdamW": {"lr": 1e-3}, "MoFaSGD": {"rank": 4, "lr": [3e-3, 1e-2]}}
+OPTIMIZERS = {"AdamW": {"lr": 1e-3}, "MoFaSGD": {"rank": 4, "lr": [5e-4, 2e-3]}}
 WORDS = ["good", "bad", "fine", "dull", "film", "plot"]
 
 

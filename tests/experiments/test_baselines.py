@@ -484,7 +484,7 @@ SETTINGS = {
     "GUM": {"period": 3, "q": 0.5},
     "SO": {"density": 0.1, "refresh_every": 3},
     "MoFaSGD-lab": {"balance": 1.0, "probes": 1, "explore": 1, "second_moment": "update", "rank_budget": 3},
-    "MoFaSGD": {},
+    "MoFaSGD": {"adjust_lr_fn": "match_rms_adamw", "adamw_lr": 0.002},
 }
 NAMES = pytest.mark.parametrize("name", list(SETTINGS))
 

@@ -106,6 +106,28 @@ def test_with_masters_adamw_steps_as_in_fp32_and_rounds_afterwards(lr):
     )
 
 
+@pytest.mark.parametrize("name", ["Muon", "GaLore", "Fira", "MLorc", "GUM", "SO"])
+def test_a_baseline_with_masters_steps_as_in_fp32(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(*shape, bias=False) for shape in [(12, 16), (16, 12), (12, 12)])).bfloat16()
+    wide, plain = copy.deepcopy(model).float(), copy.deepcopy(model)
+    options = {"lr": 1e-3, "rank": 4, "include": ["."]}
+    optimizers = [
+        build(name, one, {**options, "fp32_masters": masters})[1]
+        for one, masters in ((model, True), (wide, False), (plain, False))
+    ]
+    for _ in range(3):
+        for params in zip(model.parameters(), wide.parameters(), plain.parameters()):
+            gradient = torch.randn(params[0].shape).bfloat16()
+            for param in params:
+                param.grad = gradient.to(param.dtype)
+        for optimizer in optimizers:
+            optimizer.step()
+    pairs = list(zip(model.parameters(), wide.parameters(), plain.parameters()))
+    assert all(torch.equal(param, one.bfloat16()) for param, one, _ in pairs)
+    assert not all(torch.equal(param, other) for param, _, other in pairs), "without, bf16 itself is stepped"
+
+
 def test_masters_of_what_adamw_trains_beside_mofasgd(tmp_path):
     """AdamW's part is stepped as in a model of which that part is fp32; the matrices are not touched by it."""
     model = language_plan(tmp_path).task.model(0).bfloat16()

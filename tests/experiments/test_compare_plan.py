@@ -131,7 +131,7 @@ SHIPPED = sorted(Path("experiments/configs/comparisons").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_comparison_builds(tmp_path, monkeypatch, path):
-    encoder = tiny_encoder(tmp_path, width=32)  # as large as the ranks
+    encoder = tiny_encoder(tmp_path, width=128)  # as large as the ranks
     files = [encoder / "config.json", encoder / "model.safetensors", encoder / "tokenizer.json"]
     for module in ("sst2", "encoder"):
         monkeypatch.setattr(f"experiments.comparison.tasks.{module}.encoder_files", lambda name: files)

@@ -73,7 +73,8 @@ def test_with_all_options_off_it_is_mofasgd():
 
     ours, theirs = model(), model()
     common = dict(lr=0.01, rank=4, adamw_lr=1e-3, weight_decay=0.1, seed=5)
-    lab, mofasgd = baselines.build("MoFaSGD-lab", ours, **common), MoFaSGD(theirs, rounding="nearest", **common)
+    lab = baselines.build("MoFaSGD-lab", ours, **common)
+    mofasgd = MoFaSGD(theirs, rounding="nearest", adjust_lr_fn="match_rms_adamw", **common)
     for step in range(8):
         tokens = torch.randint(0, 11, (32,), generator=torch.Generator().manual_seed(step))
         for net, optimizer in ((ours, lab), (theirs, mofasgd)):

@@ -12,7 +12,7 @@ from ds_mofa.step.backend import OneProcess
 from ds_mofa.step.step import MatrixStep
 from tests.extending.toy_backend import ThreadBackend, World
 
-OPTIONS = Options(lr=0.1, rank=3, weight_decay=0.1)
+OPTIONS = Options(lr=0.02, adjust_lr_fn="adamw", rank=3, weight_decay=0.1)
 
 
 def _model(weights=None):

@@ -30,7 +30,7 @@ def _backward(model, times=1):
 @pytest.mark.parametrize("times", [1, 3])
 def test_the_sketches_are_those_of_the_gradient(captured, times):
     model, plain = _model(), _model()
-    optimizer = MoFaSGD(model, lr=0.1, rank=3, include=[r"^[02].weight"])
+    optimizer = MoFaSGD(model, lr=0.02, adjust_lr_fn="adamw", rank=3, include=[r"^[02].weight"])
     _backward(model, times)
     _backward(plain, times)
     sketches = dict(zip((matrix.name for matrix in optimizer.split.matrices), optimizer.matrices.captured))
@@ -44,14 +44,14 @@ def test_the_sketches_are_those_of_the_gradient(captured, times):
 
 def test_no_gradient_is_formed(captured, monkeypatch):
     model = _model()
-    MoFaSGD(model, lr=0.1, rank=3, include=[r"^[02].weight"])
+    MoFaSGD(model, lr=0.02, adjust_lr_fn="adamw", rank=3, include=[r"^[02].weight"])
     monkeypatch.setattr("ds_mofa.capture.sketch.Sketch.add_gradient", None)  # what the hook would call
     _backward(model)
 
 
 def test_autograd_grad_gets_the_gradient_and_leaves_the_sketch(captured):
     model, plain = _model(), _model()
-    optimizer = MoFaSGD(model, lr=0.1, rank=3, include=[r"^[02].weight"])
+    optimizer = MoFaSGD(model, lr=0.02, adjust_lr_fn="adamw", rank=3, include=[r"^[02].weight"])
     x = torch.randn(4, 7, dtype=torch.float64)
     (ours,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
     (theirs,) = torch.autograd.grad(plain(x).square().sum(), plain[0].weight)
@@ -60,7 +60,7 @@ def test_autograd_grad_gets_the_gradient_and_leaves_the_sketch(captured):
 
 def test_it_is_undone(captured):
     model = _model()
-    optimizer = MoFaSGD(model, lr=0.1, rank=3, include=[r"^[02].weight"])
+    optimizer = MoFaSGD(model, lr=0.02, adjust_lr_fn="adamw", rank=3, include=[r"^[02].weight"])
     assert "forward" in vars(model[0])
     optimizer.detach()
     assert "forward" not in vars(model[0])

@@ -31,7 +31,7 @@ def _train(optimizer, model, steps):
 def _dense(model, psi, steps, *, lr, decay=0.0, sign=-1.0):
     """The method on whole gradients. ``sign`` is for the control."""
     rest = [p for name, p in model.named_parameters() if name not in psi]
-    adamw = torch.optim.AdamW(rest, lr=0.1 * lr, weight_decay=decay)
+    adamw = torch.optim.AdamW(rest, lr=lr, weight_decay=decay)
     for step in steps:
         model.zero_grad()
         _loss(model, step).backward()

@@ -16,7 +16,7 @@ def build(seed=0):
     torch.manual_seed(seed)
     layers = [nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.LayerNorm(64), nn.Linear(64, 64)]
     net = nn.Sequential(*layers).to("cuda", torch.bfloat16)
-    return net, MoFaSGD(net, rank=8, lr=1e-2)
+    return net, MoFaSGD(net, rank=8, lr=2e-3)
 
 
 def loss(net, seed, factor=1.0):

@@ -217,7 +217,7 @@ def _model(dtype):
 
 def _steps(host, dtype, steps=6, **options):
     model = _model(dtype)
-    options = Options(lr=1e-2, rank=16, adamw_lr=0.0, **options)
+    options = Options(lr=2e-3, rank=16, adamw_lr=0.0, **options)
     split = split_parameters(model, model.parameters(), options)
     matrices = MatrixStep(split.matrices, options, MoFaSGDRule(options), OneProcess(GPU, host=host))
     optimizer = MoFaSGD.from_parts(split, options, torch.optim.AdamW(split.adamw_groups), matrices)
@@ -273,7 +273,7 @@ def test_the_update_stays_within_its_bytes():
     model = (
         nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(24)), nn.LayerNorm(2048)).to(GPU).bfloat16()
     )
-    optimizer = MoFaSGD(model, lr=1e-2, rank=32, update_bytes=limit)
+    optimizer = MoFaSGD(model, lr=2e-3, rank=32, update_bytes=limit)
     step = optimizer.matrices
     for _ in range(3):
         step.sketches.normal_()
@@ -311,7 +311,7 @@ def deepspeed():
 
 def _config(stage, zero, **options):
     # AdamW computes otherwise on a CPU than on a GPU: it stands still, so that nothing but the place differs.
-    options = {"lr": 1e-2, "rank": 16, "adamw_lr": 0.0, "torch_adam": True, "update_bytes": 1e6, **options}
+    options = {"lr": 2e-3, "rank": 16, "adamw_lr": 0.0, "torch_adam": True, "update_bytes": 1e6, **options}
     return {
         "train_micro_batch_size_per_gpu": 64,
         "optimizer": {"type": "MoFaSGD", "params": options},

@@ -60,7 +60,8 @@ def start(folder: Path, launcher: list[str], *words: str) -> subprocess.Complete
     # Five examples to evaluate do not divide by two ranks of two: Accelerate repeats some, and none may count twice.
     command += ["--per_device_eval_batch_size", "2"]
     command += ["--per_device_train_batch_size", "2", "--max_steps", str(STEPS)]
-    command += ["--logging_steps", "1", "--eval_on_start", *words]
+    # From random weights nothing would be seen to happen at the default, which is for fine-tuning.
+    command += ["--learning_rate", "1.2e-3", "--logging_steps", "1", "--eval_on_start", *words]
     environment = command_environment(folder)
     environment.pop("RANK", None)  # of a launcher around these tests
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

@@ -128,7 +128,7 @@ def test_there_is_a_loss_before_training_where_there_is_data_for_it():
     assert not parse(*MODEL, *DATA, *CONFIG, "--eval_file=b.jsonl", "--resume_from_checkpoint", "x")[2].eval_on_start
 
 
-@pytest.mark.parametrize(("name", "rate"), [("MoFaSGD", 6e-3), ("mofasgd", 6e-3), ("GaLore", 4.8e-4), ("AdamW", 2e-5)])
+@pytest.mark.parametrize(("name", "rate"), [("MoFaSGD", 1e-4), ("mofasgd", 1e-4), ("GaLore", 4.8e-4), ("AdamW", 2e-5)])
 def test_each_optimizer_has_its_own_learning_rate(name, rate):
     config = {"optimizer": {"type": name, "params": {"lr": "auto"}}}
     assert defaults_from_deepspeed(config)["learning_rate"] == rate
@@ -193,12 +193,12 @@ def test_a_scheduler_without_a_warm_up_needs_none(tmp_path):
 
 
 def test_the_command_line_s_optimizer_comes_with_its_options_and_the_flags():
-    words = [*MODEL, *DATA, "--optimizer", "mofasgd", "--rank", "16", "--optimizer_args", '{"explore": 4, "lr": 0.5}']
+    words = [*MODEL, *DATA, "--optimizer", "mofasgd", "--rank", "16", "--optimizer_args", '{"explore": 4, "lr": 5e-4}']
     args = parse(*words, "--weight_decay", "0.25", "--adam_beta2", "0.75")[2]
-    assert args.engine is Engine.DDP and args.learning_rate == 0.5 and args.max_grad_norm == 1.0
-    fixed = {"rank": 16, "explore": 4, "lr": 0.5}
+    assert args.engine is Engine.DDP and args.learning_rate == 5e-4 and args.max_grad_norm == 1.0
+    fixed = {"rank": 16, "explore": 4, "lr": 5e-4}
     assert args.optimizer_options == fixed | {"weight_decay": 0.25, "adamw_betas": [0.9, 0.75], "adamw_eps": 1e-8}
-    with pytest.raises(UserError, match='"lr" is 0.5 there, and --learning_rate says 0.25'):
+    with pytest.raises(UserError, match='"lr" is 0.0005 there, and --learning_rate says 0.25'):
         parse(*words, "--learning_rate", "0.25")
     assert parse(*MODEL, *DATA, *CONFIG)[2].optimizer_options is None
 
@@ -288,7 +288,7 @@ from ds_mofa.rules.mofasgd import MoFaSGDRule
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PluggedOptions(Options):
     title: ClassVar[str] = "Plugged"
-    lr: float = 0.125
+    lr: float = 1.25e-3
 
 @register
 class Plugged(MatrixOptimizer):
@@ -317,8 +317,8 @@ def test_an_optimizer_of_a_plugin_is_one_of_the_config_s(tmp_path, plugin):
     with pytest.raises(UserError, match="--optimizer plugged: no such optimizer. There are .*--plugins brings others"):
         parse(*named)
     for _ in range(2):  # importing it again registers nothing anew
-        assert parse(*words, "--plugins", str(plugin))[2].learning_rate == 0.125
-    assert parse(*named, "--plugins", str(plugin))[2].optimizer_options["lr"] == 0.125
+        assert parse(*words, "--plugins", str(plugin))[2].learning_rate == 1.25e-3
+    assert parse(*named, "--plugins", str(plugin))[2].optimizer_options["lr"] == 1.25e-3
     words = config_file(tmp_path, optimizer={"type": "plugged", "params": {"rnk": 4}})
     with pytest.raises(UserError, match="unknown option 'rnk' of Plugged; did you mean 'rank'"):
         parse(*words, "--plugins", str(plugin))

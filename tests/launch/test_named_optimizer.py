@@ -10,7 +10,7 @@ from ds_mofa.optimizers import registry
 from launch.errors import UserError
 from launch.named_optimizer import named_optimizer, trainer_s_optimizer
 
-FLAGS = dict(learning_rate=0.5, weight_decay=0.25, adam_beta1=0.125, adam_beta2=0.75, adam_epsilon=1e-6)
+FLAGS = dict(learning_rate=5e-4, weight_decay=0.25, adam_beta1=0.125, adam_beta2=0.75, adam_epsilon=1e-6)
 
 
 @pytest.mark.parametrize("name", registry.OPTIMIZERS)
@@ -18,20 +18,20 @@ def test_each_of_the_registry_takes_the_flags(name):
     named = named_optimizer(["--optimizer", name.upper(), "--rank", "4"])
     assert named.defaults()["learning_rate"] == registry.OPTIMIZERS[name].learning_rate
     options, _ = registry.OPTIMIZERS[name].options.from_config(named.options(SimpleNamespace(**FLAGS)))
-    assert (options.rank, options.lr, options.weight_decay) == (4, 0.5, 0.25)
+    assert (options.rank, options.lr, options.weight_decay) == (4, 5e-4, 0.25)
     assert (list(options.adamw_betas), options.adamw_eps) == ([0.125, 0.75], 1e-6)
     for moments in ("betas", "eps"):  # a rule that has its own has the flags'
         assert getattr(options, moments, getattr(options, f"adamw_{moments}")) == getattr(options, f"adamw_{moments}")
 
 
 def test_what_the_optimizer_fixes_is_the_flags_default():
-    words = ["--optimizer", "MoFaSGD", "--optimizer_args", '{"betas": [0.5, 0.6], "lr": 0.125, "adamw_lr": 1e-3}']
+    words = ["--optimizer", "MoFaSGD", "--optimizer_args", '{"betas": [0.5, 0.6], "lr": 1.25e-3, "adamw_lr": 1e-3}']
     named = named_optimizer(words)
     assert named.defaults() == {
-        "learning_rate": 0.125, "weight_decay": 0.0, "adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 1e-8,
+        "learning_rate": 1.25e-3, "weight_decay": 0.0, "adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 1e-8,
     }  # fmt: skip
     with pytest.raises(UserError, match='"adamw_betas" is .0.5, 0.6. there, and --adam_beta1 --adam_beta2 says'):
-        named.options(SimpleNamespace(**FLAGS | {"learning_rate": 0.125}))
+        named.options(SimpleNamespace(**FLAGS | {"learning_rate": 1.25e-3}))
 
 
 def test_options_may_stand_in_a_file(tmp_path):

@@ -31,10 +31,10 @@ def step(model, optimizer, scheduler) -> None:
 
 
 def resume(kind: str):
-    """A run of lr 2e-3 and decay 0.1, resumed at step 2 with 8e-3 and 0; (what was asked, the new run's parts)."""
-    old = make(kind, 2e-3, 0.1)
+    """A run of lr 2e-4 and decay 0.1, resumed at step 2 with 8e-4 and 0; (what was asked, the new run's parts)."""
+    old = make(kind, 2e-4, 0.1)
     step(*old), step(*old)
-    _, optimizer, scheduler = new = make(kind, 8e-3, 0.0, eps=1e-6)
+    _, optimizer, scheduler = new = make(kind, 8e-4, 0.0, eps=1e-6)
     asked = settings(optimizer, scheduler)
     optimizer.load_state_dict(old[1].state_dict())
     scheduler.load_state_dict(old[2].state_dict())
@@ -42,9 +42,9 @@ def resume(kind: str):
 
 
 NAMED = {
-    "AdamW": {"lr": ("0.002", "0.008"), "weight_decay": ("0.1", "0"), "eps": ("1e-08", "1e-06")},
+    "AdamW": {"lr": ("0.0002", "0.0008"), "weight_decay": ("0.1", "0"), "eps": ("1e-08", "1e-06")},
     "MoFaSGD": {
-        "lr": ("0.002", "0.008"), "weight_decay": ("0.1", "0"), "adamw_lr": ("0.001", "0.004"),
+        "lr": ("0.0002", "0.0008"), "weight_decay": ("0.1", "0"), "adamw_lr": ("0.0001", "0.0004"),
         "adamw_weight_decay": ("0.1", "0"), "adamw_eps": ("1e-08", "1e-06"),
     },
 }  # fmt: skip
@@ -60,7 +60,7 @@ def test_what_the_checkpoint_puts_in_force_is_named(kind):
         "to change it, add --override_checkpoint"
         for name, (theirs, ours) in NAMED[kind].items()
     )
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 / 4)  # the line says the truth
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-4 / 4)  # the line says the truth
 
 
 @pytest.mark.parametrize("kind", NAMED)
@@ -69,9 +69,9 @@ def test_the_way_out_works(kind):
     asked, (model, optimizer, scheduler) = resume(kind)
     enforce(optimizer, scheduler, asked)
     assert differences(asked, settings(optimizer, scheduler)) == []
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([8e-3 / 4] * len(optimizer.param_groups))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([8e-4 / 4] * len(optimizer.param_groups))
     step(model, optimizer, scheduler)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([8e-3 / 8] * len(optimizer.param_groups))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([8e-4 / 8] * len(optimizer.param_groups))
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
 
 
@@ -82,8 +82,8 @@ def test_nothing_is_said_where_nothing_differs():
 
 def test_another_rate_of_the_matrices_alone_is_one_line():
     """AdamW's own stays, though its group holds it as a ratio."""
-    asked = [{"lr": 8e-3, "weight_decay": 0.0}, {"lr": 8e-3, "lr_scale": 1e-3 / 8e-3}]
-    loaded = [{"lr": 2e-3, "weight_decay": 0.0}, {"lr": 2e-3, "lr_scale": 1e-3 / 2e-3}]
+    asked = [{"lr": 8e-4, "weight_decay": 0.0}, {"lr": 8e-4, "lr_scale": 1e-4 / 8e-4}]
+    loaded = [{"lr": 2e-4, "weight_decay": 0.0}, {"lr": 2e-4, "lr_scale": 1e-4 / 2e-4}]
     assert [line.split()[1] for line in differences(asked, loaded)] == ["lr"]
 
 

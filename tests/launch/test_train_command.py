@@ -129,7 +129,7 @@ def test_deepspeed_without_a_launcher_says_how_to_start(tmp_path):
 def test_one_process_trains_and_goes_on_after_sigterm(tmp_path):
     make_inputs(tmp_path)
     output = succeeded(train_alone(tmp_path, "--output_dir", "model"))
-    assert "optimizer: MoFaSGD, one process, lr 0.006" in output
+    assert "optimizer: MoFaSGD, one process, lr 0.0012" in output
     assert "batch: 2 sequences = 2 each on one process" in output
     first, last = losses_in(output)
     assert last < first - 0.1
@@ -146,7 +146,6 @@ def test_one_process_trains_and_goes_on_after_sigterm(tmp_path):
 @pytest.mark.parametrize("config", [f"zero{stage}_{name}" for name in ("mofasgd", "adamw") for stage in (0, 1, 2, 3)])
 def test_every_stage_saves_what_it_trained(tmp_path, finished, config):
     make_inputs(tmp_path)
-    # Another rate for AdamW, whose default is for fine-tuning: from random weights nothing would be seen to happen.
     rate = [] if "mofasgd" in config else ["--learning_rate", "3e-3"]
     output = succeeded(train(tmp_path, "--output_dir", "model", *rate, config=config))
     first, last = losses_in(output)
@@ -205,7 +204,7 @@ def test_a_saved_model_is_trained_further(tmp_path, finished, stage):
 @pytest.mark.parametrize(
     ("config", "words", "said"),
     [
-        ("accelerate_zero2", [], "MoFaSGD, ZeRO stage 2, lr 0.006"),
+        ("accelerate_zero2", [], "MoFaSGD, ZeRO stage 2, lr 0.0012"),
         (
             "fsdp2",
             ["--optimizer", "MoFaSGD"],

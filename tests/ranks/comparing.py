@@ -28,7 +28,7 @@ def dense(
     frozen: bool = False,
     rank: int = OPTIONS["rank"],
     beta: float = 0.85,
-    lr: float | Callable[[int], float] = OPTIONS["lr"],
+    lr: float | Callable[[int], float] | None = None,
     optimizer: str = "MoFaSGD",
     **settings: Any,
 ) -> dict:
@@ -36,6 +36,7 @@ def dense(
 
     Args:
         data: makes the batches.
+        lr: None: the optimizer's in :mod:`training`.
         matrices: in the place of the model's.
         frozen: leave the matrices out.
         **settings: others of :class:`reference.Reference`.
@@ -45,6 +46,8 @@ def dense(
         for name in matrices:
             built.get_parameter(name).requires_grad_(False)
     settings = {key: OPTIONS[key] for key in ("weight_decay", "adamw_eps")} | settings
+    if lr is None:
+        lr = (GALORE if optimizer == "GaLore" else OPTIONS)["lr"]
     if optimizer == "GaLore":
         rule = {key: GALORE[key] for key in ("refresh_every", "alpha", "eps")} | {"betas": (0.9, 0.999)}
         reference = GaLoreReference(built, matrices, lr=lr, rank=rank, **{**rule, **settings})

@@ -22,7 +22,7 @@ import ds_mofa
 from ds_mofa.to_universal import read_torch
 
 STEPS, BATCH, CLIP = 6, 12, 0.5
-OPTIONS = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_lr": 1e-3, "adamw_eps": 1e-6}
+OPTIONS = {"lr": 2e-3, "rank": 4, "weight_decay": 0.1, "adamw_lr": 1e-3, "adamw_eps": 1e-6}
 
 
 def batches() -> list[dict[str, Tensor]]:

@@ -192,6 +192,10 @@ CASES: dict[str, dict[str, tuple[Callable[[], Any], str]]] = {
         "lr is a string": (options(lr="6e-3"), "lr='6e-3' must be a number > 0"),
         "lr is zero": (options(lr=0), "lr=0 must be > 0"),
         "lr is NaN": (options(lr=float("nan")), "lr=nan must be > 0"),
+        "lr of an earlier version": (
+            options(lr=6e-3),
+            "lr=0.006 is far above AdamW's rates.*write lr=0.0012, adamw_lr=0.0006",
+        ),
         "lr of 400 digits": (options(lr=10**400), "lr has 401 digits and must be a number > 0"),
         "rank 0": (options(rank=0), "rank=0 must be a whole number >= 1"),
         "rank is a float": (options(rank=8.0), "rank=8.0 must be a whole number >= 1"),
@@ -353,9 +357,13 @@ CASES: dict[str, dict[str, tuple[Callable[[], Any], str]]] = {
             command(params={"rank": "auto"}),
             'ds.json: .*rank="auto" was not filled in.*Write a value',
         ),
+        "learning rate of an earlier version": (
+            command("--learning_rate", "6e-3"),
+            'ds.json: "optimizer": lr=0.006 is far above AdamW.*write lr=0.0012',
+        ),
         "two learning rates": (
-            command("--learning_rate", "1e-3", params={"lr": 1e-2}),
-            'ds.json: "optimizer.params.lr" is 0.01 there, and --learning_rate is 0.001.*"auto"',
+            command("--learning_rate", "1e-3", params={"lr": 2e-3}),
+            'ds.json: "optimizer.params.lr" is 0.002 there, and --learning_rate is 0.001.*"auto"',
         ),
         "batch size in words": (
             command(ds={"train_micro_batch_size_per_gpu": "four"}),

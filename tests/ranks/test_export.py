@@ -76,7 +76,7 @@ def by_the_trainer(stage: int, bf16: bool) -> dict:
         deepspeed=str(path),
         bf16=bf16,
         per_device_train_batch_size=3,
-        learning_rate=3e-2,
+        learning_rate=6e-3,
         max_steps=3,
         save_strategy="no",
         report_to=[],

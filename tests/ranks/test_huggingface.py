@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
 STEPS = 8
-LR, DECAY = 3e-2, 0.05
+LR, DECAY = 6e-3, 0.05
 
 
 def trainer(stage: int) -> dict:
@@ -63,7 +63,7 @@ def train_by_trainer(stage: int, **kwargs) -> dict:
 
 def accelerated(stage: int) -> dict:
     settings = json.loads(Path(config_file(stage)).read_text())
-    settings["optimizer"]["params"] = {**OPTIONS, "lr": "auto", "weight_decay": "auto"}
+    settings["optimizer"]["params"] = {**OPTIONS, "lr": "auto", "weight_decay": "auto", "adjust_lr_fn": "adamw"}
     settings |= {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
     settings["scheduler"] = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
     try:

@@ -18,7 +18,7 @@ TRACED = 200  # last steps, in which Python's allocations are followed: it makes
 def long(stage: int, dtype: str) -> dict:
     data, looks, losses, traced = batches(8), [], [], []
     settings = config(stage, dtype=dtype, micro=3, gradient_clipping=0.5)
-    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 5e-3, "warmup_num_steps": 10}}
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
     process = psutil.Process()
     with engine_for({**settings, "scheduler": scheduler}) as engine:
         for number in range(1, STEPS + 1):

@@ -10,11 +10,12 @@ from training import config, engine_for, toy, train_step, whole_weights
 
 SAVED = Path(__file__).parents[1] / "fixtures" / "checkpoints"
 DATA = batches(6)
+UNITS = {"lr": 1e-2, "adamw_lr": 1e-3, "adjust_lr_fn": "match_rms_adamw"}  # their rates are in
 CLOSE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 def gone_on(stage: int, optimizer: str, dtype: str) -> dict:
-    settings = config(stage, optimizer=optimizer, dtype=dtype)
+    settings = config(stage, optimizer=optimizer, dtype=dtype, options=UNITS if optimizer == "MoFaSGD" else {})
     with engine_for(settings, model=toy(seed=1)) as engine:
         folder, _ = engine.load_checkpoint(str(SAVED / f"{optimizer.lower()}_zero{stage}_{dtype}"))
         losses = [train_step(engine, batch) for batch in DATA[3:]] if folder else []

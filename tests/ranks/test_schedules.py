@@ -1,6 +1,7 @@
 """Learning-rate schedules and param groups: one schedule moves every group, matrices' and AdamW's, in every stage."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from toys import Toy, batches
 from training import OPTIONS, config, engine_for, toy, train, train_step, whole_weights
 
 SCHEDULES = {
-    "WarmupLR": {"warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_num_steps": 4, "warmup_type": "linear"},
-    "WarmupDecayLR": {"total_num_steps": 6, "warmup_max_lr": 1e-2, "warmup_num_steps": 3, "warmup_type": "linear"},
+    "WarmupLR": {"warmup_min_lr": 2e-4, "warmup_max_lr": 2e-3, "warmup_num_steps": 4, "warmup_type": "linear"},
+    "WarmupDecayLR": {"total_num_steps": 6, "warmup_max_lr": 2e-3, "warmup_num_steps": 3, "warmup_type": "linear"},
 }
 NO_DECAY = ["up.bias", "norm.weight", "norm.bias"]
 
@@ -69,6 +70,68 @@ def test_a_schedule_gone_wrong_moves_nothing(ran):
     for result in ran.ranks:
         assert "before this step, param group 0: lr=nan must be >= 0" in result["message"]
         assert all(torch.equal(result["after"][name], weight) for name, weight in result["before"].items())
+
+
+def deepspeeds_own(optimizer):
+    return lr_schedules.WarmupLR(optimizer, **BEYOND["WarmupLR"])
+
+
+# How far they go is beyond AdamW's rates, and where they start is not.
+BEYOND = {
+    "WarmupLR": {"warmup_min_lr": 1e-4, "warmup_max_lr": 1e-2, "warmup_num_steps": 4},
+    "WarmupDecayLR": {"total_num_steps": 6, "warmup_max_lr": 1e-2, "warmup_num_steps": 3},
+    "OneCycle": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2, "cycle_first_step_size": 4, "cycle_momentum": False},
+    "OneCycleLR": {"max_lr": 1e-2, "total_steps": 6, "cycle_momentum": False},  # of torch's
+    "a client's": deepspeeds_own,
+}
+
+
+def beyond(stage: int, schedule: str) -> dict:
+    """An engine with such a schedule; the same model in one that says that it is meant; a resumed run that does not."""
+    model, params = toy(), BEYOND[schedule]
+    client = {"lr_scheduler": params} if callable(params) else {}
+    named = {} if client else {"scheduler": {"type": schedule, "params": params}}
+    found = {"start": refusal(config(stage, **named), model, **client)}
+    losses = []
+    with engine_for(config(stage, options={"adjust_lr_fn": "adamw"}, **named), model=model, **client) as engine:
+        losses += [train_step(engine, batch) for batch in batches(3)]
+        engine.save_checkpoint("saved")
+        rates = [group["lr"] for group in engine.optimizer.param_groups]
+    with engine_for(config(stage)) as engine:
+        try:
+            engine.load_checkpoint("saved")
+            found["resumed"] = ""
+        except ValueError as error:
+            found["resumed"] = str(error)
+        found["steps"] = engine.global_steps
+    return {**found, "losses": losses, "rates": rates}
+
+
+def refusal(settings: dict, model, **client) -> str:
+    try:
+        with engine_for(settings, model=model, **client):
+            return ""
+    except ValueError as error:
+        return str(error)
+
+
+@on_ranks(
+    beyond,
+    stage=[0, 1, 2, 3],
+    schedule=list(BEYOND),
+    keeps=lambda world, stage, schedule: stage == 2 or schedule == "WarmupLR",
+)
+def test_how_far_a_schedule_goes_is_told_at_the_start(ran):
+    """And a resumed run is told the same, where the checkpoint's rate has come so far."""
+    for result in ran.ranks:
+        place = "param group 0: " if ran.schedule == "OneCycleLR" else "the scheduler's "
+        assert result["start"].startswith(f"{place}max_lr=0.01 is far above AdamW's rates"), result["start"]
+        assert "write 0.002 there" in result["start"] and 'adjust_lr_fn="adamw"' in result["start"]
+        assert max(result["rates"]) > 2e-3 and len(result["losses"]) == 3
+        assert re.search(r"the checkpoint's (max_)?lr=0\.0\d+ is far above AdamW's rates", result["resumed"]), result[
+            "resumed"
+        ]
+        assert result["steps"] == 0
 
 
 @on_ranks(configured, stage=[0, 1, 2, 3], schedule=list(SCHEDULES))

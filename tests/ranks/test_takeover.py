@@ -140,7 +140,7 @@ def plain_afterwards(stage: int, first: str) -> dict:
     between = whole_weights(model)
     weights = []
     for of in (model, copied(between, toy())):
-        optimizer = MoFaSGD(of, lr=1e-2, rank=4)
+        optimizer = MoFaSGD(of, lr=2e-3, rank=4)
         for batch in data[1:]:
             of(*batch).backward()
             optimizer.step()
@@ -206,7 +206,7 @@ def phase(model, stage: int, kind: str, optimizers=(None, None), named: bool = T
             use_cpu=True,
             deepspeed=str(path),
             per_device_train_batch_size=3,
-            learning_rate=1e-2,
+            learning_rate=2e-3,
             max_steps=2,
             logging_steps=1,
             save_strategy="no",

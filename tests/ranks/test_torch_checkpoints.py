@@ -18,7 +18,7 @@ def test_a_reader_finds_the_state_before_the_first_step_and_takes_none(ran):
     for result in ran.ranks:
         assert result["fresh"]["keys"] == fresh["keys"]
         assert result["fresh"]["steps"] == [0, 0] and not result["fresh"]["moved"] and not result["fresh"]["left"]
-        assert set(result["fresh"]["lr"]) == {1e-2}
+        assert set(result["fresh"]["lr"]) == {2e-3}
         assert result["now"]["counters"] == [3, 3]
     assert {f"{name} {key}" for name in Toy.MATRICES for key in ("U", "V", "sigma", "step")} <= set(fresh["keys"])
     # Nine others that AdamW trains: their moments are there too.

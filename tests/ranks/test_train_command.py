@@ -48,7 +48,7 @@ def test_the_model_loads_and_is_the_trained_one(ran):
 def test_the_output_tells_the_story(ran):
     output = printed(ran)
     assert "shape.json, random weights, 0.1 M parameters, fp32" in output
-    assert "MoFaSGD, ZeRO stage 2, lr 0.006 (linear)" in output
+    assert "MoFaSGD, ZeRO stage 2, lr 0.0012 (linear)" in output
     assert "batch: 4 sequences = 2 each on 2 ranks, 1 times" in output
     assert output.count(f"    begins: anew, {STEPS} steps") == 1 and re.search(
         r"in force: lr [\d.]+, adamw_lr [\d.]+\n", output
@@ -132,7 +132,7 @@ def test_sigterm_in_an_evaluation_saves_on_all(ran):
     assert f"step {HALF}: eval loss" not in output
     # The other rate is said not to be in force, and the run ends as if nothing had been.
     resumed = printed(ran, "resumed")
-    assert resumed.count("resumed: lr 0.006 of the checkpoint is in force, not 0.001 of the command line") == 1
+    assert resumed.count("resumed: lr 0.0012 of the checkpoint is in force, not 0.001 of the command line") == 1
     assert_same_model(ran)
     assert losses_in(resumed)[1] == losses_in(printed(ran.before))[1]
 

@@ -53,7 +53,7 @@ def test_the_engines_train_the_same_model(ran):
 def test_the_banner_names_engine_and_ranks(ran):
     name = {"ddp": "DDP", "fsdp2": f"FSDP2 (CPU ranks, resharded after forward, checkpoints {FULL})"}[ran.engine]
     output = printed(ran)
-    assert output.count(f"optimizer: MoFaSGD, {name}, lr 0.006 (linear)") == 1
+    assert output.count(f"optimizer: MoFaSGD, {name}, lr 0.0012 (linear)") == 1
     assert "batch: 4 sequences = 2 each on 2 ranks, 1 times" in output
     assert ran.ranks[0]["answer loss"] == pytest.approx(losses_in(output)[1], abs=0.006)
 
@@ -88,7 +88,7 @@ def check_stopped(ran, cut: str | None) -> None:
         assert result["cut"] == cut and not result["unfinished"]
     # The checkpoint's rate is in force, and the run ends as if nothing had been.
     resumed = printed(ran, "resumed")
-    assert resumed.count("resumed: lr 0.006 of the checkpoint is in force, not 0.001 of the command line") == 1
+    assert resumed.count("resumed: lr 0.0012 of the checkpoint is in force, not 0.001 of the command line") == 1
     weights, reference = ran.ranks[0]["weights"], ran.before.ranks[0]["weights"]
     assert weights.keys() == reference.keys()
     assert all(torch.equal(weights[name], reference[name]) for name in reference)
@@ -115,7 +115,7 @@ def best(engine: str, rate: float) -> dict:
     words = ["--learning_rate", str(rate), "--lr_scheduler_type", "constant", "--gradient_accumulation_steps", "2"]
     words += ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps"]
     words += ["--save_steps", "1", "--packing", "--train_file", "eval.jsonl", "--output_dir", "model"]
-    words += ["--optimizer_args", f'{{"adamw_lr": {rate / 10}}}']
+    words += ["--optimizer_args", f'{{"adamw_lr": {rate / 10}, "adjust_lr_fn": "adamw"}}']
     run = command(*words, *(SHARDED_CONFIG if engine == "fsdp2" else []), engine=engine)
     if dist.get_rank() == 0:
         run["answer loss"] = answer_loss(Path("model"), Path("eval.jsonl"))

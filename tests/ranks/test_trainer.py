@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 import ds_mofa
 
 STEPS, BATCH = 4, 12
-OPTIONS = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_lr": 1e-3, "adamw_eps": 1e-6}
+OPTIONS = {"lr": 2e-3, "rank": 4, "weight_decay": 0.1, "adamw_lr": 1e-3, "adamw_eps": 1e-6}
 CLIP = 0.5  # below the norm of every step
 
 

@@ -30,11 +30,11 @@ __all__ = [
     "with_the_toy_s_own",
 ]
 
-OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6, "torch_adam": True}
+OPTIONS: dict[str, Any] = {"lr": 2e-3, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6, "torch_adam": True}
 
 
 # With eps far above rounding: Adam's first direction is the sign of a gradient, of which rounding may decide.
-GALORE: dict[str, Any] = {**OPTIONS, "refresh_every": 3, "alpha": 0.5, "eps": 1e-3, "adamw_lr": 1e-3}
+GALORE: dict[str, Any] = {**OPTIONS, "lr": 1e-2, "refresh_every": 3, "alpha": 0.5, "eps": 1e-3, "adamw_lr": 1e-3}
 
 TIGHT = 0.2  # to clip by: the norm of every step of the toy is far above it
 

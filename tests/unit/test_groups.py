@@ -26,7 +26,7 @@ def built(*groups, optimizer=MoFaSGD, **options):
     model = Model()
     halves = [list(model.first.parameters()), list(model.second.parameters())]
     handed = [{"params": params, **group} for params, group in zip(halves, [*groups, {}][:2])]
-    return model, optimizer(handed, model=model, **{"rank": 4, "lr": 1e-2, **options})
+    return model, optimizer(handed, model=model, **{"rank": 4, "lr": 2e-3, **options})
 
 
 def backward(model):
@@ -71,11 +71,11 @@ def test_a_group_without_parameters_is_refused():
 ADAMW = torch.optim.AdamW([nn.Parameter(torch.ones(1))]).param_groups[0]
 TAKEN = [
     {"lr": 0},
-    {"lr": numpy.float32(0.5), "weight_decay": numpy.float64(0.1)},
-    {"lr": torch.tensor(0.5)},
+    {"lr": numpy.float32(5e-4), "weight_decay": numpy.float64(0.1)},
+    {"lr": torch.tensor(5e-4)},
     {"betas": [0.5, 0.6], "eps": 1e-5},
     {"name": "tail", "layer": "3", "tags": ["a", "b"]},
-    {"initial_lr": 0.1, "max_lr": 1.0, "min_lr": 0.0, "swa_lr": 0.1, "max_momentum": 0.9},
+    {"initial_lr": 1e-3, "max_lr": 2e-3, "min_lr": 0.0, "swa_lr": 0.1, "max_momentum": 0.9},
     {"moe": False, "use_muon": False, "bias_correction": True, "step": 3},
     {key: value for key, value in ADAMW.items() if key != "params"},
 ]
@@ -88,6 +88,16 @@ def test_what_other_libraries_put_there_is_taken(group, optimizer):
     for _ in range(2):
         backward(model)
         built_one.step()
+
+
+def test_a_group_s_rate_is_told_from_those_of_earlier_versions():
+    with pytest.raises(
+        OptionError,
+        match=r"param group 0 \('tail'\): lr=0\.006 is far above AdamW's.*write 0\.0012 there, half of the optimizer's lr",
+    ):
+        built({"lr": 6e-3, "name": "tail"})
+    built({"lr": 6e-3}, adjust_lr_fn="adamw")
+    built({"lr": 6e-3}, optimizer=GaLore)
 
 
 def test_named_parameters_are_taken_as_torch_takes_them():
@@ -104,8 +114,8 @@ def test_named_parameters_are_taken_as_torch_takes_them():
 @pytest.mark.parametrize(
     "schedule",
     [
-        lambda o: OneCycleLR(o, max_lr=1e-2, total_steps=9, cycle_momentum=False),
-        lambda o: CyclicLR(o, 1e-3, 1e-2, cycle_momentum=False),
+        lambda o: OneCycleLR(o, max_lr=2e-3, total_steps=9, cycle_momentum=False),
+        lambda o: CyclicLR(o, 1e-3, 2e-3, cycle_momentum=False),
         lambda o: SWALR(o, swa_lr=1e-3),
     ],
     ids=["OneCycleLR", "CyclicLR", "SWALR"],
@@ -140,12 +150,12 @@ def test_a_schedule_gone_wrong_moves_nothing(key, value, number):
     assert all(not torch.equal(param, weight) for param, weight in zip(model.parameters(), before))
 
 
-@pytest.mark.parametrize(("adamw_lr", "ratio"), [(None, 0.1), (4e-3, 0.4), (0.0, 0.0)])
+@pytest.mark.parametrize(("adamw_lr", "ratio"), [(1e-3, 0.1), (4e-3, 0.4), (0.0, 0.0)])
 def test_layer_wise_rates_scale_both_parts_by_one_ratio(adamw_lr, ratio):
     """By what the weights move, through a schedule, and after a state is loaded."""
     for again in (False, True):
         options = {"adamw_lr": adamw_lr, "adamw_betas": (0.0, 0.0), "adamw_eps": 1e-12, "adjust_lr_fn": "none"}
-        model, optimizer = built({"lr": 1e-2 * 0.9}, {}, **options)
+        model, optimizer = built({"lr": 1e-2 * 0.9}, {}, lr=1e-2, **options)
         scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
         for step in range(3):
             if again:

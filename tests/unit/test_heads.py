@@ -251,5 +251,5 @@ def test_a_warning_names_what_costs_the_memory_where_few_are_matrices():
 def test_the_summary_says_what_trains():
     model = model_of(a=nn.Linear(8, 8), b=nn.Linear(8, 8))
     groups = [{"params": model.a.parameters()}, {"params": model.b.parameters(), "lr": 1e-3}]
-    line = split_parameters(model, groups, Options(rank=4, lr=1e-2, adamw_lr=5e-3, explore=2, balance=0.5)).summary()
-    assert "  rank 4, lr 0.001 to 0.01, lr of AdamW 0.0005 to 0.005, explore 2, balance 0.5\n" in line
+    line = split_parameters(model, groups, Options(rank=4, lr=2e-3, adamw_lr=1e-3, explore=2, balance=0.5)).summary()
+    assert "  rank 4, lr 0.001 to 0.002, lr of AdamW 0.0005 to 0.001, explore 2, balance 0.5\n" in line

@@ -305,12 +305,12 @@ def test_which_weight_decay_counts(option, adamw, own, of_matrices, of_rest):
 
 # option lr, adamw_lr, the group's own -> of the matrices, of AdamW's step
 RATES = [
-    (1e-2, None, None, 1e-2, 1e-3),
-    (1e-2, 5e-4, None, 1e-2, 5e-4),
-    (1e-2, 0, None, 1e-2, 0),
-    (1e-2, None, 2e-3, 2e-3, 2e-4),
-    (1e-2, 5e-4, 2e-3, 2e-3, 1e-4),
-    (1e-2, 0, 2e-3, 2e-3, 0),
+    (1e-3, None, None, 1e-3, 1e-3),
+    (1e-3, 5e-4, None, 1e-3, 5e-4),
+    (1e-3, 0, None, 1e-3, 0),
+    (1e-3, None, 2e-4, 2e-4, 2e-4),
+    (1e-3, 5e-4, 2e-4, 2e-4, 1e-4),
+    (1e-3, 0, 2e-4, 2e-4, 0),
 ]
 
 
@@ -330,7 +330,7 @@ def test_groups_keep_their_own_settings_and_members():
     plain = [p for p in model.parameters() if p.ndim == 1]
     divided = split(
         model,
-        [{"params": plain, "weight_decay": 0.0, "name": "plain"}, {"params": decayed, "lr": 0.5, "name": "decayed"}],
+        [{"params": plain, "weight_decay": 0.0, "name": "plain"}, {"params": decayed, "lr": 5e-4, "name": "decayed"}],
     )
     assert [group["name"] for group in divided.matrix_groups] == ["decayed"]
     assert [group["name"] for group in divided.adamw_groups] == ["plain", "decayed"]
@@ -393,7 +393,7 @@ def test_the_summary_counts_shapes_and_reasons():
     summary = split(NanoGPT(), exclude=[r"blocks\.0\.up"]).summary()
     assert summary.splitlines() == [
         "5 matrices on MoFaSGD (2.82k parameters), 12 tensors on AdamW (2.43k parameters)",
-        "  rank 4, lr 0.006, lr of AdamW 0.0006, explore 0, balance 0.0",
+        "  rank 4, lr 0.0001, lr of AdamW 0.0001, explore 0, balance 0.0",
         "  MoFaSGD    2 x (16, 16)",
         "  MoFaSGD    2 x (16, 48)",
         "  MoFaSGD    1 x (48, 16)",

@@ -251,15 +251,25 @@ def check_state(engine, mofa: MatrixOptimizer, load_dir: str, tag: str) -> None:
         path = Path(load_dir) / tag / _names(engine, load_dir, tag)[-_world(engine) if zero else 0]
         try:
             # As DeepSpeed will load it in a moment, which runs what it holds.
-            state = load(path, trusted=True)["optimizer_state_dict" if zero else "optimizer"]
-            state = state.get("mofasgd") if isinstance(state, Mapping) else None
+            whole = load(path, trusted=True)["optimizer_state_dict" if zero else "optimizer"]
+            state = whole.get("mofasgd") if isinstance(whole, Mapping) else None
+            groups = whole.get("matrix_groups") if isinstance(whole, Mapping) else None
             if isinstance(state, Mapping) and "groups" in state:  # a mixin's, around it
-                state = state.get("matrices")
+                groups, state = state["groups"], state.get("matrices")
             problem = misfit(state, mofa.split.matrices, mofa.matrices.rule)
+            problem = problem or (_groups_misfit(groups, mofa) if groups else None)
             problem = problem and f"{path}: {problem}"
         except (KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
             problem = f"{path} is no state of DeepSpeed's ({type(error).__name__}: {error})"
     agree(problem)
+
+
+def _groups_misfit(groups: list[dict[str, Any]], mofa: MatrixOptimizer) -> str | None:
+    try:
+        mofa.check_group_settings(groups)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

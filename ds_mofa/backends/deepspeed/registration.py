@@ -23,6 +23,7 @@ from ds_mofa.backends.deepspeed.matrices import is_matrix, is_partitioned
 from ds_mofa.backends.deepspeed.replicated import wrap_replicated
 from ds_mofa.backends.deepspeed.universal import restore
 from ds_mofa.backends.deepspeed.zero import wrap_zero
+from ds_mofa.groups import check_units
 from ds_mofa.optimizers import registry
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.step import claims
@@ -48,6 +49,7 @@ def join() -> None:
     _wrap("_configure_zero_optimizer", _configure_zero_optimizer)
     _wrap("_configure_bf16_optimizer", functools.partial(_configure_wrapper, wrap_zero))
     _wrap("_configure_fp16_optimizer", functools.partial(_configure_wrapper, wrap_replicated))
+    _wrap("_configure_lr_scheduler", _configure_lr_scheduler)
     _wrap("_scheduler_from_config", _scheduler_from_config)
     _wrap("clip_fp32_gradients", _clip_fp32_gradients)
     _wrap("_backward_prologue", _backward_prologue)
@@ -141,6 +143,21 @@ def _configure_zero_optimizer(original, engine, optimizer, *args, **kwargs):
     managed = getattr(engine, "managed_gradient_accumulation", lambda: True)()
     wrap = functools.partial(wrap_zero, managed_accumulation=managed)
     return _configure_wrapper(wrap, original, engine, optimizer, *args, **kwargs)
+
+
+def _configure_lr_scheduler(original, engine):
+    mofa = optimizer_of(engine)
+    try:
+        original()
+        if mofa is not None:  # DeepSpeed's keep on themselves how far they go, torch's in the param groups
+            for peak in getattr(engine.lr_scheduler, "max_lrs", ()):
+                check_units({"max_lr": peak}, mofa.options, "the scheduler's ")
+            for number, group in enumerate(mofa.param_groups):
+                check_units(group, mofa.options, f"param group {number}: ")
+    except Exception:
+        if mofa is not None:
+            takeover.unhook(engine)
+        raise
 
 
 def _scheduler_from_config(original, engine, optimizer):

@@ -107,6 +107,7 @@ ROWS: tuple[Row, ...] = (
         ("_configure_zero_optimizer", "(self, optimizer)", "gives ZeRO AdamW alone, and its class a mixin"),
         ("_configure_bf16_optimizer", "(self, optimizer)", "likewise in bf16 with fp32 accumulation"),
         ("_configure_fp16_optimizer", "(self, optimizer, low_precision_dtype)", "likewise at stage 0"),
+        ("_configure_lr_scheduler", "(self)", "refuses a schedule that goes beyond AdamW's rates"),
         ("_scheduler_from_config", "(self, optimizer)", "gives a scheduler the groups of both parts"),
         ("clip_fp32_gradients", "(self)", "clips both parts by one norm in fp32 at stage 0"),
         ("_backward_prologue", "(self)", "sketches are dropped where a script has dropped AdamW's gradients"),

@@ -86,7 +86,7 @@ class MatrixMixin(bases.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         matrices = self.mofa.matrices
-        check_rates(self.param_groups)
+        check_rates(self.param_groups, self.mofa.options)
         self.mofa.report_thawed()
         # Read now, DeepSpeed's step may change it. Wrappers without a scaler do not scale the loss.
         self._scale: float = self.loss_scale if hasattr(self, "loss_scaler") else 1.0

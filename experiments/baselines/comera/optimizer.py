@@ -162,6 +162,7 @@ def build(
     """
     options = Options(
         lr=lr,
+        adjust_lr_fn="adamw",  # no rate of a baseline's is MoFaSGD's: any is taken
         rank=1,
         weight_decay=weight_decay,
         adamw_lr=adamw_lr,

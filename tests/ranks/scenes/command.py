@@ -29,7 +29,16 @@ def make_inputs() -> None:
 
 
 # What configs/zero2_mofasgd.json says, by flags.
-_BY_FLAGS = ["--optimizer", "MoFaSGD", "--rank", "32", "--optimizer_args", '{"adamw_lr": 2e-4}', "--adam_beta2", "0.95"]
+_BY_FLAGS = [
+    "--optimizer",
+    "MoFaSGD",
+    "--rank",
+    "32",
+    "--optimizer_args",
+    '{"adjust_lr_fn": "adamw"}',
+    "--adam_beta2",
+    "0.95",
+]
 ENGINES = {
     "zero2": ["--deepspeed", str(ROOT / "configs/zero2_mofasgd.json")],
     "ddp": _BY_FLAGS,
@@ -45,7 +54,8 @@ def command(*words: str, engine: str = "zero2") -> dict:
     given += ["--train_file", "train.txt", "--eval_file", "eval.jsonl", "--max_length", str(LENGTH)]
     # Five examples to evaluate do not divide by two ranks of two: Accelerate repeats some, and none may count twice.
     given += ["--per_device_eval_batch_size", "2", "--per_device_train_batch_size", "2", "--max_steps", str(STEPS)]
-    given += ["--logging_steps", "1", "--eval_on_start", *words]
+    # From random weights nothing would be seen to happen at the default, which is for fine-tuning.
+    given += ["--learning_rate", "1.2e-3", "--logging_steps", "1", "--eval_on_start", *words]
     printed, code = io.StringIO(), 0
     try:
         with (

@@ -16,7 +16,7 @@ from training import config, engine_for, toy, train_step, whole_momenta, whole_w
 from ds_mofa.backends.deepspeed.universal import convert
 
 DATA = batches(6)
-SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8, "warmup_max_lr": 1e-2}}
+SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8, "warmup_max_lr": 2e-3}}
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
 
 

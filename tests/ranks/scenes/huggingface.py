@@ -28,6 +28,7 @@ def sentences(count: int) -> list[dict]:
 def config_file(stage: int, leaf: bool = False) -> str:
     """As a user writes it: what the Trainer knows is "auto". ``leaf``: a decoder layer is gathered at a time."""
     optimizer = {"lr": "auto", "weight_decay": "auto", "betas": "auto", "eps": "auto", "rank": 4, "torch_adam": True}
+    optimizer["adjust_lr_fn"] = "adamw"  # whatever the rate is
     settings = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

@@ -6,7 +6,7 @@ from toys import batches
 from training import config, engine_for, toy, train_step, whole_weights
 
 DATA = batches(6)
-SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8, "warmup_max_lr": 1e-2}}
+SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8, "warmup_max_lr": 2e-3}}
 
 
 def saved_and_resumed(stage: int, dtype: str, seed: int = 1, kind: str = "Toy", **rest) -> dict:

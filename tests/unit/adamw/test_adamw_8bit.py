@@ -31,7 +31,7 @@ class Model(nn.Module):
 def built(seed=0, dtype=torch.float32, **options):
     torch.manual_seed(seed)
     model = Model().to(dtype)
-    return model, MoFaSGD(model, **{"lr": 1e-1, "rank": 4, "adamw_states": "8bit", **options})
+    return model, MoFaSGD(model, **{"lr": 2e-2, "adjust_lr_fn": "adamw", "rank": 4, "adamw_states": "8bit", **options})
 
 
 def train(model, optimizer, steps):
@@ -177,7 +177,7 @@ def test_the_groups_have_their_own_lr_and_weight_decay():
 
 
 def test_one_schedule_moves_both_parts():
-    model, optimizer = built(lr=1e-2, adamw_lr=1e-3)
+    model, optimizer = built(lr=2e-3, adamw_lr=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 1 else 0.0)
     train(model, optimizer, range(1))
     scheduler.step()

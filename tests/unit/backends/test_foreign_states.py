@@ -12,7 +12,7 @@ from ds_mofa import MoFaSGD
 def trained(steps: int = 2) -> tuple[nn.Module, MoFaSGD]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.LayerNorm(16))
-    optimizer = MoFaSGD(model, lr=1e-2, rank=4)
+    optimizer = MoFaSGD(model, lr=2e-3, rank=4)
     for _ in range(steps):
         model(torch.randn(8, 16)).square().mean().backward()
         optimizer.step()

@@ -173,7 +173,7 @@ def batch(step=0):
 
 def train(model, fused, steps=3, **options):
     """Losses and weights after steps of two micro-batches."""
-    optimizer = MoFaSGD(model, lr=1e-2, rank=4, adamw_eps=1e-6, fused_head=fused, **options)
+    optimizer = MoFaSGD(model, lr=2e-3, rank=4, adamw_eps=1e-6, fused_head=fused, **options)
     losses = []
     for step in range(steps):
         for micro in range(2):

@@ -46,7 +46,7 @@ def put(optimizer: MoFaSGD, model: nn.Module) -> None:
 
 def test_it_trains_what_stands_in_the_groups_at_the_first_forward(group):
     model, plain = build(), build()
-    optimizer = MoFaSGD(model, lr=1e-2, rank=4, process_group=dist.group.WORLD)
+    optimizer = MoFaSGD(model, lr=2e-3, rank=4, process_group=dist.group.WORLD)
     for module in model:
         for name, param in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(param.detach().clone()))
@@ -54,7 +54,7 @@ def test_it_trains_what_stands_in_the_groups_at_the_first_forward(group):
     trained = train(model, optimizer)
     dist.destroy_process_group()
     try:
-        wanted = train(plain, MoFaSGD(plain, lr=1e-2, rank=4))
+        wanted = train(plain, MoFaSGD(plain, lr=2e-3, rank=4))
     finally:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert all(torch.equal(one, other) for one, other in zip(trained, wanted))
@@ -64,7 +64,7 @@ def test_it_trains_what_stands_in_the_groups_at_the_first_forward(group):
 def test_until_then_it_keeps_no_parameter_alive(group):
     """Sharding frees a whole weight when nobody refers to it."""
     model = build()
-    optimizer = MoFaSGD(model, lr=1e-2, rank=4)
+    optimizer = MoFaSGD(model, lr=2e-3, rank=4)
     old = [weakref.ref(param) for param in model.parameters()]
     for module in model:
         for name, param in list(module.named_parameters(recurse=False)):
@@ -78,7 +78,7 @@ def test_until_then_it_keeps_no_parameter_alive(group):
 
 def test_its_state_is_empty_until_then_and_may_be_handed_back(group):
     """As AcceleratedOptimizer does when it wraps one."""
-    optimizer = MoFaSGD(build(), lr=1e-2, rank=4)
+    optimizer = MoFaSGD(build(), lr=2e-3, rank=4)
     state = optimizer.state_dict()
     assert state["state"] == {}
     assert [group["params"] for group in state["param_groups"]] == [[0, 1], [2, 3, 4, 5]]
@@ -89,7 +89,7 @@ def test_its_state_is_empty_until_then_and_may_be_handed_back(group):
 
 def test_a_model_that_waits_can_be_copied_and_pickled(group):
     model = build()
-    optimizer = MoFaSGD(model, lr=1e-2, rank=4)
+    optimizer = MoFaSGD(model, lr=2e-3, rank=4)
     copied = copy.deepcopy(model)
     file = io.BytesIO()
     torch.save(model, file)
@@ -103,7 +103,7 @@ def test_a_model_that_waits_can_be_copied_and_pickled(group):
 
 def test_a_shape_that_has_changed_is_refused(group):
     model = build()
-    optimizer = MoFaSGD(model, lr=1e-2, rank=4)
+    optimizer = MoFaSGD(model, lr=2e-3, rank=4)
     model[2].weight = nn.Parameter(torch.randn(10, 16))
     put(optimizer, model)
     with pytest.raises(
@@ -114,7 +114,7 @@ def test_a_shape_that_has_changed_is_refused(group):
 
 def test_detaching_one_that_waits_leaves_the_model_as_it_was(group):
     model = build()
-    MoFaSGD(model, lr=1e-2, rank=4).detach()
+    MoFaSGD(model, lr=2e-3, rank=4).detach()
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
     assert not any("_ddp_ignored" in vars(param) for param in model.parameters())
@@ -124,10 +124,10 @@ def test_on_meta_it_waits_for_memory():
     """The optimizer between the build on meta and to_empty()."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12), nn.LayerNorm(12))
-    optimizer = MoFaSGD(model, lr=1e-2, rank=4)
+    optimizer = MoFaSGD(model, lr=2e-3, rank=4)
     model.to_empty(device="cpu")
     model.load_state_dict(build().state_dict())
     put(optimizer, model)
     plain = build()
-    wanted = train(plain, MoFaSGD(plain, lr=1e-2, rank=4))
+    wanted = train(plain, MoFaSGD(plain, lr=2e-3, rank=4))
     assert all(torch.equal(one, other) for one, other in zip(train(model, optimizer), wanted))

@@ -46,7 +46,7 @@ def moved(optimizer_class, dtype, **options):
     """(rows that never had a gradient, the others): how many of them have moved, of how many."""
     net = model(dtype)
     before = net.embed.weight.detach().clone()
-    settings = {"lr": 1e-2, "rank": 8, "include": ["embed"], **options}
+    settings = {"lr": 2e-3, "rank": 8, "include": ["embed"], **options}
     optimizer = optimizer_class(net, **settings)
     came = torch.zeros(VOCABULARY, dtype=torch.bool)
     for tokens in batches(30):
@@ -86,7 +86,7 @@ def test_columns_on_all_rows_would_move_them(what):
 
 @pytest.mark.parametrize("options", [{}, {"explore": 3}], ids=["plain", "explored"])
 def test_training_equals_the_dense_reference(options):
-    settings = {"lr": 1e-2, "rank": 5, "weight_decay": 0.1, **options}
+    settings = {"lr": 2e-3, "rank": 5, "weight_decay": 0.1, **options}
     net = model()
     reference = Reference(copy.deepcopy(net), MATRICES, beta=0.85, adamw_eps=1e-6, **settings)
     optimizer = MoFaSGD(net, include=["embed"], adamw_eps=1e-6, **settings)
@@ -107,7 +107,7 @@ def test_training_equals_the_dense_reference(options):
 
 @pytest.mark.parametrize("options", [{}, {"explore": 3}], ids=["plain", "explored"])
 def test_a_first_gradient_that_comes_late_is_met_by_random_directions_over_all_rows(options):
-    settings = {"lr": 1e-2, "rank": 5, **options}
+    settings = {"lr": 2e-3, "rank": 5, **options}
     net = model()
     reference = Reference(copy.deepcopy(net), MATRICES, beta=0.85, adamw_eps=1e-6, **settings)
     optimizer = MoFaSGD(net, include=["embed"], adamw_eps=1e-6, **settings)
@@ -126,7 +126,7 @@ def test_weight_decay_is_of_every_row():
     """As under AdamW: it is of the weights, and asks for no gradient."""
     net = model()
     before = net.embed.weight.detach().clone()
-    optimizer = MoFaSGD(net, lr=1e-2, rank=8, include=["embed"], weight_decay=0.1)
+    optimizer = MoFaSGD(net, lr=2e-3, rank=8, include=["embed"], weight_decay=0.1)
     net(batches(1)[0]).backward()
     optimizer.step()
-    assert torch.allclose(net.embed.weight[100:], before[100:] * (1 - 1e-3), rtol=1e-6)
+    assert torch.allclose(net.embed.weight[100:], before[100:] * (1 - 2e-4), rtol=1e-6)

@@ -38,7 +38,7 @@ class Net(nn.Module):
 def build(kind=MoFaSGD, seed=0, dtype=torch.float64, **options):
     torch.manual_seed(seed)
     net = Net().to(dtype)
-    return net, kind(net, **{"lr": 1e-2, "rank": 3, **options})
+    return net, kind(net, **{"lr": 2e-3, "rank": 3, **options})
 
 
 def loss(net, seed, factor=1.0):
@@ -408,7 +408,7 @@ def test_a_saved_model_loads_plain_and_can_be_trained_again(tmp_path):
     loss(loaded, 7).backward()
     assert type(loaded.first.weight.grad) is torch.Tensor
     loaded.zero_grad()
-    again = MoFaSGD(loaded, rank=3, lr=1e-2)
+    again = MoFaSGD(loaded, rank=3, lr=2e-3)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch's AdamW keeps the very tensors
     loss(loaded, 7).backward()
     again.step(), optimizer.step()
@@ -434,7 +434,7 @@ def test_when_the_optimizer_is_gone_the_model_is_any_model(capture):
     gc.collect()
     assert held() is None, "something in the model keeps the optimizer's buffers"
     assert net.first.weight.grad is None and "forward" not in vars(net.first)
-    adamw, before = torch.optim.AdamW(net.parameters(), lr=1e-2), weights(net)
+    adamw, before = torch.optim.AdamW(net.parameters(), lr=2e-3), weights(net)
     loss(net, 0).backward()
     adamw.step()
     assert all(not torch.equal(value, before[name]) for name, value in weights(net).items())
@@ -445,7 +445,7 @@ def test_the_optimizer_built_last_trains_the_model_and_the_earlier_one_is_told(c
     net, earlier = build(capture=capture)
     warm(net, earlier)
     loss(net, 2).backward()
-    later = MoFaSGD(net, rank=3, lr=1e-2, capture=capture)
+    later = MoFaSGD(net, rank=3, lr=2e-3, capture=capture)
     assert "takes over the matrices of a MoFaSGD" in caplog.text
     assert net.first.weight.grad is None
     before = weights(net)
@@ -455,7 +455,7 @@ def test_the_optimizer_built_last_trains_the_model_and_the_earlier_one_is_told(c
     later.step()
     alone = Net().double()
     alone.load_state_dict(before)
-    reference = MoFaSGD(alone, rank=3, lr=1e-2, capture=capture)
+    reference = MoFaSGD(alone, rank=3, lr=2e-3, capture=capture)
     loss(alone, 3).backward()
     alone.norm.zero_grad()
     del earlier
@@ -483,7 +483,7 @@ def test_two_optimizers_over_a_shared_module_are_refused_by_name():
 
 def test_another_optimizer_beside_a_living_one_is_refused_until_that_is_detached():
     net, optimizer = build()
-    adamw = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    adamw = torch.optim.AdamW(net.parameters(), lr=2e-3)
     loss(net, 0).backward()
     with pytest.raises(NotImplementedError, match=r"detach\(\)"):
         adamw.step()

@@ -65,8 +65,12 @@ def loss_of(model, step):
     return F.cross_entropy(model(tokens).flatten(0, 1).double(), targets.flatten())
 
 
+# A rate of earlier versions, in whose units the numbers of this file are.
+RATE = {"lr": 1e-2, "adamw_lr": 1e-3, "adjust_lr_fn": "match_rms_adamw"}
+
+
 def optimizer_of(model, **options):
-    return MoFaSGD(model, **{"rank": RANK, "lr": 1e-2, **options})
+    return MoFaSGD(model, **{"rank": RANK, **RATE, **options})
 
 
 def train(model, optimizer, steps):
@@ -151,7 +155,7 @@ def test_the_first_step_starts_from_the_gradient(capture):
     model = nn.Sequential(nn.Linear(9, 7, bias=False)).double()
     before = model[0].weight.detach().clone()
     x, dy = torch.randn(2, 9).double(), torch.randn(2, 7).double()
-    optimizer = MoFaSGD(model, rank=4, lr=0.1, beta=0.8, capture=capture, adjust_lr_fn="none")
+    optimizer = MoFaSGD(model, rank=4, lr=0.1, beta=0.8, capture=capture, adjust_lr_fn="none", adamw_lr=0.01)
     (model(x) * dy).sum().backward()
     optimizer.step()
     G = dy.T @ x
@@ -168,7 +172,7 @@ def test_balance_is_bounded_and_nothing_moves_without_momentum():
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3))).double()
         before = [layer.weight.detach().clone() for layer in model]
-        optimizer = MoFaSGD(model, rank=4, lr=0.1, balance=balance)
+        optimizer = MoFaSGD(model, rank=4, lr=0.02, adjust_lr_fn="adamw", balance=balance)
         x = torch.randn(5, 8).double()
         (model[0](x) * 1e4).square().sum().add((model[1](x) * 1e-4).square().sum()).backward()
         optimizer.step()
@@ -218,7 +222,9 @@ def test_the_largest_coefficients_of_fp16_do_not_overflow():
     """Where the rule says that they fit: both clamp and balance at their ends."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(3))).half()
-    optimizer = MoFaSGD(model, rank=4, lr=1e-9, update_rule="inverse_sigma", inverse_sigma_clamp=6550.0, balance=1.0)
+    units = {"adjust_lr_fn": "match_rms_adamw", "adamw_lr": 1e-10}
+    clamped = {"update_rule": "inverse_sigma", "inverse_sigma_clamp": 6550.0}
+    optimizer = MoFaSGD(model, rank=4, lr=1e-9, balance=1.0, **clamped, **units)
     for _ in range(4):
         x = torch.randn(32, 16).half()
         sum(scale * layer(x).float().square().mean() for layer, scale in zip(model, (1e-4, 1.0, 1e2))).backward()
@@ -458,7 +464,7 @@ def test_each_group_steps_at_its_own_lr_and_decay():
     model = build()
     slow = {"params": [model.second.weight], "lr": 1e-3, "weight_decay": 0.5}
     rest = {"params": [p for p in model.parameters() if p is not model.second.weight]}
-    optimizer = MoFaSGD([rest, slow], model=model, rank=RANK, lr=1e-2, adjust_lr_fn="none")
+    optimizer = MoFaSGD([rest, slow], model=model, rank=RANK, lr=1e-2, adamw_lr=1e-3, adjust_lr_fn="none")
     train(model, optimizer, [0])
     before = weights_of(model)
     train(model, optimizer, [1])
@@ -481,7 +487,7 @@ def test_a_conv1d_s_transposed_weight_moves_like_the_linear_s():
         conv.weight.copy_(linear.weight.T)
     assert conv.weight.shape == other.weight.shape  # (32, 8), of maps from 32 to 8 and from 8 to 32
     model = nn.ModuleList([other, conv, linear]).double()
-    optimizer = MoFaSGD(model, rank=2, lr=0.1, adjust_lr_fn="original", weight_decay=0.5)
+    optimizer = MoFaSGD(model, rank=2, lr=0.1, adamw_lr=0.01, adjust_lr_fn="original", weight_decay=0.5)
     before = weights_of(model)
     x, dy = torch.randn(1, 32).double(), torch.randn(1, 8).double()  # of rank one, that the first step is exact for
     y, dx = torch.randn(1, 8).double(), torch.randn(1, 32).double()
@@ -515,7 +521,7 @@ def test_a_misspelt_option_is_refused_before_the_model_is_touched():
 def test_a_model_of_matrices_alone_needs_no_adamw():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 8, bias=False)).double()
-    optimizer = MoFaSGD(model, rank=4, lr=1e-2)
+    optimizer = MoFaSGD(model, rank=4, lr=2e-3)
     x = torch.randn(32, 8).double()
     losses = []
     for _ in range(40):
@@ -869,7 +875,7 @@ def test_tiny_steps_move_bf16_weights_in_the_mean_only_if_rounding_is_stochastic
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
         nn.init.constant_(model[0].weight, 1.0)
-        optimizer = MoFaSGD(model, rank=1, lr=1e-2, adjust_lr_fn="none", rounding=rounding)
+        optimizer = MoFaSGD(model, rank=1, lr=1e-2, adamw_lr=1e-3, adjust_lr_fn="none", rounding=rounding)
         for _ in range(50):
             optimizer.zero_grad()
             model(torch.ones(1, 64).bfloat16()).sum().backward()  # G is all ones: W falls by lr / 64 everywhere
@@ -888,7 +894,7 @@ def test_matrices_of_one_shape_round_with_bits_of_their_own():
     model = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(2)).bfloat16()
     for linear in model:
         nn.init.constant_(linear.weight, 1.0)
-    optimizer = MoFaSGD(model, rank=1, lr=1e-2, adjust_lr_fn="none")
+    optimizer = MoFaSGD(model, rank=1, lr=1e-2, adamw_lr=1e-3, adjust_lr_fn="none")
     for linear in model:
         linear(torch.ones(1, 64).bfloat16()).sum().backward()
     optimizer.step()
@@ -902,7 +908,7 @@ def test_a_master_collects_what_bf16_cannot_hold():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
     nn.init.constant_(model[0].weight, 1.0)
-    optimizer = MoFaSGD(model, rank=1, lr=1e-2, adjust_lr_fn="none", master_weights=True)
+    optimizer = MoFaSGD(model, rank=1, lr=1e-2, adamw_lr=1e-3, adjust_lr_fn="none", master_weights=True)
     for _ in range(50):
         optimizer.zero_grad()
         model(torch.ones(1, 64).bfloat16()).sum().backward()
@@ -1022,7 +1028,7 @@ def test_a_matrix_that_is_not_contiguous_is_trained_or_refused_when_built():
 
 def test_options_are_kept():
     options = optimizer_of(build(), beta=0.5).options
-    assert options == Options(rank=RANK, lr=1e-2, beta=0.5)
+    assert options == Options(rank=RANK, beta=0.5, **RATE)
 
 
 def test_the_best_rank_r_matrix_is_what_the_momentum_is():

@@ -22,7 +22,7 @@ from ds_mofa.rules.mofasgd import MoFaSGDRule
 class SecondOptions(Options):
     title: ClassVar[str] = "Second"
 
-    lr: float = 0.25
+    lr: float = 2.5e-4
 
 
 class Second(MatrixOptimizer):
@@ -77,7 +77,7 @@ def test_nobody_writes_into_the_table():
 
 
 def test_a_name_from_outside_is_known_to_all_who_read_it(second):
-    assert entry_of("second").optimizer is Second and OPTIMIZERS["Second"].learning_rate == 0.25
+    assert entry_of("second").optimizer is Second and OPTIMIZERS["Second"].learning_rate == 2.5e-4
     assert "second" in DEEPSPEED_OPTIMIZERS and Second in ZERO_SUPPORTED_OPTIMIZERS
     options, passed_on = read_options({"type": "Second", "params": {"rank": 3, "torch_adam": True}})
     assert options == SecondOptions(rank=3) and passed_on == {"torch_adam": True}
@@ -89,7 +89,7 @@ def test_a_name_from_outside_trains_as_what_it_is(second):
     def trained(kind: type) -> torch.Tensor:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8))
-        optimizer = kind(model, lr=0.1, rank=2)
+        optimizer = kind(model, lr=2e-3, rank=2)
         for _ in range(3):
             model(torch.ones(4, 8)).square().mean().backward()
             optimizer.step()

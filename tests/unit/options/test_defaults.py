@@ -14,7 +14,10 @@ from ds_mofa.linalg.orthonormal import _generic_columns
 KINDS = {
     "plain": (MoFaSGD, {}),
     "all of it": (MoFaSGD, {"balance": 0.5, "explore": 3, "diagnostics_every": 1, "master_weights": True}),
-    "inverse sigma": (MoFaSGD, {"update_rule": "inverse_sigma", "capture": "hook"}),
+    "inverse sigma": (
+        MoFaSGD,
+        {"update_rule": "inverse_sigma", "adjust_lr_fn": "none", "adamw_lr": 1e-3, "capture": "hook"},
+    ),
     "GaLore": (GaLore, {"refresh_every": 2}),
 }
 
@@ -54,7 +57,7 @@ def trained(kind, where, kept, states):
     other, x = copy.deepcopy(model), torch.randn(30, 70).to(kept)
     for cached in (_torchao, _generic_columns):
         cached.cache_clear()
-    settings = {"rank": 4, "lr": 1e-2, **options}
+    settings = {"rank": 4, "lr": 2e-3, **options}
     if states:
         settings |= {"adamw_states": states, "exclude": ["2.weight"]}
     with where():

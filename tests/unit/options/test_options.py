@@ -46,8 +46,7 @@ BAD = [
     ("beta", [0.9, 0.95], "number >= 0 and < 1"),
     ("weight_decay", -0.01, ">= 0"),
     ("weight_decay", None, ">= 0"),
-    ("adjust_lr_fn", "rms", "'match_rms_adamw', 'original', 'none'"),
-    ("adjust_lr_fn", None, "'match_rms_adamw', 'original', 'none'"),
+    ("adjust_lr_fn", "rms", "'adamw', 'match_rms_adamw', 'original', 'none'"),
     ("update_rule", "Spectral", "'spectral', 'inverse_sigma'"),
     ("update_rule", ["spectral"], "'spectral', 'inverse_sigma'"),
     ("inverse_sigma_clamp", 0, "> 0"),
@@ -124,7 +123,8 @@ GOOD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_the_ends_of_a_range_are_allowed(name):
-    options, rest = Options.from_config({name: GOOD[name]})
+    meant = {"adjust_lr_fn": "adamw"} if name == "lr" else {}  # AdamW's rates are far lower
+    options, rest = Options.from_config({name: GOOD[name], **meant})
     assert getattr(options, name) == GOOD[name] and rest == {}
 
 
@@ -167,8 +167,8 @@ def test_an_auto_that_nobody_filled_in_is_explained(name):
 
 
 def test_what_is_passed_on_is_left_alone():
-    options, rest = Options.from_config({"lr": 0.1, "torch_adam": "auto"}, passed_on=["torch_adam", "foreach"])
-    assert options == Options(lr=0.1) and rest == {"torch_adam": "auto"}
+    options, rest = Options.from_config({"lr": 1e-3, "torch_adam": "auto"}, passed_on=["torch_adam", "foreach"])
+    assert options == Options(lr=1e-3) and rest == {"torch_adam": "auto"}
 
 
 def test_options_cannot_change_after_the_check():
@@ -189,22 +189,51 @@ def test_the_factor_by_shape_is_that_of_torch_muon(adjust_lr_fn, shape):
         return float(weight.detach().norm())
 
     square = moved((32, 32), "original")  # there the factor is 1
-    expected = Options(adjust_lr_fn=adjust_lr_fn).shape_factor(*shape)
+    expected = Options(adjust_lr_fn=adjust_lr_fn, adamw_lr=1e-3).shape_factor(*shape)
     assert moved(shape, adjust_lr_fn) / square == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_factor_by_shape_in_numbers():
-    assert Options(adjust_lr_fn="none").shape_factor(7, 900) == 1
-    assert Options(adjust_lr_fn="original").shape_factor(400, 100) == 2
-    assert Options(adjust_lr_fn="original").shape_factor(100, 400) == 1
-    assert Options(adjust_lr_fn="match_rms_adamw").shape_factor(25, 100) == pytest.approx(2)
+    assert MoFaSGDRuleOptions(adjust_lr_fn="none").shape_factor(7, 900) == 1
+    assert MoFaSGDRuleOptions(adjust_lr_fn="original").shape_factor(400, 100) == 2
+    assert MoFaSGDRuleOptions(adjust_lr_fn="original").shape_factor(100, 400) == 1
+    assert MoFaSGDRuleOptions(adjust_lr_fn="match_rms_adamw").shape_factor(25, 100) == pytest.approx(2)
+    assert MoFaSGDRuleOptions(adjust_lr_fn="adamw").shape_factor(25, 100) == 10
+    assert Options().shape_factor(25, 100) == 10
+
+
+def test_a_rate_of_an_earlier_version_is_told_with_what_to_write():
+    with pytest.raises(
+        OptionError, match=r'lr=0\.006 is far above.*write lr=0\.0012, adamw_lr=0\.0006; .*adjust_lr_fn="adamw"'
+    ):
+        Options(lr=6e-3)
+    with pytest.raises(OptionError, match=r"write lr=0\.0024; "):
+        Options(lr=1.2e-2, adamw_lr=2e-4)
+    old = Options(lr=6e-3, adamw_lr=6e-4, adjust_lr_fn="match_rms_adamw")
+    new = Options(lr=1.2e-3, adamw_lr=6e-4)
+    for shape in ((64, 64), (100, 7), (3, 4096)):
+        assert old.lr * old.shape_factor(*shape) == pytest.approx(new.lr * new.shape_factor(*shape))
+    assert old.lr * old.adamw_lr_ratio == pytest.approx(new.lr * new.adamw_lr_ratio)
+    assert Options(lr=2e-3).lr == 2e-3 and Options(lr=6e-3, adjust_lr_fn="adamw").lr == 6e-3
+
+
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original", "none"])
+def test_units_of_their_own_want_a_rate_for_the_rest(adjust_lr_fn):
+    with pytest.raises(OptionError, match=r"write adamw_lr \(in earlier versions it was lr / 10, 0\.0006\)"):
+        Options(lr=6e-3, adjust_lr_fn=adjust_lr_fn)
+
+
+@pytest.mark.parametrize("adjust_lr_fn", [None, "adamw"])
+def test_inverse_sigma_has_no_rate_of_adamws(adjust_lr_fn):
+    with pytest.raises(OptionError, match="whose length goes by the gradient"):
+        MoFaSGDRuleOptions(update_rule="inverse_sigma", adjust_lr_fn=adjust_lr_fn)
 
 
 def test_derived_numbers():
     assert Options(beta=0.85).gamma == pytest.approx(0.15)
-    assert Options(lr=1e-2).adamw_lr_ratio == 0.1
-    assert Options(lr=1e-2, adamw_lr=2e-4).adamw_lr_ratio == pytest.approx(0.02)
-    assert Options(lr=1e-2, adamw_lr=0).adamw_lr_ratio == 0
+    assert Options(lr=2e-3).adamw_lr_ratio == 1
+    assert Options(lr=2e-3, adamw_lr=4e-5).adamw_lr_ratio == pytest.approx(0.02)
+    assert Options(lr=2e-3, adamw_lr=0).adamw_lr_ratio == 0
 
 
 NAMES = [field.name for field in dataclasses.fields(Options)]

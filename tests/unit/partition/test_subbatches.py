@@ -107,7 +107,7 @@ def _trained(**options):
     torch.manual_seed(0)
     layers = [nn.Linear(96, 96, bias=False) for _ in range(6)] + [nn.Linear(96, 64), nn.LayerNorm(64)]
     model = nn.Sequential(*layers)
-    optimizer = MoFaSGD(model, lr=1e-2, rank=8, **options)
+    optimizer = MoFaSGD(model, lr=2e-3, rank=8, **options)
     for _ in range(3):
         model(torch.randn(32, 96)).square().sum().backward()
         optimizer.step()

@@ -79,7 +79,7 @@ def test_a_receiver_that_raises_finds_the_step_whole(options):
     for fails in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 16)).bfloat16()
-        optimizer = ds_mofa.MoFaSGD(model, rank=4, lr=1e-2, diagnostics_every=2, **options)
+        optimizer = ds_mofa.MoFaSGD(model, rank=4, lr=2e-3, diagnostics_every=2, **options)
         heard = []
 
         def receive(report):

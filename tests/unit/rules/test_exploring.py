@@ -178,7 +178,7 @@ def _batch(step, dtype=torch.float64):
 
 
 def _optimizer(model, **options):
-    return MoFaSGD(model, **{"rank": RANK, "lr": 3e-3, "explore": K, "explore_scale": 2.0, **options})
+    return MoFaSGD(model, **{"rank": RANK, "lr": 6e-4, "explore": K, "explore_scale": 2.0, **options})
 
 
 def _train(model, optimizer, steps, dtype=torch.float64, clip=None):
@@ -210,7 +210,7 @@ SETTINGS = [
 def test_steps_are_the_dense_ones(options, clip):
     model, dense = _model(), _model()
     optimizer = _optimizer(model, adamw_eps=1e-6, **options)
-    said = {"rank": RANK, "explore": K, "explore_scale": 2.0, "lr": 3e-3} | options
+    said = {"rank": RANK, "explore": K, "explore_scale": 2.0, "lr": 6e-4} | options
     said = {key: value for key, value in said.items() if key not in ("capture", "update_bytes")}
     reference = Reference(dense, MATRICES, beta=0.85, adamw_eps=1e-6, clip=clip or 0.0, **said)
     for step in range(6):
@@ -241,7 +241,7 @@ def test_the_first_step_explores_nothing_and_its_norm_is_of_the_momentum_s_colum
 def _step(explore, **options):
     torch.manual_seed(0)
     layers = nn.Sequential(*[nn.Linear(96, 64, bias=False) for _ in range(3)], nn.Linear(64, 96, bias=False))
-    optimizer = MoFaSGD(layers, lr=1e-2, rank=8, explore=explore, **options)
+    optimizer = MoFaSGD(layers, lr=2e-3, rank=8, explore=explore, **options)
     return layers, optimizer.matrices, optimizer.matrix_groups
 
 
@@ -441,7 +441,7 @@ def test_a_step_stays_within_the_bound_and_its_split_is_rounding():
 
 def test_inverse_sigma_has_nothing_to_divide_by():
     with pytest.raises(OptionError, match='explore=2 .*Set update_rule to "spectral", or explore to 0'):
-        Options(explore=2, update_rule="inverse_sigma")
+        Options(explore=2, update_rule="inverse_sigma", adjust_lr_fn="none", adamw_lr=1e-3)
 
 
 def test_a_matrix_of_the_rank_alone_stays_a_matrix_with_nothing_to_explore():
@@ -475,7 +475,7 @@ def _gap(explore: int, lr: float) -> float:
     target = torch.linalg.qr(torch.randn(48, 48)).Q
     model = nn.Linear(48, 48, bias=False)
     nn.init.zeros_(model.weight)
-    optimizer = MoFaSGD(model, lr=lr, adjust_lr_fn="none", rank=2, explore=explore, explore_scale=0.3)
+    optimizer = MoFaSGD(model, lr=lr, adjust_lr_fn="none", adamw_lr=lr / 10, rank=2, explore=explore, explore_scale=0.3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 60)
     for _ in range(60):
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ from tests.reference import Reference
 from tests.unit.dense_reference import departure_from_orthonormal, relative_error
 
 STEPS = 6
-OPTIONS = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6}
+OPTIONS = {"lr": 2e-3, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6}
 GALORE = {**OPTIONS, "alpha": 0.5, "eps": 1e-3, "betas": (0.9, 0.999)}
 KINDS = {
     "plain": (MoFaSGD, {}),
@@ -55,9 +55,9 @@ def train(model, optimizer, data, clip=None):
 def reference_of(kind, clip):
     optimizer, options = KINDS[kind]
     rest = {key: value for key, value in options.items() if key != "capture"}
-    settings = {"lr": 1e-2, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6, "clip": clip or 0.0, **rest}
+    settings = {"lr": 2e-3, "rank": 4, "weight_decay": 0.1, "adamw_eps": 1e-6, "clip": clip or 0.0, **rest}
     if optimizer is GaLore:
-        settings |= {key: GALORE[key] for key in ("alpha", "eps", "betas")} | {"adamw_lr": lambda step: 1e-2}
+        settings |= {key: GALORE[key] for key in ("alpha", "eps", "betas")} | {"adamw_lr": lambda step: 2e-3}
         return GaLoreReference(resting(), Resting.MATRICES, **settings)
     return Reference(resting(), Resting.MATRICES, beta=0.85, **settings)
 
@@ -118,13 +118,14 @@ def test_what_rests_keeps_every_bit(kind, dtype, masters):
 def test_balance_does_not_count_what_rests(rule):
     """The others move as in a model without it, while it rests and with a momentum of its own."""
     ends = []
+    units = {"lr": 1e-2, "adamw_lr": 1e-3, "adjust_lr_fn": "match_rms_adamw"}
     for with_it in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 9, bias=False), nn.Linear(9, 7, bias=False)).double()
         torch.manual_seed(1)
         extra = nn.Linear(8, 8, bias=False).double()
         whole = nn.ModuleList([model, extra] if with_it else [model])
-        optimizer = MoFaSGD(whole, rank=3, lr=1e-2, balance=0.5, update_rule=rule, inverse_sigma_clamp=50.0)
+        optimizer = MoFaSGD(whole, rank=3, balance=0.5, update_rule=rule, inverse_sigma_clamp=50.0, **units)
         if with_it:  # a momentum far from the others', and from there on no gradient
             (100 * extra(torch.ones(2, 8).double())).square().sum().backward()
             optimizer.step()
@@ -165,7 +166,7 @@ def test_a_late_matrix_is_met_by_random_directions():
     """Coordinate directions would miss a gradient that lives on other coordinates."""
     torch.manual_seed(0)
     used, late = nn.Linear(20, 30, bias=False), nn.Linear(20, 30, bias=False)
-    optimizer = MoFaSGD(nn.ModuleList([used, late]), rank=3, lr=1e-2)
+    optimizer = MoFaSGD(nn.ModuleList([used, late]), rank=3, lr=2e-3)
     x = torch.randn(40, 20)
     for _ in range(2):
         used(x).square().mean().backward()
