@@ -43,7 +43,3 @@ def describe_run(profiler: MemoryProfiler, output_dir: str) -> None:
     """Tell the profiler where to write, now that it is known."""
     profiler.output_dir = Path(output_dir) / "memory"
     profiler.setting |= {"name": Path(output_dir).name}
-    profiler.notes.append(
-        "No prediction beside these figures: profiling/predict.py knows a model's own loss, and not the one of TRL's "
-        "trainer, which never holds all logits."
-    )

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 from ds_mofa.optimizers.registry import find
 from ds_mofa.profiler.predict import predict
+from ds_mofa.profiler.predict.fitting import needed
 from ds_mofa.profiler.predict.simulated.liger import MODELS as LIGER
 from ds_mofa.profiler.setting import RunSetting, SettingError
 
@@ -93,7 +94,7 @@ def weights(setting: RunSetting) -> int:
 def needs(setting: RunSetting) -> tuple[int, int]:
     """Bytes of the device, and of the host, that one rank cannot do without."""
     found = predict(setting)
-    return found["total"] - found["categories"].get("allocator slack", 0), found["host"]
+    return needed(found), found["host"]
 
 
 if __name__ == "__main__":

@@ -3,15 +3,21 @@
     python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --optimizer MoFaSGD --zero 2 --gpus 2
     python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --optimizer AdamW MoFaSGD LoRA
     python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --backend fsdp2 --gpus 2 --weights fp32
+    python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --fit 24GiB
 
 Prints the peak of the fullest rank by category, a column for each optimizer; ``--output`` also writes it as JSON. How
 each term is derived, and how far measured runs were from it, is in docs/memory.md.
+
+``--fit`` prints for a card of that size the longest sequence, the largest micro-batch and the highest rank with which the run
+fits, each with the two others as given, and then the same with each switch that saves memory on top of those before it. It
+asks for a dozen predictions a row: for an 8B about a minute of one core.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,7 @@ if __name__ == "__main__":
 
 from ds_mofa.profiler.categories import CATEGORIES
 from ds_mofa.profiler.predict import predict
+from ds_mofa.profiler.predict.fitting import STEPS, Fit, bytes_of, fits
 from ds_mofa.profiler.report.units import shown
 from ds_mofa.profiler.setting import BACKENDS, RunSetting, SettingError, known_optimizers
 
@@ -27,13 +34,17 @@ from ds_mofa.profiler.setting import BACKENDS, RunSetting, SettingError, known_o
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     try:
-        predictions = {name: predict(RunSetting.from_args(args, optimizer=name)) for name in args.optimizer}
+        settings = {name: RunSetting.from_args(args, optimizer=name) for name in args.optimizer}
+        if args.fit is None:
+            found: dict[str, Any] = {name: predict(setting) for name, setting in settings.items()}
+            print(table(found))
+        else:
+            found = {name: list(shown_fits(setting, args.fit)) for name, setting in settings.items()}
     except SettingError as error:
         sys.exit(f"predict.py: error: {error}")
-    print(table(predictions))
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(predictions, indent=1) + "\n")
+        Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--replicas", type=int, default=1, help="of each of FSDP2's shards: HSDP")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     parser.add_argument("--liger", action="store_true", help="liger-kernel's fused norms, rotary, SwiGLU and loss")
+    parser.add_argument("--loss", default="model", choices=["model", "trl"], help="whose: TRL's SFTTrainer has its own")
     parser.add_argument("--bucket", type=int, default=100_000_000, help="DeepSpeed's reduce_bucket_size, elements")
     parser.add_argument(
         "--no_contiguous", dest="contiguous", action="store_false", help="DeepSpeed's contiguous_gradients off"
@@ -83,8 +95,70 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["optimizer", "param"],
         help="DeepSpeed's offload_optimizer to the host, or that and offload_param; FSDP2's CPUOffloadPolicy is param",
     )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="names of what else is a matrix, of ds_mofa's optimizers",
+    )
+    parser.add_argument(
+        "--fit", type=_size, metavar="SIZE", help="say what fits a card of this size, such as 24GiB or 141GB"
+    )
     parser.add_argument("--output", help="JSON file to write")
     return parser
+
+
+def _size(text: str) -> int:
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def shown_fits(setting: RunSetting, room: int) -> Iterator[dict[str, Any]]:
+    """What fits, printed row by row as it is found, and as data."""
+    print(f"{setting.optimizer} in {shown(room)}, which is {room / 2**30:.4g} GiB\n")
+    shape = f"{setting.seq} x {setting.micro_batch}" + (f", r = {setting.rank}" if setting.has_rank else "")
+    columns = ["run", f"needs at {shape}", "gains", "longest sequence", "largest micro-batch", "highest rank"]
+    print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
+    refused: list[str] = []
+    before: Fit | None = None
+    limited = False
+    for fit in fits(setting, room):
+        if fit.refused:
+            refused.append(f"{fit.switch}: {fit.refused}")
+            continue
+        needs = shown(fit.needs) + (f" and {shown(fit.host)} of the host" if fit.host else "")
+        gains = "" if before is None else shown(before.needs - fit.needs)
+        cells = [
+            fit.switch if before is None else f"+ {fit.switch}",
+            needs,
+            gains,
+            *(_most(fit, name) for name in STEPS),
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+        limited = limited or any(_at_limit(fit, name) for name in fit.most)
+        if before is None or fit.gains_over(before):
+            before = fit
+        yield {**dataclasses.asdict(fit), "setting": fit.setting.as_dict()}
+    steps = f"Sequences in steps of {STEPS['seq']} tokens; each with the two others as given"
+    print(f"\n{steps}. +: on top of those before it that gain something.")
+    print("Without the allocator's slack, which it gives back when memory is short.")
+    if limited:
+        print("*: more was not tried; the model has no more positions, or its smallest matrix no more rows or columns.")
+    print("".join(f"Not possible: {line}\n" for line in refused))
+
+
+def _at_limit(fit: Fit, name: str) -> bool:
+    """Whether more was not tried."""
+    return fit.limits[name] - fit.most[name] < STEPS[name]
+
+
+def _most(fit: Fit, name: str) -> str:
+    if name not in fit.most:
+        return ""
+    return f"{fit.most[name]:,}{'*' if _at_limit(fit, name) else ''}" if fit.most[name] else "-"
 
 
 def table(predictions: Mapping[str, Mapping[str, Any]]) -> str:

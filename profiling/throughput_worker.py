@@ -21,10 +21,10 @@ from torch import Tensor
 
 import ds_mofa
 from ds_mofa.phases import listening
+from ds_mofa.profiler.measure.flops import flops_per_token, peak_flops
 from ds_mofa.profiler.setting import RunSetting
 from profiling.collectives import collective_times
 from profiling.engine_trainers import make_trainer
-from profiling.flops import flops_per_token, peak_flops
 from profiling.trainers import Trainer
 
 __all__ = ["clock", "freeze_garbage", "measure"]

@@ -1,5 +1,7 @@
 """The command ``ds-mofa``.
 
+``ds-mofa report`` is in :mod:`ds_mofa.profiler.report`; the others are here:
+
 split.py      which parameters of a model are matrices, and the memory that it takes
 scripts.py    train, predict, verify: the scripts of launch/ and profiling/, from a clone or from where they are installed
 ranks.py      how ``ds-mofa train`` starts ranks, and what it does with SIGTERM
@@ -11,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ds_mofa.commands import running, scripts, shipped, split
+from ds_mofa.profiler.report import command
 
 __all__ = ["COMMANDS", "main"]
 
@@ -19,6 +22,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "train": ("fine-tune a model on your data, on the GPUs there are", scripts.train),
     "predict": ("the memory that a training run will take, without a GPU", scripts.predict),
     "split": ("which parameters of a model are matrices, and what it takes", split.main),
+    "report": ("pages of what runs took, side by side, and what differs between two", command.main),
     "verify": ("measure AdamW, MoFaSGD and LoRA in the paper's setting", scripts.verify),
     "config": ("print a config or a model shape that comes with the package", shipped.main),
     "run": ("run any program with MoFaSGD known to DeepSpeed", running.main),

@@ -41,7 +41,7 @@ class MoFaSGD(MatrixOptimizer):
             model: nn.Module | None = None,
             process_group: ProcessGroup | None = None,
             lr: float = 1e-4,
-            rank: int = 8,
+            rank: int = 32,
             weight_decay: float = 0.0,
             rounding: Rounding = "stochastic",
             master_weights: bool = False,
@@ -62,7 +62,7 @@ class MoFaSGD(MatrixOptimizer):
             update_rule: UpdateRule = "spectral",
             inverse_sigma_clamp: float = 1e4,
             balance: float = 0.0,
-            explore: int = 0,
+            explore: int = 32,
             explore_scale: float = 1.0,
             diagnostics_every: int = 0,
         ): ...

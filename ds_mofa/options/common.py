@@ -18,7 +18,8 @@ class CommonOptions(Checked):
 
     Attributes:
         lr: learning rate of the matrices, per step, > 0: AdamW's for the same task (docs/learning/rates.md).
-        rank: r, the number of momentum directions kept per matrix, >= 1. State is r (m + n + 1) fp32 numbers.
+        rank: r, the number of momentum directions kept per matrix, >= 1. State is r (m + n + 1) fp32 numbers. MoFaSGD without
+            one has 32, and explores 32.
         weight_decay: decoupled; each step multiplies the weights by 1 - lr * weight_decay.
         rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
             small the update) or ``"nearest"``. Without effect on fp32 weights.

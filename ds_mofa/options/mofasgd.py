@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ds_mofa.options.checks import Checked, OptionError, check_integer, check_number
 from ds_mofa.options.optimizer import OptimizerOptions
@@ -40,7 +40,8 @@ class MoFaSGDRuleOptions(Checked):
             (1 - U U^T) G (1 - V V^T) E and of the same of G^T and F (:mod:`ds_mofa.linalg.exploring`). Sketches, working
             copies and the two collectives have r + k columns, the write to the weights r + 2 k; no state, and a
             checkpoint of a run with another k is taken as it is. Of an m x n matrix at most min(m, n) - r of the k
-            have an effect. With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing.
+            have an effect. With ``update_rule`` "spectral" alone. 0 (the paper's rule) costs nothing, and is the default
+            where ``rank`` is given; see :meth:`Options.completed`.
         explore_scale: s = ``explore_scale`` sqrt(min(m, n) / k), > 0: at 1, A E^T and F B^T are each as long as the
             update of a momentum of full rank would be. ``balance`` multiplies all of the update alike. With fp16
             matrices s, times 10 with ``balance``, is at most 65504.
@@ -110,6 +111,16 @@ class Options(MoFaSGDRuleOptions, OptimizerOptions):
     title: ClassVar[str] = "MoFaSGD"
     # A config whose "type" was AdamW a minute ago has these.
     aliases: ClassVar[Mapping[str, str]] = {"betas": "adamw_betas", "eps": "adamw_eps"}
+
+    @classmethod
+    def completed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Without a rank: rank 32 and explore 32, which learns as AdamW does (docs/learning/settings.md). Who names a rank has
+        that many directions and no more.
+        """
+        if "rank" in given:
+            return dict(given)
+        explores = given.get("update_rule", cls.update_rule) == "spectral"
+        return {"rank": 32, **({"explore": 32} if explores else {}), **given}
 
     def __post_init__(self):
         super().__post_init__()

@@ -58,7 +58,12 @@ class OptimizerOptions(AdamWOptions, CommonOptions):
                     "betas, eps and weight_decay. Write a value"
                 )
             own[name] = value
-        return cls(**own), rest
+        return cls(**cls.completed(own)), rest
+
+    @classmethod
+    def completed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """``given`` with what is in force where a user says nothing, if that depends on what else is given."""
+        return dict(given)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -69,8 +74,9 @@ class OptimizerOptions(AdamWOptions, CommonOptions):
     def keywords(cls) -> list[inspect.Parameter]:
         """All options as keyword-only parameters with their types and defaults, for a signature."""
         kind = inspect.Parameter.KEYWORD_ONLY
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)} | cls.completed({})
         return [
-            inspect.Parameter(field.name, kind, default=field.default, annotation=field.type)
+            inspect.Parameter(field.name, kind, default=defaults[field.name], annotation=field.type)
             for field in dataclasses.fields(cls)
         ]
 

@@ -59,6 +59,7 @@ class RunSetting:
         embed: "frozen" where the embedding is not trained, else "trained".
         checkpointing: recompute layers in backward.
         liger: liger-kernel's fused norms, rotary embedding, SwiGLU and loss, but for the last with ``fused_head``.
+        loss: "model", or "trl" where TRL's SFTTrainer computes it around the head.
         leaf: whether stage 3 gathers a decoder layer as one, DeepSpeed's leaf_module.
         prefetch: DeepSpeed's stage3_prefetch_bucket_size, elements.
         contiguous: DeepSpeed's contiguous_gradients.
@@ -89,6 +90,7 @@ class RunSetting:
     embed: str = "trained"
     checkpointing: bool = False
     liger: bool = False
+    loss: str = "model"
     leaf: bool = False
     prefetch: int = 100_000_000
     contiguous: bool = True
@@ -275,6 +277,8 @@ class RunSetting:
         return tuple((name, value) for name, value in values.items() if value != own[name])
 
     def _check_backend(self) -> None:
+        if self.loss == "trl" and self.option("fused_head"):
+            raise SettingError("loss is 'trl' with fused_head: only one can compute it. Leave one of them out")
         if self.option("adamw_states") == "8bit" and self.offload:
             raise SettingError("adamw_states is '8bit' with offload: ds_mofa refuses that. Leave one of them out")
         if self.backend == "torch" and self.gpus > 1:
@@ -315,6 +319,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "offload": (None, "optimizer", "param"),
     "head": ("adamw", "matrix"),
     "embed": ("trained", "frozen"),
+    "loss": ("model", "trl"),
 }
 
 

@@ -72,15 +72,17 @@ class StorageTracker(TorchDispatchMode):
 
     A storage is born when an operator first gives it out, and dies with its last tensor, or when it is resized, which is
     how FSDP2 lets go of gathered weights; with another size it is born again. Storages of ``ignored`` were there before.
-    A stack is the operator alone, and FSDP2's lines where they called it.
+    A stack is the operator, and FSDP2's lines where they called it, or all of Python's.
 
     Args:
+        stacks: all of Python's lines.
         ignored: tensors that are not to be counted.
         clock: nanoseconds; a counter where nothing takes time.
     """
 
-    def __init__(self, ignored: Iterable[Tensor] = (), clock: Callable[[], int] = time.time_ns):
+    def __init__(self, ignored: Iterable[Tensor] = (), clock: Callable[[], int] = time.time_ns, stacks: bool = False):
         super().__init__()
+        self._frames = _all_frames if stacks else _fsdp2_frames
         self.allocations: list[Allocation] = []
         self.clock = clock
         self._open: dict[int, tuple[weakref.ref, Allocation, bool]] = {}
@@ -123,7 +125,7 @@ class StorageTracker(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if id(storage) in self._open or not storage.nbytes():
             return
-        origin = () if func is None else (f"{func} -> {_describe(tensor)}", *_fsdp2_frames())
+        origin = () if func is None else (f"{func} -> {_describe(tensor)}", *self._frames())
         address = id(storage) if isinstance(tensor, torch._subclasses.FakeTensor) else storage.data_ptr()
         self._born(storage, Allocation(address, storage.nbytes(), 0, stack=origin), counted=func is not None)
 
@@ -132,7 +134,7 @@ class StorageTracker(TorchDispatchMode):
             self._died(id(storage))
         if storage.nbytes():
             address = id(storage) if storage.device.type == "meta" else storage.data_ptr()
-            one = Allocation(address, storage.nbytes(), 0, stack=("resize_", *_fsdp2_frames()))
+            one = Allocation(address, storage.nbytes(), 0, stack=("resize_", *self._frames()))
             self._born(storage, one, counted=True)
 
     def _born(self, storage: torch.UntypedStorage, one: Allocation, counted: bool) -> None:
@@ -155,6 +157,15 @@ def _fsdp2_frames() -> Iterator[str]:
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if _FSDP2 in frame.f_code.co_filename:
+            yield f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+
+
+def _all_frames() -> Iterator[str]:
+    """Python's stack, innermost first, without this file's lines, as the allocator's history writes it."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename != __file__:
             yield f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
 

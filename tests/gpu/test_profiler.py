@@ -44,3 +44,30 @@ def _run(layers, x):
     for layer in layers:
         x = layer(x)
     return x.float().square().mean()
+
+
+def test_when_the_memory_runs_out(tmp_path):
+    """The allocator's own observer: a piece that no card holds, asked for in forward."""
+
+    class Greedy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64, device="cuda")
+
+        def forward(self, x):
+            kept = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+            torch.empty(1 << 42, dtype=torch.uint8, device="cuda")
+            return self.linear(x) + kept[0]
+
+    def run():
+        with MemoryProfiler(output_dir=tmp_path) as profiler:
+            model = Greedy()
+            profiler.watch(model, torch.optim.SGD(model.parameters()))
+            model(torch.ones(4, 64, device="cuda"))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run()
+    text = (tmp_path / "out_of_memory_rank0.md").read_text()
+    assert "In step 0, forward: 4,398.0 GB were asked for" in text
+    assert "Since the beginning of the training, activations and workspace have grown most" in text
+    assert (tmp_path / "out_of_memory_rank0.pickle").stat().st_size > 1000

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig, Qwen3NextConfig
 
-from profiling.flops import flops_per_token, peak_flops
+from ds_mofa.profiler.measure.flops import flops_per_token, peak_flops
 
 SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 LLAMA = LlamaConfig(**SIZES, intermediate_size=24)

@@ -91,6 +91,10 @@ class Meters:
         self.reserved_peak = max(self.reserved_peak, reserved["peak"])
         return allocated["current"], allocated["peak"], reserved["peak"]
 
+    def joules(self) -> float | None:
+        """What the device has used up so far, by all processes; None where nobody counts it."""
+        return None if self.nvml_index is None else self.sampler.joules(self.nvml_index)
+
     def communication(self) -> int | None:
         """Taken from the driver while the communicators were made; None where that is not known, or there are none."""
         if self._outside_after_building is None or self.context is None or self.before is None or not several_ranks():

@@ -36,7 +36,7 @@ class NvmlReader:
         self._pid = os.getpid() if pid is None else pid
         self._handles: dict[int, Any] = {}
         self._failures: dict[int, int] = {}
-        self._processes = True
+        self._processes = self._energy = True
         self._nvml: Any = nvml
         if devices:
             self._open(devices)
@@ -84,6 +84,17 @@ class NvmlReader:
                 if size is not None:
                     own[index] = size
         return used, own
+
+    def joules(self, index: int) -> float | None:
+        """What a device has used up since the driver was loaded; None where it is not counted."""
+        if index not in self._handles or not self._energy:
+            return None
+        try:
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handles[index]) / 1e3
+        except self._nvml.NVMLError as error:
+            self._energy = False
+            self.problems.append(f"NVML: device {index} does not count its energy ({error}); no tokens per joule")
+            return None
 
     def _process_memory(self, index: int, handle: Any) -> int | None:
         try:

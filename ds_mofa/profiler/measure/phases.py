@@ -80,6 +80,11 @@ class PhaseRecorder:
             (self.inner if self._stack else self.spans).append(Span(name, start, end))
         self.cost += time.perf_counter() - began
 
+    @property
+    def current(self) -> str | None:
+        """The innermost phase that has begun and not ended."""
+        return self._stack[-1][0] if self._stack else None
+
     def reset(self) -> None:
         """Forget phases that an error has left open."""
         self._stack.clear()

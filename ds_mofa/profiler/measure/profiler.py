@@ -1,8 +1,10 @@
 """``MemoryProfiler``: meters, phases and history around a training loop, and the report of one run."""
 
 import contextlib
+import pickle
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,14 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_mofa.profiler.measure.inventory import Known, inventory, unwrap_optimizer
+from ds_mofa.profiler.measure import out_of_memory
+from ds_mofa.profiler.measure.inventory import Known, inventory, sizes, unwrap_optimizer
 from ds_mofa.profiler.measure.layers import watch_layers
 from ds_mofa.profiler.measure.meters import Meters, default_device, several_ranks, this_rank
 from ds_mofa.profiler.measure.phases import PhaseRecorder, watch_model, watch_optimizer
 from ds_mofa.profiler.measure.rank_report import rank_report
 from ds_mofa.profiler.measure.recorded import RecordedStep
+from ds_mofa.profiler.measure.throughput import Throughput
 from ds_mofa.profiler.outside import on_host
 from ds_mofa.profiler.report import assemble, write_report
+from ds_mofa.profiler.report.rendering import markdown
 
 __all__ = ["MemoryProfiler"]
 
@@ -46,8 +51,9 @@ class MemoryProfiler:
         sample_hz: readings of NVML and the host a second.
         detail_step: which call of :meth:`step` ends the step whose allocations are recorded one by one: that one gives
             the breakdown. The second by default (1): optimizer states exist then.
-        stacks: record with each of them the Python stack that made it. Slows that step.
+        stacks: record with each of them the Python stack that made it, for the stack at the peak. Slows that step.
         memory_snapshot: also write that step's history for https://pytorch.org/memory_viz; implies ``stacks``.
+            When the memory runs out one is written whatever this says, beside a page on what has grown.
         device: by default the CUDA device of LOCAL_RANK, or the CPU.
         setting: what was run, for the report: anything that JSON takes.
         predicted: a prediction of :func:`ds_mofa.profiler.predict.predict` to stand beside what is measured.
@@ -68,7 +74,7 @@ class MemoryProfiler:
         output_dir: str | Path = "out/memory",
         sample_hz: float = 20.0,
         detail_step: int = 1,
-        stacks: bool = False,
+        stacks: bool = True,
         memory_snapshot: bool = False,
         device: torch.device | str | None = None,
         setting: dict[str, Any] | None = None,
@@ -80,6 +86,7 @@ class MemoryProfiler:
         self.output_dir, self.detail_step = Path(output_dir), detail_step
         self.memory_snapshot = memory_snapshot
         self.setting, self.predicted = dict(setting or {}), predicted
+        self.predictor: Callable[[tuple[int, int], str], dict[str, Any]] | None = None  # of a callback
         self.notes: list[str] = []
         self.report: dict[str, Any] | None = None
         self.steps = 0
@@ -102,10 +109,12 @@ class MemoryProfiler:
         self._recorder = PhaseRecorder(
             self._meters.read_and_reset if self._cuda else None, lambda: process.memory_info().rss, nvtx=self._cuda
         )
+        self._throughput = Throughput(self._meters.joules)
         self._recorded = RecordedStep(own, stacks or memory_snapshot)
         self._undo, self._listening = contextlib.ExitStack(), contextlib.ExitStack()
         self._known: list[Known] = []
         self._step_range: Any = None
+        self._recorded_shape: tuple[int, int] | None = None
         self._step_started = 0.0
         self._cost_before = self._detail_cost = 0.0
         self._started = self._running = False
@@ -136,6 +145,8 @@ class MemoryProfiler:
             raise RuntimeError("this MemoryProfiler has been started already: make a new one for each run")
         self._started = self._running = True
         self._meters.start()
+        if self._cuda:
+            out_of_memory.watch(self)
         self._listening.enter_context(self._recorder.listening())
         if self._model is not None:
             self.watch(self._model, self._optimizer)
@@ -163,6 +174,7 @@ class MemoryProfiler:
         for undo in [
             *watch_model(model, self._recorder),
             *watch_optimizer(self._optimizer, self._recorder),
+            self._throughput.watch(model),
             *watch_layers(model, self._recorded.layer_done, wanted=lambda: self._recorder.detail),
         ]:
             self._undo.callback(undo)
@@ -177,9 +189,11 @@ class MemoryProfiler:
             raise RuntimeError("step() before watch(model, optimizer): the profiler does not know what to look at")
         self._end_step()
         now = time.perf_counter()
+        counted = self.steps != self.detail_step and self._recorder.active
+        self._throughput.step(now - self._step_started, counted)
         if self.steps == self.detail_step:
             self._detail_cost = self._recorder.cost - self._cost_before
-        elif self._recorder.active:
+        elif counted:
             self.step_seconds.append(now - self._step_started)
         self.steps += 1
         self._step_started = time.perf_counter()
@@ -215,6 +229,7 @@ class MemoryProfiler:
         self._recorder.between()
         self._known = inventory(self._model, self._optimizer) if self._model is not None else []
         self._running = False
+        out_of_memory.forget(self)
         self._undo.close()
         self._listening.close()
         self._sampler.stop()
@@ -228,9 +243,21 @@ class MemoryProfiler:
             self.output_dir = self.output_dir / f"rank{this_rank()}"
         if this_rank() and not failed:
             return None
+        self._predict(failed)
         self.report = assemble(everyone, self.setting, self.predicted)
         write_report(self.report, self.output_dir)
         return self.report
+
+    def _predict(self, failed: bool) -> None:
+        """The prediction that was left for the end, since it is of the largest forward that has been."""
+        shape = self._throughput.shape
+        if self.predictor is None or self.predicted is not None or failed or shape is None:
+            return
+        found = self.predictor(shape, self._throughput.loss)
+        if "error" in found:
+            self.notes.append(f"No prediction beside these figures: {found['error']}")
+        else:
+            self.predicted = found if self._cuda else on_host(found)
 
     def _report_of_this_rank(self) -> dict[str, Any]:
         if self._recorded.allocations is None and self._model is not None:
@@ -239,9 +266,38 @@ class MemoryProfiler:
                 f"({self.detail_step + 1}): activations and temporaries are not told apart. Lower detail_step"
             )
         own = self._recorder.cost - self._detail_cost  # the recorded step is not like the others
+        card = torch.cuda.get_device_name(self._meters.device) if self._cuda else "CPU"
         return rank_report(
-            self._meters, self._recorder, self._recorded, self._known, self.step_seconds, self.steps, own, self.notes
+            self._meters, self._recorder, self._recorded, self._known, self.step_seconds, self.steps, own, self.notes,
+            self._throughput.report(self._model, card),
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ the memory runs out
+
+    def out_of_memory(self, device: int, asked: int, free: int) -> None:
+        """Write what has grown, and the allocator's blocks for memory_viz; see :mod:`.out_of_memory`."""
+        if not self._running or device != self._meters.device.index:
+            return
+        known = sizes(inventory(self._model, self._optimizer), "cuda") if self._model is not None else {}
+        now = out_of_memory.gathered_up(known, torch.cuda.memory_allocated(device))
+        before, of, shape = out_of_memory.gathered_up(sizes(self._known, "cuda")), "the beginning of the training", None
+        recorded = self._recorded.curve(self._recorder.spans)
+        if recorded is not None:
+            before, of = out_of_memory.gathered_up(recorded.peak), f"the peak of step {self.detail_step}"
+            shape = self._recorded_shape
+        grown, document = out_of_memory.explain(
+            step=self.steps, phase=self._recorder.current, asked=asked, free=free, now=now, before=before, of=of,
+            shapes=(shape, self._throughput.shape),
+        )  # fmt: skip
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        page = self.output_dir / f"out_of_memory_rank{this_rank()}.md"
+        page.write_text(markdown(document, pictures=False), encoding="utf-8")
+        self.notes.append(f"The memory ran out in step {self.steps}; {grown} have grown most: see {page.name}")
+        print(
+            f"ds_mofa: out of memory, rank {this_rank()}: {document.subtitle} See {page}", file=sys.stderr, flush=True
         )
+        with open(page.with_suffix(".pickle"), "wb") as file:
+            pickle.dump(torch.cuda.memory._snapshot(device), file)
 
     # ------------------------------------------------------------------ steps and the recorded one
 
@@ -262,6 +318,7 @@ class MemoryProfiler:
 
     def _end_detail(self) -> None:
         self._recorder.detail = False
+        self._recorded_shape = self._throughput.shape
         snapshot = self.output_dir / f"snapshot_rank{this_rank()}.pickle"
         self._recorded.end(snapshot if self.memory_snapshot else None)
 

@@ -1,6 +1,6 @@
 """The report of one rank, from its meters, its phases and its recorded step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ def rank_report(
     steps: int,
     own_seconds: float,
     notes: Sequence[str],
+    throughput: Mapping[str, float | None],
 ) -> dict[str, Any]:
     """Sizes in bytes.
 
@@ -32,6 +33,7 @@ def rank_report(
         steps: how many there were.
         own_seconds: spent in the profiler's code in the steps but the recorded one.
         notes: sentences for the report.
+        throughput: of the same steps; see :meth:`ds_mofa.profiler.measure.throughput.Throughput.report`.
     """
     samples, index, cuda = meters.sampler.samples, meters.nvml_index, meters.cuda
     nvml = [s.device_used[index] for s in samples if index is not None and index in s.device_used]
@@ -66,9 +68,11 @@ def rank_report(
         "breakdown": breakdown,
         "phases": [{"name": name, **entry} for name, entry in recorder.statistics.items()],
         "phase_peaks": recorded.phase_peaks(recorder.spans, recorder.inner),
+        "peak": recorded.peak(curve, [*recorder.spans, *recorder.inner]),
         "layers": recorded.layers(recorder.spans),
         "steps": steps,
         "step_seconds": list(step_seconds),
+        "throughput": dict(throughput),
         "sampling": {
             "hz_asked": meters.sampler.hz,
             "samples": len(samples),

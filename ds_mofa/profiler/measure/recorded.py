@@ -12,6 +12,7 @@ from ds_mofa.profiler.measure.curve import Curve, Span, curve, label
 from ds_mofa.profiler.measure.history import CudaHistory
 from ds_mofa.profiler.measure.inventory import Known, buckets, inventory, leaves, tensors
 from ds_mofa.profiler.measure.layers import LayerMark, after_each_layer, matrix_gradients
+from ds_mofa.profiler.measure.peak import at_peak
 from ds_mofa.profiler.storages import Allocation, StorageTracker
 
 __all__ = ["RecordedStep"]
@@ -49,7 +50,7 @@ class RecordedStep:
             self._history = CudaHistory(self._device, self._stacks)
             self._history.start()
         else:
-            self._tracker = StorageTracker(_storages(model, optimizer))
+            self._tracker = StorageTracker(_storages(model, optimizer), stacks=self._stacks)
             self._tracker.__enter__()
         self.going_on = True
         self._times = (time.time_ns(), 0)
@@ -117,6 +118,10 @@ class RecordedStep:
             if total > largest.get(span.name, -1):
                 best[span.name], largest[span.name] = part, total
         return [{"name": name, "allocated": largest[name], "breakdown": best[name].peak} for name in best]
+
+    def peak(self, curve: Curve | None, spans: list[Span]) -> dict[str, Any] | None:
+        """What stood at the peak of a :meth:`curve`; see :func:`at_peak`."""
+        return None if curve is None or self.allocations is None else at_peak(self.allocations, curve, spans)
 
     def layers(self, spans: list[Span]) -> list[dict[str, Any]]:
         """What is alive after the backward of each layer, after :meth:`curve`."""

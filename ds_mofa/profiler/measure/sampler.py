@@ -90,6 +90,11 @@ class Sampler:
             self.samples.append(sample)
         return sample
 
+    def joules(self, index: int) -> float | None:
+        """What a device has used up; see :meth:`NvmlReader.joules`."""
+        with self._lock:
+            return self.reader.joules(index)
+
     @property
     def problems(self) -> list[str]:
         """Sentences for the report, the thread's own end among them."""

@@ -83,14 +83,14 @@ def _one_micro_batch(setting: RunSetting) -> RunSetting:
     """A setting that differs from another one only if forward or backward does."""
     name = setting.optimizer if setting.has_rank else "AdamW"
     alike = RunSetting.of(setting.model_config, name, rank=setting.rank if setting.has_rank else 8)
-    kept = ["seq", "micro_batch", "checkpointing", "liger", "head", "embed"]
+    kept = ["seq", "micro_batch", "checkpointing", "liger", "loss", "head", "embed"]
     if setting.sharded:
         kept += ["backend", "gpus", "weights", "reshard", "replicas"]
     options = {name: value for name, value in setting.options if name not in OF_ADAMW}
     return alike.but(**{field: getattr(setting, field) for field in kept}, **options)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)  # searches go back and forth between some
 def _simulated(run: str, changed: int | None) -> MicroBatch:
     """Args: changed: when the model's file was, so that it is read anew."""
     return simulate(RunSetting.parse(run))

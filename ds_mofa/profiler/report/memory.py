@@ -9,7 +9,9 @@ from typing import Any
 
 from ds_mofa.profiler.categories import CATEGORIES, MEANING
 from ds_mofa.profiler.layout import fullest
-from ds_mofa.profiler.report.charts import Areas, Bar, Bars, Phase
+from ds_mofa.profiler.report import comparing
+from ds_mofa.profiler.report.charts import Areas, Bars, Phase
+from ds_mofa.profiler.report.comparing import Runs, ordered
 from ds_mofa.profiler.report.data import check
 from ds_mofa.profiler.report.document import Claims, Code, Document, Figure, Points, Section, Table, Text
 from ds_mofa.profiler.report.rendering import NO_MATPLOTLIB, drawing_or_none, write
@@ -26,16 +28,7 @@ _LAYER_COLUMNS = {
     "smallest_gradient": "smallest weight gradient",
     "layer_gradients": "all of the layer's",
 }
-_PEAKS = {
-    "allocated": "allocated",
-    "reserved": "reserved",
-    "nvml_device": "NVML, device",
-    "nvml_process": "NVML, process",
-    "host": "host",
-}
 _NO_STACK = "autograd's own C++ (no Python frame), or stacks were not recorded"
-
-Runs = Mapping[str, Mapping[str, Any]]
 
 
 def write_report(report: dict[str, Any], folder: str | Path) -> list[Path]:
@@ -79,16 +72,7 @@ def _document(runs: Runs, data: Mapping[str, Any], claims: Sequence[Mapping[str,
     if claims:
         sections.append(Section("Verdict", [Claims(claims)]))
     if good:
-        used = _categories(good)
-        bars = Bars("peak", "The peak of the fullest rank", _bars(good))
-        sections += [
-            Section("Peaks", [_peaks(good)]),
-            Section(
-                "The peak by category",
-                [Figure(bars), _breakdowns(good)],
-            ),
-            Section("What the categories are", [Points([f"{name}: {MEANING[name]}" for name in used])], 3, folded=True),
-        ]
+        sections += _side_by_side(good)
     for name, report in good.items():
         sections += _run(name, report)
     failed = [f"{name}: {report['error']}" for name, report in runs.items() if "ranks" not in report]
@@ -100,6 +84,23 @@ def _document(runs: Runs, data: Mapping[str, Any], claims: Sequence[Mapping[str,
     return Document(title, _subtitle(good, data), sections)
 
 
+def _side_by_side(good: Runs) -> list[Section]:
+    bars = comparing.bars(good)
+    meanings = [f"{name}: {MEANING[name]}" for name in comparing.used_categories(bars)]
+    differing = comparing.differing(good) if len(good) > 1 else None
+    speeds = comparing.speeds(good)
+    return [
+        *([Section("What differs", [differing])] if differing else []),
+        Section("Peaks", [comparing.peaks(good)]),
+        *([Section("Speed and energy, of the fullest rank", [speeds])] if speeds else []),
+        Section(
+            "The peak by category",
+            [Figure(Bars("peak", "The peak of the fullest rank", bars)), comparing.breakdowns(good)],
+        ),
+        Section("What the categories are", [Points(meanings)], 3, folded=True),
+    ]
+
+
 def _subtitle(good: Runs, data: Mapping[str, Any]) -> str:
     devices = sorted({rank["device"] for report in good.values() for rank in report["ranks"]})
     versions: Mapping[str, Any] = next((report["environment"] for report in good.values()), {})
@@ -109,62 +110,17 @@ def _subtitle(good: Runs, data: Mapping[str, Any]) -> str:
     return " · ".join(filter(None, said))
 
 
-def _peaks(good: Runs) -> Table:
-    found = {name: (fullest(report)["peaks"], report.get("predicted") or {}) for name, report in good.items()}
-    head = ["run"]
-    columns: list[list[str]] = []
-    for key, label in _PEAKS.items():
-        head.append(label)
-        columns.append([shown(peaks[key]) for peaks, _ in found.values()])
-        total = {"allocated": "allocated", "nvml_device": "total"}.get(key)  # what is predicted of it
-        if total:
-            head.append("predicted")
-            columns.append([shown(predicted.get(total)) for _, predicted in found.values()])
-        if key == "allocated":
-            head.append("off by")
-            columns.append([_off(predicted.get(total), peaks[key]) for peaks, predicted in found.values()])
-    return Table(head, [[name, *cells] for name, cells in zip(found, zip(*columns))])
-
-
-def _off(predicted: int | None, measured: int | None) -> str:
-    return f"{predicted / measured - 1:+.1%}" if predicted and measured else "-"
-
-
-def _bars(good: Runs) -> list[Bar]:
-    """Each run's fullest rank at its peak, its prediction after it."""
-    found = []
-    for name, report in good.items():
-        found.append(Bar(name, _ordered(fullest(report)["breakdown"]["categories"])))
-        if report.get("predicted"):
-            found.append(Bar(name, _ordered(report["predicted"]["categories"]), predicted=True))
-    return found
-
-
-def _ordered(parts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: parts[name] for name in CATEGORIES if name in parts}
-
-
-def _categories(good: Runs) -> list[str]:
-    bars = _bars(good)
-    return [name for name in CATEGORIES if any(bar.parts.get(name) for bar in bars)]
-
-
-def _breakdowns(good: Runs) -> Table:
-    """One unit for all, so that a column's parts can be seen to add up."""
-    bars = _bars(good)
-    unit = unit_of([bar.total for bar in bars])
-    rows = [[name, *(unit.number(bar.parts.get(name), digits=3) for bar in bars)] for name in _categories(good)]
-    rows.append(["sum", *(unit.number(bar.total, digits=3) for bar in bars)])
-    head = [f"category, {unit.name}", *("predicted" if bar.predicted else bar.label for bar in bars)]
-    return Table(head, rows, summed=True)
-
-
 def _run(name: str, report: Mapping[str, Any]) -> list[Section]:
     rank = fullest(report)
     slug = re.sub(r"[^A-Za-z0-9.=-]+", "_", name).strip("_")
     blocks: list = [Text(_summary(report, rank))]
     blocks += [Figure(chart) for chart in (_step_chart(name, slug, rank), _run_chart(name, slug, rank)) if chart]
     sections = [Section(name, blocks)]
+    ranks = comparing.over_ranks(report)
+    if ranks is not None:
+        sections.append(ranks)
+    if rank.get("peak"):
+        sections += _at_peak(rank["peak"])
     if rank["phases"]:
         sections.append(Section("Phases", [_phases(rank["phases"])], 3))
     if rank["phase_peaks"]:
@@ -174,6 +130,29 @@ def _run(name: str, report: Mapping[str, Any]) -> list[Section]:
         title = f"When the backward of each of {len(rank['layers'])} layers is done"
         sections.append(Section(title, _layers(rank["layers"]), 3, folded=True))
     return sections
+
+
+def _at_peak(peak: Mapping[str, Any]) -> list[Section]:
+    """The allocation that made it with its stack, and the largest pieces with the line that is the program's own."""
+    made = peak["allocation"]
+    sections = []
+    if made is not None:
+        phase = f" in {peak['phase']}" if peak["phase"] else ""
+        text = f"{shown(made['size'])} of {made['category']}{phase} made the peak, allocated by:"
+        sections.append(Section("The stack at the peak", [Text(text), Code("\n".join(made["stack"]) or _NO_STACK)], 3))
+    rows = [
+        [_own_line(piece["stack"]), piece["category"], shown(piece["size"]), str(piece["count"])]
+        for piece in peak["pieces"]
+    ]
+    table = Table(["allocated at", "category", "bytes", "pieces"], rows)
+    return [*sections, Section("The largest pieces at the peak", [table], 3, folded=True)]
+
+
+def _own_line(stack: Sequence[str]) -> str:
+    """The innermost line that is not of a library, or the innermost of all."""
+    own = (line for line in stack if "/site-packages/" not in line and ":" in line and "<frozen" not in line)
+    line = next(own, stack[0] if stack else "before the step, or no stack")
+    return line if len(line) <= 80 else "..." + line[-77:]
 
 
 def _summary(report: Mapping[str, Any], rank: Mapping[str, Any]) -> str:
@@ -198,7 +177,7 @@ def _step_chart(name: str, slug: str, rank: Mapping[str, Any]) -> Areas | None:
         f"{name}: one step",
         "ms",
         step["milliseconds"],
-        _ordered(step["categories"]),
+        ordered(step["categories"]),
         step["peak_milliseconds"],
         phases,
     )

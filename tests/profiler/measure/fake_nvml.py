@@ -26,6 +26,8 @@ class FakeNvml:
         self.permitted, self.driver = permitted, driver
         self.readings = dict.fromkeys(self.used, 0)
         self.shut = False
+        self.millijoules = 0
+        self.counts_energy = True
 
     def nvmlInit(self):
         if not self.driver:
@@ -56,6 +58,11 @@ class FakeNvml:
         if not self.permitted:
             raise NVMLError("Insufficient Permissions")
         return [SimpleNamespace(pid=99, usedGpuMemory=7), SimpleNamespace(pid=self.pid, usedGpuMemory=self.own)]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        if not self.counts_energy:
+            raise NVMLError("Not Supported")
+        return self.millijoules
 
     def nvmlShutdown(self):
         self.shut = True

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ds_mofa.profiler import MemoryProfiler, load_report
-from ds_mofa.profiler.measure import meters, recorded
+from ds_mofa.profiler.measure import meters, out_of_memory, recorded
 from ds_mofa.profiler.storages import Allocation
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -80,7 +80,12 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: ranges.append("end capture"))
     monkeypatch.setattr(meters, "open_device", fake.open)
     monkeypatch.setattr(recorded, "CudaHistory", History)
-    fake.ranges = ranges
+    fake.ranges, fake.observers = ranges, []
+    monkeypatch.setattr(out_of_memory, "_attached", False)
+    attach = "_cuda_attach_out_of_memory_observer"  # a build without CUDA has none
+    monkeypatch.setattr(torch._C, attach, fake.observers.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: fake.allocated)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda device: {"segments": []})
     return fake
 
 
@@ -138,3 +143,49 @@ def test_started_too_late_the_context_is_not_guessed(device, tmp_path):
     report = load_report(tmp_path / "report.json")
     assert "CUDA context" not in report["ranks"][0]["breakdown"]["categories"]
     assert any("Start the profiler first" in note for note in report["notes"])
+
+
+def test_when_the_memory_runs_out(device, tmp_path, capsys):
+    """A longer sequence in the third step than in the recorded one: the observer's page says that it was activations."""
+    model = torch.nn.Embedding(64, 4)
+    trained = torch.optim.SGD(model.parameters())
+
+    def run():
+        with MemoryProfiler(output_dir=tmp_path, device="cuda:0", nvml=Nvml(device)) as profiler:
+            device.hold(4 * GB, 5 * GB)
+            profiler.watch(model, trained)
+            for tokens in (16, 16, 4096):
+                loss = model(torch.zeros(1, tokens, dtype=torch.long)).sum()
+                device.hold(3 * GB if tokens == 16 else 9 * GB, 0)
+                if tokens == 4096:
+                    [observer] = device.observers
+                    observer(1, 2 * GB, 0, GB)  # of another device: not ours
+                    assert not list(tmp_path.glob("out_of_memory*"))
+                    observer(0, 2 * GB, 80 * GB, GB)
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                loss.backward()
+                device.hold(-3 * GB, 0)
+                if profiler.steps == 1:
+                    History.forward = profiler._recorder.spans[0].start + 1
+                profiler.step()
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run()
+    text = (tmp_path / "out_of_memory_rank0.md").read_text()
+    assert "In step 2, between phases: 2.00 GB were asked for, 1.00 GB were free on the device." in text
+    # The fake's weights belong to no tensor: 4 + 9 GB now, 4 + 3 at the peak that was recorded.
+    assert "Since the peak of step 1, activations and workspace have grown most, by 6.00 GB." in text
+    assert "The largest forward was of 1 x 16 tokens then, and is of 1 x 4096 now." in text
+    assert "| activations and workspace | 13.000 | 7.000 | 6.000 |" in text
+    assert (tmp_path / "out_of_memory_rank0.pickle").exists()
+    assert "ds_mofa: out of memory, rank 0: In step 2" in capsys.readouterr().err
+    report = load_report(tmp_path / "report.json")
+    assert any("ran out in step 2; activations and workspace have grown most" in note for note in report["notes"])
+    device.observers[0](0, GB, GB, 0)  # the profiler has ended: nobody is asked, and nothing raises
+
+
+def test_a_failure_while_it_is_written_does_not_hide_the_allocators(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda device: exec("raise RuntimeError('no history')"))
+    with MemoryProfiler(output_dir=tmp_path, device="cuda:0", nvml=Nvml(device)) as profiler:
+        device.observers[0](0, GB, GB, 0)
+        assert any("there is no page on it: RuntimeError: no history" in note for note in profiler.notes)

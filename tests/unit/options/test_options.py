@@ -167,8 +167,31 @@ def test_an_auto_that_nobody_filled_in_is_explained(name):
 
 
 def test_what_is_passed_on_is_left_alone():
-    options, rest = Options.from_config({"lr": 1e-3, "torch_adam": "auto"}, passed_on=["torch_adam", "foreach"])
-    assert options == Options(lr=1e-3) and rest == {"torch_adam": "auto"}
+    given = {"lr": 1e-3, "rank": 8, "torch_adam": "auto"}
+    options, rest = Options.from_config(given, passed_on=["torch_adam", "foreach"])
+    assert options == Options(lr=1e-3, rank=8) and rest == {"torch_adam": "auto"}
+
+
+@pytest.mark.parametrize(
+    "given, rank, explore",
+    [
+        ({}, 32, 32),
+        ({"lr": 1e-3, "balance": 0.5}, 32, 32),
+        ({"rank": 8}, 8, 0),
+        ({"rank": 32}, 32, 0),
+        ({"explore": 0}, 32, 0),
+        ({"explore": 128}, 32, 128),
+        ({"rank": 8, "explore": 8}, 8, 8),
+        ({"update_rule": "inverse_sigma", "adjust_lr_fn": "none", "adamw_lr": 1e-4}, 32, 0),  # which cannot explore
+    ],
+)
+def test_who_names_no_rank_explores(given, rank, explore):
+    options, _ = Options.from_config(given)
+    assert (options.rank, options.explore) == (rank, explore)
+
+
+def test_galore_without_a_rank_keeps_its_own():
+    assert KINDS["GaLore"][1].from_config({"lr": 1e-3})[0].rank == 8
 
 
 def test_options_cannot_change_after_the_check():
@@ -299,8 +322,9 @@ def test_the_constructor_s_signature_shows_every_option(name):
     params, model, group, *options = inspect.signature(kind).parameters.values()
     assert (params.name, model.name, model.default) == ("params", "model", None)
     assert (group.name, group.default) == ("process_group", None)
+    given_nothing = whole.completed({})
     assert {one.name: (one.default, one.annotation) for one in options} == {
-        field.name: (field.default, field.type) for field in dataclasses.fields(whole)
+        field.name: (given_nothing.get(field.name, field.default), field.type) for field in dataclasses.fields(whole)
     }
     assert all(one.kind is one.KEYWORD_ONLY for one in (model, group, *options))
 

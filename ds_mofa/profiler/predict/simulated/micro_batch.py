@@ -9,9 +9,10 @@ The operators are the CPU's. They allocate what the CUDA ones do but for attenti
 products' workspace (some tens of MB).
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ds_mofa.profiler.predict.simulated.model import build, one_sequence_a_row, operators
 from ds_mofa.profiler.predict.simulated.optimizer import attach
 from ds_mofa.profiler.predict.simulated.ranks import pretended_ranks
+from ds_mofa.profiler.predict.simulated.trl import with_trl_loss
 from ds_mofa.profiler.setting import RunSetting
 from ds_mofa.profiler.sharding import shard
 from ds_mofa.profiler.storages import StorageTracker, of_fsdp2
@@ -110,13 +112,16 @@ def simulate(setting: RunSetting) -> MicroBatch:
             for p, name in names.items()
         ]
         ids = torch.zeros(setting.micro_batch, setting.seq, dtype=torch.long)
-        with operators(model, setting.liger, not setting.option("fused_head")):
-            order, peaks, at_completion, events = _run(model, ids, kinds, names, attached.buffers)
+        own_loss = setting.loss == "model" and not setting.option("fused_head")
+        loss = with_trl_loss(model) if setting.loss == "trl" else contextlib.nullcontext(model)
+        with operators(model, setting.liger, own_loss), loss as forward:
+            order, peaks, at_completion, events = _run(model, forward, ids, kinds, names, attached.buffers)
     return MicroBatch(parameters, order, peaks, at_completion, events, attached.places, attached.held)
 
 
 def _run(
     model: nn.Module,
+    forward: Callable[..., Any],
     ids: Tensor,
     kinds: Mapping[nn.Parameter, str],
     names: Mapping[nn.Parameter, str],
@@ -137,7 +142,7 @@ def _run(
         if param.requires_grad and kinds[param] != "sketched":
             param.register_post_accumulate_grad_hook(complete)
     with tracker:
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = forward(input_ids=ids, labels=ids).loss
         backward_starts = next(counter)
         loss.backward()
     return order, *_moments(tracker, backward_starts, ticks), _events(tracker, order, ticks)

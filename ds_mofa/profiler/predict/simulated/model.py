@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_mofa.parameters.experts import holds_experts
 from ds_mofa.profiler.predict.simulated.errors import PredictionError
@@ -23,7 +24,9 @@ except ImportError as error:
         f"a prediction builds the model with transformers ({error}): pip install 'ds_mofa[train]'"
     ) from error
 
-__all__ = ["attention", "build", "head_names", "one_sequence_a_row", "operators"]
+__all__ = [
+    "attention", "build", "embedding_patterns", "head_names", "one_sequence_a_row", "operators", "positions",
+]  # fmt: skip
 
 
 def build(setting: RunSetting) -> nn.Module:
@@ -66,6 +69,22 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     causal: Any = model  # with Hugging Face's methods
     head = causal.get_output_embeddings().weight
     return tuple(f"^{re.escape(name)}$" for name, param in model.named_parameters() if param is head)
+
+
+def embedding_patterns(setting: RunSetting) -> tuple[str, ...]:
+    """The ends of the names of embedding and output head, for ``include``, without what is a matrix already or not trained."""
+    with FakeTensorMode():
+        model: Any = build(setting)
+    wanted = [] if setting.embed == "frozen" else [model.get_input_embeddings().weight]
+    wanted += [] if setting.head == "matrix" else [model.get_output_embeddings().weight]
+    names = [name for name, param in model.named_parameters() if any(param is one for one in wanted)]
+    return tuple(name.removesuffix(".weight").rpartition(".")[2] for name in names)
+
+
+def positions(path: str) -> int | None:
+    """The longest sequence that a model is made for; None where its config names none."""
+    config = AutoConfig.for_model(**_shape_in(path)).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
 
 
 def operators(model: nn.Module, liger: bool, loss: bool) -> contextlib.AbstractContextManager:
