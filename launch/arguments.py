@@ -5,6 +5,8 @@ Three groups of options: which model, which data, and everything of TRL's ``SFTC
 (``named_optimizer.py``), is read first: a number that it fixes becomes the default of the matching option.
 """
 
+import argparse
+import difflib
 import importlib.util
 import os
 from dataclasses import dataclass, field
@@ -64,7 +66,10 @@ class DataArguments:
 
     train_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "Training data: .txt (a text) or .jsonl (a record per line); several may be given."},
+        metadata={
+            "help": "Training data: .txt (a text), .jsonl (a record per line), .json (a list of records), .csv or "
+            ".parquet; several may be given."
+        },
     )
     eval_file: list[str] = field(default_factory=list, metadata={"help": "Evaluation data, as --train_file."})
     dataset_name: str | None = field(
@@ -159,7 +164,7 @@ class Parser(HfArgumentParser):
     """Complains like the rest of the command, instead of with a page of usage from every rank."""
 
     def error(self, message: str):
-        raise UserError(f"{message}. `python launch/train.py --help` lists all options.")
+        raise UserError(f"{message}. --help lists the usual options, --help_all every one.")
 
 
 def make_parser() -> Parser:
@@ -180,6 +185,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     engine = chosen_engine(argv)
     check_fsdp(argv, engine is Engine.FSDP2)
     parser = make_parser()
+    parser.set_defaults(eval_on_start=evaluates_before(argv))
     if engine is Engine.DEEPSPEED:
         refuse_names(argv)
         config_path = deepspeed_config_path(argv)
@@ -194,7 +200,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     except ValueError as error:  # options that TrainingArguments finds to contradict each other or the machine
         raise UserError(str(error)) from error
     if unknown:
-        parser.error(f"unknown options: {' '.join(unknown)}")
+        close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        parser.error(f"unknown options: {' '.join(unknown)}{f'; did you mean {close[0]}?' if close else ''}")
     model_args, data_args, training_args, _ = groups  # the last were read before: launch/profile.py
     training_args.engine = engine
     if engine is Engine.DEEPSPEED:
@@ -206,6 +213,18 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     check_data_arguments(data_args, training_args)
     check_liger(training_args)
     return model_args, data_args, training_args
+
+
+def evaluates_before(argv: list[str]) -> bool:
+    """Whether there is a loss before training to compare with at the end: by default, where there is data for it.
+
+    A run that goes on has it in its history.
+    """
+    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--eval_file", "--dataset_eval_split", "--resume_from_checkpoint"):
+        words.add_argument(name, nargs="*")
+    given = words.parse_known_args(argv)[0]
+    return bool(given.eval_file or given.dataset_eval_split) and not given.resume_from_checkpoint
 
 
 def settle_precision(args: TrainingArguments) -> None:
@@ -265,7 +284,9 @@ def check_data_arguments(args: DataArguments, training_args: TrainingArguments) 
     if args.dataset_name and (args.train_file or args.eval_file):
         raise UserError("--dataset_name and --train_file/--eval_file are both given. Keep one source of data.")
     if not args.dataset_name and not args.train_file:
-        raise UserError("No training data. Give --train_file (.txt or .jsonl) or --dataset_name.")
+        raise UserError(
+            "No training data. Give --train_file (.txt, .jsonl, .json, .csv or .parquet) or --dataset_name."
+        )
     if training_args.eval_packing:
         raise UserError(
             "--eval_packing would count some examples twice. Leave it out; --packing is for training alone."

@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 # The modules through which a record goes on its way to token ids and labels.
 SOURCES = (
-    "conversations", "data", "encoding", "errors", "examples", "json_files", "records", "rows", "templates",
+    "conversations", "data", "encoding", "errors", "examples", "json_files", "preferences", "records", "rows", "sharegpt",
+    "tables", "templates",
 )  # fmt: skip
 # jinja2 renders chat templates, trl has variants of them, sentencepiece is behind some Python tokenizers.
-LIBRARIES = ("datasets", "jinja2", "sentencepiece", "tokenizers", "transformers", "trl")
+LIBRARIES = ("datasets", "jinja2", "pyarrow", "sentencepiece", "tokenizers", "transformers", "trl")
 
 
 def encoding_key(tokenizer: PreTrainedTokenizerBase, folder: Path = Path(__file__).parent) -> str:

@@ -2,19 +2,17 @@
 
 import argparse
 import os
-import sys
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import datasets
 import deepspeed
 import torch
 from torch import distributed as dist
 
 from launch.engines import Engine
 from launch.errors import UserError
+from launch.quiet import quiet_libraries, without_built_lines
 from launch.shared_buffer import unlink_shared_buffer
 
 
@@ -27,10 +25,7 @@ def join_ranks(argv: list[str], engine: Engine) -> None:
     Raises:
         UserError: one process would have several GPUs, or the timeout is no number.
     """
-    # DeepSpeed's calls by older names: news for its authors, once per rank and name.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    quiet_libraries()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ddp_timeout", "--ddp-timeout", type=int, default=1800)  # HF's, who would come too late
     try:
@@ -38,7 +33,8 @@ def join_ranks(argv: list[str], engine: Engine) -> None:
     except SystemExit:
         raise UserError("--ddp_timeout must be a whole number of seconds, such as 1800.") from None
     if engine is Engine.DEEPSPEED:
-        deepspeed.init_distributed(timeout=timedelta(seconds=seconds))
+        with without_built_lines():
+            deepspeed.init_distributed(timeout=timedelta(seconds=seconds))
         if not torch.cuda.is_available():
             unlink_shared_buffer()
     elif engine is Engine.ONE:

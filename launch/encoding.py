@@ -63,12 +63,24 @@ class Encoder:
         return {"input_ids": prompt_ids + answer_ids, "labels": [IGNORED] * len(prompt_ids) + answer_ids}
 
     def instruction(self, record: dict, where: str) -> dict[str, list[int]]:
-        """A chat of one turn where the tokenizer has a chat template, and plain paragraphs where it has none."""
+        """A chat where the tokenizer has a chat template, and plain paragraphs where it has none.
+
+        All answers of a "history" are learned, as those of a chat are.
+        """
         question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
+        turns = [*record.get("history", []), [question, record["output"]]]
         if not self.tokenizer.chat_template:
-            return self.prompt_and_answer(question + "\n\n", record["output"])
-        turn = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
-        return self.chat(turn, where)
+            if len(turns) > 1:
+                raise UserError(
+                    f"{where}: a 'history' needs a chat template and the tokenizer has none. Fine-tune the model's chat "
+                    "variant, or pass --ignore_keys history."
+                )
+            prompt = "\n\n".join(part for part in (record.get("system"), question) if part)
+            return self.prompt_and_answer(prompt + "\n\n", record["output"])
+        chat = [{"role": "system", "content": record["system"]}] if "system" in record else []
+        for asked, answered in turns:
+            chat += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return self.chat(chat, where)
 
     def chat(
         self, messages: list[dict], where: str, tools: list | None = None, learnt: list[bool] | None = None

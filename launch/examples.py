@@ -30,7 +30,7 @@ def encoded_records(
             if answers_only:
                 raise UserError(
                     f"{path}: --assistant_only_loss is for conversations, and this is a text. Leave it out, or give "
-                    ".jsonl records with 'messages'."
+                    "records with 'messages'."
                 )
             pieces = (encoder(shape, record, where)["input_ids"] for where, shape, record in records)
             for block in blocks(pieces, block_length):

@@ -27,7 +27,7 @@ def read_json(path: str, what: str) -> dict:
 
 
 def parse(text: str, where: str, advice: str = "Correct it.") -> object:
-    """Parse JSON text that stands in a place of its own, such as a line of a file.
+    """Parse JSON text that stands in a place of its own, such as a line of a file, or is a file's whole text.
 
     Raises:
         UserError: it is not JSON, or an object of it has a key twice; the message begins with ``where``.
@@ -39,7 +39,8 @@ def parse(text: str, where: str, advice: str = "Correct it.") -> object:
             parse_constant=lambda name: refuse_constant(name, where),
         )
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}). {advice}") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UserError(f"{where}: not valid JSON ({error.msg}, {line}column {error.colno}). {advice}") from None
     except RecursionError:
         raise UserError(f"{where}: not valid JSON (nested too deeply). {advice}") from None
     except UserError:

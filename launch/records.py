@@ -1,11 +1,15 @@
 """Reading data files: every record is checked, and every complaint names its file and line.
 
-A record is one of four shapes, told apart by its keys:
+A record is one of five shapes, told apart by its keys:
 
     {"text": "..."}                                                     a text
     {"prompt": "...", "completion": "..."}                              a prompt and the answer to learn
-    {"instruction": "...", "input": "..." (may be left out), "output": "..."}   the same, as instruction data has it
+    {"instruction": "...", "input": "..." (may be left out), "output": "..."}   the same, as Alpaca has it; "system" and
+                                                                        "history", a list of [question, answer], may be there
     {"messages": [{"role": "user", "content": "..."}, ...]}             a chat (see conversations.py)
+    {"conversations": [{"from": "human", "value": "..."}, ...]}         the same, as ShareGPT has it (see sharegpt.py)
+
+Files are .txt (a text), .jsonl (a record a line), and tables.py's .json, .csv and .parquet.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,24 +18,28 @@ from pathlib import Path
 from launch.conversations import normal_form
 from launch.errors import UserError
 from launch.json_files import parse, shown
+from launch.preferences import chosen_alone, refuse_preferences
+from launch.sharegpt import as_chat
+from launch.tables import TABLES
 
 # Required keys and optional ones, by shape.
 SHAPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "text": (frozenset({"text"}), frozenset()),
     "prompt": (frozenset({"prompt", "completion"}), frozenset()),
-    "instruction": (frozenset({"instruction", "output"}), frozenset({"input"})),
+    "instruction": (frozenset({"instruction", "output"}), frozenset({"input", "system", "history"})),
     "chat": (frozenset({"messages"}), frozenset({"tools", "loss_mask"})),
+    "sharegpt": (frozenset({"conversations"}), frozenset({"system", "tools", "loss_mask"})),
 }
 ACCEPTED = (
-    "accepted: text | prompt, completion | instruction, input (optional), output | messages, tools and loss_mask "
-    "(optional)"
+    "accepted: text | prompt, completion | instruction, output, and perhaps input, system, history | messages or "
+    "conversations, and perhaps tools, loss_mask"
 )
 # Texts are read in pieces of about this many characters, so that a large file never lies in memory as a whole.
 TEXT_PIECE = 1 << 20
 
 
 def read_records(path: str, ignore_keys: Iterable[str] = ()) -> Iterator[tuple[str, str, dict]]:
-    """Read one file of either kind.
+    """Read one file of any kind.
 
     Yields:
         (where, shape, record): ``where`` is "file:line", ``shape`` a key of ``SHAPES`` or "piece" for a piece of a
@@ -44,9 +52,11 @@ def read_records(path: str, ignore_keys: Iterable[str] = ()) -> Iterator[tuple[s
         yield from read_text(file)
     elif file.suffix == ".jsonl":
         yield from read_jsonl(file, ignore_keys)
+    elif file.suffix in TABLES:
+        yield from read_table(file, ignore_keys)
     else:
         raise UserError(
-            f"{path}: a data file must end in .txt (a text) or .jsonl (one JSON record per line), not "
+            f"{path}: a data file must end in .txt (a text), .jsonl (one JSON record per line), {', '.join(TABLES)}, not "
             f"'{file.suffix}'. Rename or convert it."
         )
 
@@ -105,6 +115,16 @@ def read_jsonl(file: Path, ignore_keys: Iterable[str]) -> Iterator[tuple[str, st
         raise UserError(f"{file}: the file holds no record. Give one JSON record per line; {ACCEPTED}.")
 
 
+def read_table(file: Path, ignore_keys: Iterable[str]) -> Iterator[tuple[str, str, dict]]:
+    """Read the records of a file that is one of ``TABLES``."""
+    ignored, found = frozenset(ignore_keys), False
+    for where, record in TABLES[file.suffix](file):
+        found = True
+        yield where, *checked_record(record, where, ignored)
+    if not found:
+        raise UserError(f"{file}: the file holds no record; {ACCEPTED}.")
+
+
 def checked_record(record: object, where: str, ignored: frozenset[str] = frozenset()) -> tuple[str, dict]:
     """Check one record.
 
@@ -119,6 +139,9 @@ def checked_record(record: object, where: str, ignored: frozenset[str] = frozens
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record must be a JSON object {{...}}, not a {type(record).__name__}; {ACCEPTED}.")
     record = {key: value for key, value in record.items() if key not in ignored}
+    refuse_preferences(record, where)
+    if "chosen" in record:
+        record = chosen_alone(record, where)
     shapes = [shape for shape, (required, _) in SHAPES.items() if required <= record.keys()]
     if len(shapes) != 1:
         problem = "fits no known shape" if not shapes else f"fits several shapes ({', '.join(shapes)})"
@@ -134,8 +157,12 @@ def checked_record(record: object, where: str, ignored: frozenset[str] = frozens
             f"{where}: unknown keys {unknown} beside {sorted(required)}; {ACCEPTED}. Remove them, or pass "
             f"--ignore_keys {' '.join(unknown)}."
         )
+    if shape == "sharegpt":
+        shape, record = "chat", as_chat(record, where)
     if shape == "chat":
         record = normal_form(record, where, ignored)
+    elif shape == "instruction":
+        record = checked_instruction(record, where)
     else:
         check_strings(record, where)
     check_characters(record, where)
@@ -162,12 +189,23 @@ def check_characters(value: object, where: str) -> None:
             ) from None
 
 
+def checked_instruction(record: dict, where: str) -> dict:
+    """An instruction without what is empty of its optional keys, all checked."""
+    record = {
+        key: value for key, value in record.items() if value not in (None, "", []) or key in ("instruction", "output")
+    }
+    history = record.pop("history", [])
+    check_strings(record, where)
+    for turn in history if isinstance(history, list) else [history]:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(words, str) and words for words in turn):
+            raise UserError(f"{where}: 'history' must be a list of [question, answer], not {shown(history)}.")
+    return {**record, "history": history} if history else record
+
+
 def check_strings(record: dict, where: str) -> None:
-    """Every value is a string, and all but an instruction's "input" say something."""
+    """Every value is a string that says something."""
     for key, value in record.items():
-        if key == "input" and value is None:
-            continue
         if not isinstance(value, str):
             raise UserError(f"{where}: {key!r} must be a string, not {shown(value)}. Correct the record.")
-        if not value and key != "input":
+        if not value:
             raise UserError(f"{where}: {key!r} is empty, so there is nothing to learn. Fill it or remove the record.")

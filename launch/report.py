@@ -43,8 +43,24 @@ def banner(
         "batch": f"{batch} sequences = {args.per_device_train_batch_size} each on {describe_ranks(args)}, "
         f"{args.gradient_accumulation_steps} times",
     }
-    width = max(map(len, lines))
-    return "\n".join(f"{name:>{width}}: {value}" for name, value in lines.items())
+    return _labelled(lines)
+
+
+def beginning(checkpoint: str | None, step: int, steps: int, rates: str) -> str:
+    """What only the engine knows, once it is there: where the training begins, and with which rates.
+
+    Args:
+        checkpoint: that was loaded; None without.
+        step, steps: that are done, and that there will be.
+        rates: of ``resuming.in_force``.
+    """
+    begins = f"at step {step} of {steps}, from {checkpoint}" if checkpoint else f"anew, {steps} steps"
+    return _labelled({"begins": begins, "in force": rates})
+
+
+def _labelled(lines: dict[str, str]) -> str:
+    """A line each, whose colons stand below each other."""
+    return "\n".join(f"{name:>10}: {value}" for name, value in lines.items())
 
 
 def describe_data(data: Dataset, args: TrainingArguments) -> str:
@@ -122,21 +138,27 @@ def summary(state: TrainerState, output_dir: str, best: int | None = None) -> st
     done = evaluations(state)
     if done:
         saved = done[-1] if best is None else next(entry for entry in done if entry["step"] == best)
-        first, last = done[0]["eval_loss"], saved["eval_loss"]
-        line = (
-            f"eval loss {last:.2f}"
-            if len(done) == 1
-            else f"eval loss {first:.2f} -> {last:.2f} ({last / first - 1:+.0%})"
-        )
-        line += f", perplexity {saved['eval_perplexity']:.2f}"
+        line = f"eval loss {_change(done[0], saved, 'eval_loss')}, perplexity {saved['eval_perplexity']:.2f}"
         if best is not None:
             line += f", of the saved model, step {best}'s, the best"
             if done[-1] is not saved:
-                line += f" (the last, step {done[-1]['step']}'s: {done[-1]['eval_loss']:.2f})"
+                line += f" (the last, step {done[-1]['step']}'s: {done[-1]['eval_loss']:.4f})"
         lines.append(line)
+    elif len(steps) > 1:
+        lines.append(f"training loss {_change(steps[0], steps[-1], 'loss')}; --eval_file tells that of data held out")
     if steps:
         speed = sum(entry["tokens_per_second"] for entry in steps) / len(steps)
         memory = max(entry["peak_memory_gb"] for entry in steps)
         lines.append(f"{state.global_step} steps, {speed:,.0f} tokens/s, peak memory {memory:.2f} GB on one rank")
     lines.append(f'model saved in {output_dir}: AutoModelForCausalLM.from_pretrained("{output_dir}")')
     return "\n".join(lines)
+
+
+def _change(first: dict, last: dict, key: str) -> str:
+    """From one entry of the history to another; "before training" is the evaluation of step 0."""
+    after = f"{last[key]:.4f}"
+    if first is last:
+        return after
+    begun = "before training" if first["step"] == 0 else f"at step {first['step']}"
+    share = f" ({last[key] / first[key] - 1:+.1%})" if first[key] else ""
+    return f"{first[key]:.4f} {begun} -> {after}{share}"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 OVERRIDE = "--override_checkpoint"
 
@@ -42,9 +43,28 @@ def enforce(optimizer: Optimizer, scheduler: Any, asked: Sequence[Group]) -> Non
 
 
 def reschedule(scheduler: Any) -> None:
-    """Have a schedule of DeepSpeed's set this command's rates at once: a load has left the checkpoint's for a step."""
+    """Have the command's schedule set its rates at once.
+
+    A load has left the checkpoint's for a step: of DeepSpeed's schedules another peak, of Hugging Face's another number
+    of steps, so that a finished run that is to go on would take its first step at a rate of 0.
+    """
     if getattr(scheduler, "last_batch_iteration", -1) >= 0:
         scheduler.step(scheduler.last_batch_iteration)
+    elif isinstance(scheduler, LambdaLR):
+        rates = [base * share(scheduler.last_epoch) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+def in_force(optimizer: Optimizer, scheduler: Any) -> str:
+    """The learning rates that the schedule scales, as param_groups have them, and what they are now, where it is less."""
+    rates = {name: values for name, values in named(settings(optimizer, scheduler)).items() if name.endswith("lr")}
+    now = named(optimizer.param_groups)
+    return ", ".join(
+        f"{name} {_text(values)}" + (f" (now {_text(now[name])})" if now[name] != values else "")
+        for name, values in rates.items()
+    )
 
 
 def differences(asked: Sequence[Group], in_force: Sequence[Group]) -> list[str]:
@@ -63,8 +83,8 @@ def named(groups: Sequence[Group]) -> dict[str, list]:
     found: dict[str, list] = {}
     for group in groups:
         prefix = "adamw_" if "lr_scale" in group else ""
-        values = {**group, "lr": group["lr"] * group.get("lr_scale", 1.0)}
-        values.pop("lr_scale", None)
+        values = {key: group[key] for key in ("lr", *_KEPT) if key in group}
+        values["lr"] *= values.pop("lr_scale", 1.0)
         for key, value in values.items():
             value = [float(f"{number:.12g}") for number in (value if isinstance(value, Sequence) else [value])]
             kept = found.setdefault(prefix + key, [])

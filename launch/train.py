@@ -23,10 +23,15 @@ from pathlib import Path
 # A script's first import folder is its own; this makes it the repository's, from wherever the launcher runs it.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.help import ALL, HELP, wants_help
 from launch.launcher import end_with_launcher
 
-if __name__ == "__main__":
-    end_with_launcher()  # before the imports that take most of a start
+if __name__ == "__main__":  # before the imports that take most of a start
+    if wants_help(sys.argv[1:]):
+        if os.environ.get("RANK", "0") == "0":
+            print(HELP, end="")
+        sys.exit()
+    end_with_launcher()
 
 from transformers import ProgressCallback, set_seed
 
@@ -53,8 +58,9 @@ from launch.trainer import FineTuner
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        make_parser().print_help()
+    if ALL in argv:
+        if os.environ.get("RANK", "0") == "0":
+            make_parser().print_help()
         return
     profiler = start_profiler(argv)  # first, for all that follows may open the GPU
     join_ranks(argv, chosen_engine(argv))

@@ -23,8 +23,9 @@ from launch.fsdp import FULL, state_dict_type, written_as
 from launch.lengths import check_batches
 from launch.output import writing
 from launch.preemption import SaveOnSigterm, Stopped
-from launch.report import say
-from launch.resuming import differences, enforce, reschedule, settings
+from launch.quiet import without_saving_bar
+from launch.report import beginning, say
+from launch.resuming import differences, enforce, in_force, reschedule, settings
 from launch.runs import Lineage
 
 
@@ -66,17 +67,18 @@ class FineTuner(SFTTrainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """HF's, and what the checkpoint puts in force instead of what the command says is said, or put back."""
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is None:
-            return model, loader
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         optimizer = self.deepspeed.optimizer if self.is_deepspeed_enabled else self.optimizer
-        asked = settings(optimizer, scheduler)
-        self._load_training(resume_from_checkpoint)
-        if self.args.override_checkpoint:
-            enforce(optimizer, scheduler, asked)
-        reschedule(scheduler)
-        for line in differences(asked, settings(optimizer, scheduler)):
-            say(self.args, line)
+        if resume_from_checkpoint is not None:
+            asked = settings(optimizer, scheduler)
+            self._load_training(resume_from_checkpoint)
+            if self.args.override_checkpoint:
+                enforce(optimizer, scheduler, asked)
+            reschedule(scheduler)
+            for line in differences(asked, settings(optimizer, scheduler)):
+                say(self.args, line)
+        rates = in_force(optimizer, scheduler)
+        say(self.args, beginning(resume_from_checkpoint, self.state.global_step, max_steps, rates))
         return model, loader
 
     def _load_training(self, checkpoint: str) -> None:
@@ -168,7 +170,7 @@ class FineTuner(SFTTrainer):
                 # written nothing into this one: some would find it, others not, and they would load different steps.
                 folder.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            with self.removing_nothing(), self.without_a_foreign_best():
+            with self.removing_nothing(), self.without_a_foreign_best(), without_saving_bar():
                 super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()
             if first:

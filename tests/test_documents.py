@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import ds_mofa
+from ds_mofa.commands import scripts
 from profiling.readme_picture import peaks, speeds
 from tests.ports import free_port
 
@@ -86,8 +87,14 @@ def commands(program: str) -> list[list[str]]:
     fenced = [block for text in texts for block in re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)]
     blocks = [block for language, block in fenced if not language]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines if f" {program} " in line]
+    words = [shlex.split(line, comments=True) for line in lines if f" {program} " in f" {line}"]
     return [line[line.index(program) + 1 :] for line in words if "..." not in line]
+
+
+def trainings() -> list[list[str]]:
+    """What they pass to launch/train.py, by its path or as ds-mofa train, which takes --gpus and the names of configs."""
+    installed = [words[1:] for words in commands("ds-mofa") if words[0] == "train"]
+    return [*commands("launch/train.py"), *(scripts._gpus(scripts._with_shipped(words))[0] for words in installed)]
 
 
 def test_every_link_leads_somewhere():
@@ -116,7 +123,7 @@ def test_readme_has_a_program_of_each_kind():
 
 def test_programs_run_and_train_every_parameter_and_commands_have_such_options(tmp_path):
     """In one process: importing what they need takes longer than running them."""
-    shell = commands("launch/train.py"), commands("profiling/predict.py")
+    shell = trainings(), commands("profiling/predict.py")
     assert all(shell)
     (tmp_path / "programs.json").write_text(json.dumps([programs(), *shell]))
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -1,7 +1,8 @@
 """``ds-mofa train``, ``predict`` and ``verify``: the scripts of launch/ and profiling/, which are no part of the package.
 
 Each is run as from a clone: by its path, with the folder that has launch/ and profiling/ before all others. A value of
-``--deepspeed``, ``--model_config`` and the like may be the name of a config that comes with the package.
+``--deepspeed``, ``--model_config`` and the like may be the name of a config that comes with the package. Where a launcher has
+started the ranks, as `torchrun -m ds_mofa train` has, train is one of them; else it starts them itself.
 """
 
 import os
@@ -17,16 +18,6 @@ __all__ = ["predict", "train", "verify"]
 
 _FILES = ("--deepspeed", "--model_config")
 
-_TRAIN = """usage: ds-mofa train [--gpus N] OPTIONS OF launch/train.py
-
---gpus N    how many GPUs train, or on a machine without one how many CPU ranks (default: all GPUs, or one CPU rank)
-
-Under torchrun, accelerate launch or deepspeed --module, which start the ranks themselves:
-    torchrun --nproc_per_node 2 -m ds_mofa train ...
-
-SIGTERM, also as a container's first process, has all ranks save a checkpoint; the command then ends with 143.
-"""
-
 
 def predict(argv: list[str]) -> None:
     _run(_script("profiling/predict.py"), _with_shipped(argv))
@@ -39,8 +30,7 @@ def verify(argv: list[str]) -> None:
 def train(argv: list[str]) -> int | None:
     words, gpus = _gpus(_with_shipped(argv))
     script = _script("launch/train.py")
-    if {"-h", "--help"} & set(words):
-        print(_TRAIN)
+    if {"-h", "--help", "--help_all"} & set(words):
         _run(script, words)
         return None
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:

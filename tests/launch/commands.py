@@ -78,7 +78,7 @@ def log_history(folder: Path) -> list[dict]:
 
 def losses_in(output: str) -> tuple[float, float]:
     """The first and the last evaluation loss in what a run printed."""
-    first, last = re.search(r"eval loss ([\d.]+) -> ([\d.]+)", output).groups()
+    first, last = re.search(r"eval loss ([\d.]+) before training -> ([\d.]+)", output).groups()
     return float(first), float(last)
 
 

@@ -41,7 +41,10 @@ BAD_LINES = {
     "no data": (MODEL + CONFIG, "No training data"),
     "two sources": (MODEL + DATA + CONFIG + ["--dataset_name", "x"], "Keep one source of data"),
     "evaluation of nothing": (MODEL + DATA + CONFIG + ["--eval_on_start"], "nothing to evaluate on"),
-    "unknown option": (MODEL + DATA + CONFIG + ["--lerning_rate", "1"], "unknown options: --lerning_rate 1.*--help"),
+    "unknown option": (
+        MODEL + DATA + CONFIG + ["--lerning_rate", "1"],
+        "unknown options: --lerning_rate 1; did you mean --learning_rate.*--help_all",
+    ),
     "not a number": (MODEL + DATA + CONFIG + ["--learning_rate", "fast"], "invalid float value: 'fast'.*--help"),
     "packing without borders": (
         MODEL + DATA + CONFIG + ["--packing", "--packing_strategy", "wrapped"],
@@ -115,6 +118,14 @@ def test_numbers_in_the_json_become_defaults(tmp_path):
     assert args.max_grad_norm == 1.0  # HF's own default
     with pytest.raises(UserError, match='"optimizer.params.lr" is 0.25 there, and --learning_rate is 0.5'):
         parse(*MODEL, *DATA, "--deepspeed", str(file), "--learning_rate", "0.5")
+
+
+def test_there_is_a_loss_before_training_where_there_is_data_for_it():
+    held_out = ["--eval_file", "b.jsonl"]
+    assert not parse(*MODEL, *DATA, *CONFIG)[2].eval_on_start
+    assert parse(*MODEL, *DATA, *CONFIG, *held_out)[2].eval_on_start
+    assert not parse(*MODEL, *DATA, *CONFIG, *held_out, "--eval_on_start", "false")[2].eval_on_start
+    assert not parse(*MODEL, *DATA, *CONFIG, "--eval_file=b.jsonl", "--resume_from_checkpoint", "x")[2].eval_on_start
 
 
 @pytest.mark.parametrize(("name", "rate"), [("MoFaSGD", 1e-4), ("mofasgd", 1e-4), ("GaLore", 4.8e-4), ("AdamW", 2e-5)])

@@ -86,7 +86,7 @@ BAD_FILES = {
     "blank .jsonl": ("data.jsonl", b"\n \n", "holds no record"),
     "empty .txt": ("data.txt", b"", "is empty"),
     "blank .txt": ("data.txt", b" \n\n", "is empty"),
-    "other ending": ("data.json", b"[]", "must end in .txt .* or .jsonl"),
+    "other ending": ("data.tsv", b"a", "must end in .txt .*, .jsonl .*, .json, .csv, .parquet, not .[.]tsv"),
 }
 
 

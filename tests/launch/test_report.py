@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from datasets import Dataset
 from transformers import TrainerState
 
-from launch.report import best_step, describe_data, evaluated_last_step, summary
+from launch.report import beginning, best_step, describe_data, evaluated_last_step, summary
 
 
 def data(*lengths: int) -> Dataset:
@@ -29,6 +29,13 @@ def test_nothing_is_cut_off_where_there_is_no_limit_or_it_splits():
         assert describe_data(data(9, 6, 1), options(**changes)) == "3 examples, 16 tokens"
 
 
+def test_where_a_run_begins_is_said():
+    assert beginning(None, 0, 6, "lr 0.5") == "    begins: anew, 6 steps\n  in force: lr 0.5"
+    assert beginning("out/checkpoint-3", 3, 6, "lr 0.5 (now 0.25)") == (
+        "    begins: at step 3 of 6, from out/checkpoint-3\n  in force: lr 0.5 (now 0.25)"
+    )
+
+
 def evaluation(step: int, loss: float) -> dict:
     return {"step": step, "eval_loss": loss, "eval_perplexity": 2.0}
 
@@ -40,14 +47,26 @@ def step(number: int, speed: float, memory: float) -> dict:
 def test_the_summary_compares_the_first_evaluation_with_the_last():
     history = [evaluation(0, 5.0), step(1, 100, 1.5), evaluation(1, 9.0), step(2, 300, 1.25), evaluation(2, 2.5)]
     text = summary(TrainerState(global_step=2, log_history=history), "out/model")
-    assert "eval loss 5.00 -> 2.50 (-50%), perplexity 2.00" in text
+    assert "eval loss 5.0000 before training -> 2.5000 (-50.0%), perplexity 2.00" in text
     assert "2 steps, 200 tokens/s, peak memory 1.50 GB on one rank" in text
     assert 'from_pretrained("out/model")' in text
 
 
 def test_the_summary_of_one_evaluation_has_no_arrow():
     text = summary(TrainerState(global_step=2, log_history=[evaluation(2, 2.5)]), "out/model")
-    assert text.startswith("eval loss 2.50, perplexity")
+    assert text.startswith("eval loss 2.5000, perplexity")
+
+
+def test_a_first_evaluation_on_the_way_is_not_called_one_before():
+    text = summary(TrainerState(global_step=4, log_history=[evaluation(2, 4.0), evaluation(4, 5.0)]), "out/model")
+    assert text.startswith("eval loss 4.0000 at step 2 -> 5.0000 (+25.0%), perplexity")
+
+
+def test_without_evaluations_the_training_loss_is_compared():
+    history = [step(10, 100, 1.5) | {"loss": 4.0}, step(20, 100, 1.5) | {"loss": 3.0}]
+    text = summary(TrainerState(global_step=20, log_history=history), "out/model")
+    assert text.startswith("training loss 4.0000 at step 10 -> 3.0000 (-25.0%); --eval_file")
+    assert "loss" not in summary(TrainerState(global_step=10, log_history=history[:1]), "out/model")
 
 
 def test_the_summary_is_of_the_model_that_is_saved():
@@ -56,8 +75,11 @@ def test_the_summary_is_of_the_model_that_is_saved():
     best = best_step(SimpleNamespace(load_best_model_at_end=True), state)
     assert best == 10
     text = summary(state, "out/model", best)
-    assert "eval loss 5.00 -> 2.00 (-60%), perplexity 2.00, of the saved model, step 10's, the best" in text
-    assert "the best (the last, step 20's: 4.00)" in text
+    assert (
+        "eval loss 5.0000 before training -> 2.0000 (-60.0%), perplexity 2.00, of the saved model, step 10's, the best"
+        in text
+    )
+    assert "the best (the last, step 20's: 4.0000)" in text
     assert best_step(SimpleNamespace(load_best_model_at_end=False), state) is None
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ds_mofa import GaLore, MoFaSGD
-from launch.resuming import differences, enforce, reschedule, settings
+from launch.resuming import differences, enforce, in_force, reschedule, settings
 
 
 def make(kind: str, lr: float, decay: float, eps: float = 1e-8):
@@ -99,4 +99,42 @@ def test_a_schedule_of_deepspeed_s_has_its_own_rates_at_once():
     reschedule(scheduler)
     assert optimizer.param_groups[0]["lr"] == 8e-3
     assert differences(asked, settings(optimizer, scheduler)) == []
-    reschedule(SimpleNamespace())  # PyTorch's have no such thing
+    reschedule(SimpleNamespace())  # one that it does not know stays as it is
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_a_finished_run_that_goes_on_takes_its_first_step_at_the_command_s_rate(kind):
+    """A linear schedule of 2 steps has ended at 0; of the 4 that the command asks for, half are done."""
+    parts = []
+    for steps in (2, 4):
+        model, optimizer, _ = make(kind, 2e-4, 0.1)
+        parts.append((model, optimizer, LambdaLR(optimizer, lambda done, steps=steps: 1 - done / steps)))
+    old, (model, optimizer, scheduler) = parts
+    step(*old), step(*old)
+    optimizer.load_state_dict(old[1].state_dict())
+    scheduler.load_state_dict(old[2].state_dict())
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0] * len(optimizer.param_groups)  # as it was
+    reschedule(scheduler)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-4] * len(optimizer.param_groups)
+    assert scheduler.get_last_lr() == [1e-4] * len(optimizer.param_groups)
+    step(model, optimizer, scheduler)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-5] * len(optimizer.param_groups)
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_rescheduling_an_uninterrupted_schedule_changes_no_bit(kind):
+    model, optimizer, scheduler = parts = make(kind, 3e-4, 0.1)
+    step(*parts)
+    before = [group["lr"] for group in optimizer.param_groups]
+    reschedule(scheduler)
+    assert [group["lr"] for group in optimizer.param_groups] == before
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_the_rates_in_force_are_those_of_the_groups(kind):
+    parts = make(kind, 2e-4, 0.1)
+    rates = "lr 0.0002" if kind == "AdamW" else "lr 0.0002, adamw_lr 0.0001"
+    assert in_force(*parts[1:]) == rates
+    step(*parts)
+    now = ("lr 0.0002 (now 0.0001)", ", adamw_lr 0.0001 (now 5e-05)")
+    assert in_force(*parts[1:]) == now[0] + (now[1] if kind != "AdamW" else "")

@@ -50,6 +50,10 @@ def test_the_output_tells_the_story(ran):
     assert "shape.json, random weights, 0.1 M parameters, fp32" in output
     assert "MoFaSGD, ZeRO stage 2, lr 0.0012 (linear)" in output
     assert "batch: 4 sequences = 2 each on 2 ranks, 1 times" in output
+    assert output.count(f"    begins: anew, {STEPS} steps") == 1 and re.search(
+        r"in force: lr [\d.]+, adamw_lr [\d.]+\n", output
+    )
+    assert "built successfully" not in output
     assert re.search(rf"{STEPS} steps, [\d,]+ tokens/s, peak memory [\d.]+ GB", output)
     assert output.count("model saved in model") == 1  # by one rank
     steps = [entry for entry in ran.ranks[0]["history"] if "tokens_per_second" in entry]
@@ -88,6 +92,9 @@ def test_sigterm_to_one_rank_saves_on_all(ran):
 @on_ranks(stopped, after=UNINTERRUPTED)
 def test_a_resumed_run_ends_where_the_uninterrupted_one_did(ran):
     assert_same_model(ran)
+    resumed = printed(ran, "resumed")
+    assert resumed.count(f"    begins: at step {HALF} of {STEPS}, from stopped/checkpoint-{HALF}") == 1
+    assert re.search(r"in force: lr ([\d.]+) \(now ([\d.]+)\), adamw_lr", resumed)  # half way of a linear schedule
     assert losses_in(printed(ran, "resumed")) == losses_in(printed(ran.before))
 
 
