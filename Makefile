@@ -57,7 +57,7 @@ LEARNING_RATE_MoFaSGD := 1e-3
 NAME := $(shell echo "$(OPTIMIZER)" | tr '[:upper:]' '[:lower:]')
 
 # DeepSpeed's JSON names the optimizer with its options; without one the command line does, and says the same.
-FLAGS_MoFaSGD := --optimizer MoFaSGD --rank 32 --adam_beta2 0.95
+FLAGS_MoFaSGD := --optimizer MoFaSGD --adam_beta2 0.95
 FLAGS_AdamW := --optimizer AdamW
 TORCHRUN := torchrun --standalone --nproc_per_node $(RANKS) launch/train.py
 START_one := python launch/train.py $(FLAGS_$(OPTIMIZER))

@@ -14,7 +14,7 @@ from a clone: deepspeed --log_level error launch/train.py OPTIONS; or torchrun, 
 Fine-tune a causal language model, all of its parameters, with MoFaSGD or another optimizer.
 
   ds-mofa train --deepspeed zero2 --model_name_or_path MODEL --train_file chats.jsonl --output_dir out/tuned
-  ds-mofa train --fsdp --optimizer MoFaSGD --rank 32 --model_name_or_path MODEL --train_file alpaca.json
+  ds-mofa train --fsdp --optimizer MoFaSGD --model_name_or_path MODEL --train_file alpaca.json
   ds-mofa train --optimizer MoFaSGD --optimizer_args '{"explore": 32, "balance": 0.5}' --train_file rows.csv ...
   the same command with --resume_from_checkpoint last: go on where it was stopped
 

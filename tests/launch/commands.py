@@ -49,7 +49,7 @@ def train(
 
 def train_alone(folder: Path, *words: str, script: str = "launch/train.py") -> subprocess.CompletedProcess:
     """The same in one process, without a launcher and without DeepSpeed."""
-    return start(folder, [sys.executable, str(ROOT / script), "--optimizer", "MoFaSGD", "--rank", "32"], *words)
+    return start(folder, [sys.executable, str(ROOT / script), "--optimizer", "MoFaSGD"], *words)
 
 
 def start(folder: Path, launcher: list[str], *words: str) -> subprocess.CompletedProcess:

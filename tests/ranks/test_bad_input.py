@@ -240,7 +240,7 @@ CASES: dict[str, dict[str, tuple[Callable[[], Any], str]]] = {
         ),
         "no matrix": (engine(config(2), lambda: toy(NoMatrix)), "found no matrix to train.*Use AdamW for this model"),
         "a matrix that is not contiguous": (
-            optimizer(model=Strided),
+            optimizer(model=Strided, rank=8),
             r"'up.weight' is not contiguous.*\.contiguous\(\)",
         ),
         "parameters without their model": (
