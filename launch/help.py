@@ -15,7 +15,7 @@ Fine-tune a causal language model, all of its parameters, with MoFaSGD or anothe
 
   ds-mofa train --deepspeed zero2 --model_name_or_path MODEL --train_file chats.jsonl --output_dir out/tuned
   ds-mofa train --fsdp --optimizer MoFaSGD --model_name_or_path MODEL --train_file alpaca.json
-  ds-mofa train --optimizer MoFaSGD --optimizer_args '{"explore": 32, "balance": 0.5}' --train_file rows.csv ...
+  ds-mofa train --optimizer MoFaSGD --optimizer_args '{"explore": 128}' --train_file rows.csv ...
   the same command with --resume_from_checkpoint last: go on where it was stopped
 
 model
@@ -34,7 +34,7 @@ who trains
   --deepspeed CONFIG               a JSON file, or zero0 to zero3: it names the optimizer
   --fsdp                           FSDP2; without either DDP, or one process
   --optimizer NAME                 without --deepspeed: MoFaSGD, GaLore, AdamW
-  --rank N                         momentum directions of a matrix
+  --rank N                         momentum directions of a matrix (32, and 32 explored; a rank alone explores none)
   --optimizer_args JSON            its other options, or a .json file with them
 how
   --learning_rate LR               default: the optimizer's, which the first lines say
