@@ -74,7 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro_batch", type=int, default=1, help="sequences of one forward")
     parser.add_argument("--micro_batches", type=int, default=8, help="of one optimizer step (gradient accumulation)")
     parser.add_argument("--rank", type=int, help="of ds_mofa's optimizers and of LoRA; default: 32, and explore 32")
-    parser.add_argument("--explore", type=int, help="random directions beside the rank, of MoFaSGD; with --rank 0 by default")
+    parser.add_argument(
+        "--explore", type=int, help="random directions beside the rank, of MoFaSGD; with --rank 0 by default"
+    )
     parser.add_argument("--states", default="fp32", choices=["fp32", "bf16"], help="DeepSpeed's masters and moments")
     parser.add_argument(
         "--weights", default="bf16", choices=["bf16", "fp32"], help="FSDP2's shards; fp32 ones are gathered in bf16"
