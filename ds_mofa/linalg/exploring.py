@@ -30,10 +30,9 @@ from ds_mofa.kernels.svd import jacobi_svd
 from ds_mofa.linalg.batching import together
 from ds_mofa.linalg.orthonormal import sketch_gram
 
-# A singular value of float64 columns below which its square is lost in the Gram matrix.
-_SQUARED = 1e-7
-
 __all__ = ["Look", "directions", "sign_words", "signs"]
+
+_SQUARED = 1e-7  # a singular value of float64 columns below which its square is lost in the Gram matrix
 
 
 class Look(NamedTuple):
