@@ -435,7 +435,7 @@ CASES: dict[str, dict[str, tuple[Callable[[], Any], str]]] = {
     "data": {
         "no such data": (command("--train_file", "nowhere.txt"), "nowhere.txt: no such file. Check --train_file"),
         "a folder for data": (command("--train_file", "."), r"\.: no such file. Check --train_file"),
-        "data of another kind": (command(data="a,b", name="a.csv"), "a.csv: a data file must end in .txt.*not '.csv'"),
+        "data of another kind": (command(data="a,b", name="a.tsv"), "a.tsv: a data file must end in .txt.*not '.tsv'"),
         "empty text": (command(data=" \n"), "train.txt: the file is empty"),
         "text that is not UTF-8": (command(data=b"a\nb\xff\n"), "train.txt:2: not UTF-8.*Convert it"),
         "empty records": (command(data="\n\n", name="a.jsonl"), "a.jsonl: the file holds no record"),
