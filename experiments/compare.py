@@ -26,7 +26,7 @@ import torch
 
 from experiments.comparison.isolation import in_own_process, in_own_processes
 from experiments.comparison.plan import Plan, Run, load_plan
-from experiments.comparison.published import matched
+from experiments.comparison.published import matched, searched
 from experiments.comparison.reading import unknown
 from experiments.comparison.report import write_report
 from experiments.comparison.results import Results
@@ -73,12 +73,7 @@ def report_only(plan: Plan, folder: Path, found_rates: bool) -> str | None:
 
 def report_rates(given: Plan, results: Results, folder: Path) -> Plan:
     """What :func:`find_rates` has found; without the data."""
-    grid, rows = matched(given.with_settings(given.settings, given.seeds[:1]), results.rows)
-    while True:
-        wider, wider_rows = matched(widened(grid, rows, given), results.rows)
-        if len(wider.settings) == len(grid.settings):
-            break
-        grid, rows = wider, wider_rows
+    grid, rows = searched(given, results.rows)
     write_report(grid, rows, folder / "rates", curves=False)
     return at_the_best(grid, rows, given.seeds)
 

@@ -19,10 +19,10 @@ from ds_mofa.profiler.report.charts import Lines, Series
 from ds_mofa.profiler.report.drawing import draw, save_png
 from ds_mofa.profiler.report.styles import HIGHLIGHTED
 from experiments.comparison.plan import Plan, load_plan
-from experiments.comparison.published import matched
+from experiments.comparison.published import matched, searched
 from experiments.comparison.rates import best_rates
 from experiments.comparison.results import Results
-from experiments.comparison.search import at_the_best, widened
+from experiments.comparison.search import at_the_best
 from experiments.comparison.summary import summarise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ LOSSES = [
 ]
 
 
-def searched(folder: str, yaml: str) -> tuple[Plan, Plan, Mapping[str, dict]]:
+def read(folder: str, yaml: str) -> tuple[Plan, Plan, Mapping[str, dict]]:
     """The grid of the first seed as far as it was widened, all seeds at the best of it, and the rows of both."""
     # The data are not read: rows are known by their optimizer, options and seed.
     given = load_plan(
@@ -60,13 +60,9 @@ def searched(folder: str, yaml: str) -> tuple[Plan, Plan, Mapping[str, dict]]:
     if folder == "sst2_why":  # its whole grid has all seeds
         plan, found = matched(given, rows)
         return plan, plan, found
-    grid, found = matched(given.with_settings(given.settings, given.seeds[:1]), rows)
-    while True:
-        wider, more = matched(widened(grid, found, given), rows)
-        if len(wider.settings) == len(grid.settings):
-            best, more = matched(at_the_best(grid, found, given.seeds), rows)
-            return grid, best, {**found, **more}
-        grid, found = wider, more
+    grid, found = searched(given, rows)
+    best, more = matched(at_the_best(grid, found, given.seeds), rows)
+    return grid, best, {**found, **more}
 
 
 def lines(name: str, title: str, y_label: str, settings: list[str], values: Mapping[str, Mapping[str, float]]) -> Lines:
@@ -90,7 +86,7 @@ def main(argv: list[str]) -> None:
     rates: dict[str, dict[str, float]] = {}
     losses: dict[str, dict[str, float]] = {}
     for task, (folder, yaml) in TASKS.items():
-        grid, best, rows = searched(folder, yaml)
+        grid, best, rows = read(folder, yaml)
         found = {rate.label: rate for rate in best_rates(grid, rows)}
         rates[task] = {label: rate.lr / found["AdamW"].lr for label, rate in found.items() if label in RATES}
         print(task, {label: f"{ratio:.2f}{found[label].at_edge}" for label, ratio in rates[task].items()})

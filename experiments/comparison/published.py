@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.comparison.plan import Plan
+from experiments.comparison.search import widened
 from launch.errors import UserError
 
-__all__ = ["matched"]
+__all__ = ["matched", "searched"]
 
 Rows = Mapping[str, dict[str, Any]]
 
@@ -34,6 +35,20 @@ def matched(plan: Plan, rows: Rows) -> tuple[Plan, dict[str, dict[str, Any]]]:
     seeds = tuple(seed for seed in plan.seeds if any(run.seed == seed for run in runs))
     runs = tuple(run for run in plan.runs if run.seed in seeds and any(run.setting is setting for setting in kept))
     return dataclasses.replace(plan, settings=kept, seeds=seeds, runs=runs), found
+
+
+def searched(given: Plan, rows: Rows) -> tuple[Plan, dict[str, dict[str, Any]]]:
+    """The grid of the first seed as ``--find_rates`` has widened it, and its rows.
+
+    Raises:
+        UserError: see :func:`matched`.
+    """
+    grid, found = matched(given.with_settings(given.settings, given.seeds[:1]), rows)
+    while True:
+        wider, more = matched(widened(grid, found, given), rows)
+        if len(wider.settings) == len(grid.settings):
+            return grid, found
+        grid, found = wider, more
 
 
 def _known_by(optimizer: str, options: Mapping[str, Any], seed: int) -> str:

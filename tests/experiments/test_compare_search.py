@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from experiments.comparison import published
 from experiments.comparison.search import at_the_best, check_searchable, widened
 from launch.errors import UserError
 from tests.experiments.comparisons import language_plan
@@ -20,7 +21,17 @@ def searched(tmp_path, best_lr: float, diverges_from: float = math.inf):
         for run in plan.runs:
             lr = run.setting.options["lr"]
             loss = math.log(lr / best_lr) ** 2
-            rows[run.key] = {"diverged_at": 1 if lr >= diverges_from else None, "evaluations": [{"loss": loss}]}
+            known = {
+                "key": run.key,
+                "seed": run.seed,
+                "optimizer": run.setting.optimizer,
+                "options": run.setting.options,
+            }
+            rows[run.key] = {
+                **known,
+                "diverged_at": 1 if lr >= diverges_from else None,
+                "evaluations": [{"loss": loss}],
+            }
         wider = widened(plan, rows, given)
         if len(wider.settings) == len(plan.settings):
             return plan, rows, given
@@ -47,6 +58,14 @@ def test_a_grid_grows_until_its_best_is_inside(tmp_path, best_lr, tried):
     best = at_the_best(plan, rows, given.seeds)
     nearest = min(tried, key=lambda lr: abs(math.log(lr / best_lr)))
     assert rates(best) == [nearest] and [run.seed for run in best.runs] == [3, 4]
+
+
+def test_the_rows_alone_tell_what_was_searched(tmp_path):
+    """Without the data the keys are others; the grid is found again by what its runs were."""
+    plan, rows, given = searched(tmp_path, 3.0e-5)
+    grid, found = published.searched(given, {f"other {key}": row for key, row in rows.items()})
+    assert rates(grid) == rates(plan) == [1.25e-5, 2.5e-5, 5e-5, *RATES]
+    assert {row["options"]["lr"] for row in found.values()} == set(rates(plan))
 
 
 def test_what_has_diverged_is_not_the_best(tmp_path):
