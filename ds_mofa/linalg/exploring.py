@@ -12,9 +12,6 @@ The first r columns are MoFaSGD's. From the others, what is left of G where the 
 
 and U V^T is joined by A E^T + F B^T: of all A of that norm and rank the one that lowers the loss most along E.
 
-All but two passes over the long columns is done on Gram matrices in float64: X^T X has the right singular vectors of X, and
-polar(X) = X (X^T X)^(-1/2).
-
 E and F are signs / sqrt(n) and / sqrt(m), one random bit an element, so that every rank has them without a message.
 """
 
@@ -24,15 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.random_bits import mix
-from ds_mofa.kernels.svd import jacobi_svd
 from ds_mofa.linalg.batching import together
-from ds_mofa.linalg.orthonormal import sketch_gram
+from ds_mofa.linalg.factors import leading_svd
+from ds_mofa.linalg.orthonormal import Side, complements
 
 __all__ = ["Look", "directions", "sign_words", "signs"]
-
-_SQUARED = 1e-7  # a singular value of float64 columns below which its square is lost in the Gram matrix
 
 
 class Look(NamedTuple):
@@ -56,50 +50,12 @@ def directions(looks: Sequence[Look]) -> Iterator[Tensor]:
     gradient that the momentum sees all of, it is zero.
     """
     rests = _beyond(looks)
+    bases = complements([Side(look.U, rest) for look, rest in zip(looks, rests)])
     # Over what they are the rest of, so that one floor tells rounding in all of them.
-    sizes = _sizes(looks, rests)
-    grams = [sketch_gram(look.U, rest / size) for look, rest, size in zip(looks, rests, sizes)]
-    kept = [look.U.shape[-1] for look in looks]
-    counts = [
-        min(rest.shape[-1], look.U.shape[-2] - c, look.test.shape[-2] - c) for look, rest, c in zip(looks, rests, kept)
-    ]
-    floor = max(64 * torch.finfo(rests[0].dtype).eps, _SQUARED)
-    kinds = list(zip(kept, counts))
-    roots = together(grams, lambda gram, kind: (_root(gram, *kind, floor=floor),), kinds)
-    for look, rest, size, (turn,) in zip(looks, rests, sizes, roots):
-        columns = torch.cat([look.U, rest / size], dim=-1).double()
-        yield (columns @ turn).to(rest.dtype)
-
-
-def _root(gram: Tensor, c: int, count: int, *, floor: float) -> Tensor:
-    """T (B, c + k, k), float64, with [U X] T = polar((1 - U U^T) X), from the Gram matrix of [U X]; U (m, c).
-
-    Over the ``count`` leading singular values, as far as they are above ``floor``.
-    """
-    near, across, own = gram[..., :c, :c], gram[..., :c, c:], gram[..., c:, c:]
-    inside = 2 * across - near @ across  # (U^T U)^-1 U^T X, as in _coordinates
-    H = own - inside.mT @ across - across.mT @ inside + inside.mT @ near @ inside  # X'^T X', X' = X - U inside
-    H = 0.5 * (H + H.mT)
-    vectors = _eigenvectors(H)[..., :count]
-    squares = (vectors * (H @ vectors)).sum(-2)
-    live = squares > floor * floor
-    inverse = live / torch.where(live, squares, 1).sqrt()
-    T = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
-    # Newton-Schulz: where the vectors are of fp32, the columns come out orthonormal to the square of what they were.
-    T = T @ (1.5 * torch.eye(T.shape[-1], dtype=T.dtype, device=T.device) - 0.5 * T.mT @ H @ T)
-    return torch.cat([-inside @ T, T], dim=-2)
-
-
-def _eigenvectors(H: Tensor) -> Tensor:
-    """Of H (B, k, k), float64, not negative: orthonormal columns, those of the largest first."""
-    if not triton_serves(H.float()):
-        return torch.linalg.eigh(H).eigenvectors.flip(-1)
-    # H = R^T R, and R has twice the digits of H in fp32; the shift is below every floor.
-    shift = 1e-14 * H.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    R = torch.linalg.cholesky_ex(H + (shift + 1e-300) * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)).L.mT
-    _, _, Q = jacobi_svd(R.float())
-    Q = Q.double()
-    return 1.5 * Q - 0.5 * Q @ (Q.mT @ Q)
+    inner = [basis.R.to(rest.dtype) / size for basis, rest, size in zip(bases, rests, _sizes(looks, rests))]
+    counts = [min(*R.shape[-2:], look.test.shape[-2] - look.U.shape[-1]) for look, R in zip(looks, inner)]
+    for basis, (turn,) in zip(bases, together(inner, _polar, counts)):
+        yield basis.beside(turn)
 
 
 def _beyond(looks: Sequence[Look]) -> list[Tensor]:
@@ -132,6 +88,15 @@ def _sizes(looks: Sequence[Look], rests: Sequence[Tensor]) -> Sequence[Tensor]:
     ]
     sizes = torch.cat(norms[::2]) + torch.cat(norms[1::2])
     return torch.where(sizes > 0, sizes, 1).to(rests[0].dtype).split([len(rest) for rest in rests])
+
+
+def _polar(R: Tensor, count: int) -> tuple[Tensor]:
+    """P Q^T (B, p, k) of R = P diag(s) Q^T, |R| <= 1: over the ``count`` leading s, as far as they are not rounding."""
+    if count == 0:
+        return (R.new_zeros(R.shape, dtype=torch.float64),)
+    P, s, Q = leading_svd(R, count)
+    live = s > 64 * torch.finfo(R.dtype).eps
+    return ((P * live.unsqueeze(-2)) @ Q.mT,)
 
 
 def sign_words(counters: Tensor, key: int) -> Tensor:

@@ -40,8 +40,7 @@ def as_under_zero2(before: str, engine: str) -> dict:
 @on_ranks(as_under_zero2, engine=["ddp", "fsdp2"], after=UNDER_ZERO2)
 def test_the_engines_train_the_same_model(ran):
     result, reference = ran.ranks[0], ran.before.ranks[0]
-    # Sums of another order differ in their last bits, and explored columns of small gradients turn by more than these.
-    assert distance(result["weights"], reference["weights"]) < 5e-4
+    assert distance(result["weights"], reference["weights"]) < 5e-5
     assert distance(reference["half way"], reference["weights"]) > 1e-2  # what another training would be off by
     for ours, theirs in zip(result["history"], reference["history"], strict=True):
         for key in ours.keys() & {"loss", "grad_norm", "eval_loss", "num_tokens"}:
