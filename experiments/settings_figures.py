@@ -57,8 +57,8 @@ def read(folder: str, yaml: str) -> tuple[Plan, Plan, Mapping[str, dict]]:
     )
     with Results(RESULTS / folder / "results.jsonl") as results:
         rows = results.rows
-    if folder == "sst2_why":  # its whole grid has all seeds
-        plan, found = matched(given, rows)
+    plan, found = matched(given, rows)
+    if len(found) == len(given.runs):  # nothing was searched: the whole grid has all seeds
         return plan, plan, found
     grid, found = searched(given, rows)
     best, more = matched(at_the_best(grid, found, given.seeds), rows)

@@ -85,7 +85,8 @@ def train(run: Run, task: Task, device_name: str, keep: Path | None = None) -> d
     with products():
         tested = task.evaluate(model, test, device) if diverged_at is None else None
     result = {
-        "train_loss": [loss if math.isfinite(loss) else None for loss in losses],
+        # Nine digits tell every fp32 number from all others.
+        "train_loss": [float(f"{loss:.9g}") if math.isfinite(loss) else None for loss in losses],
         "evaluations": [entry for entry in evaluations if _finite(entry)],
         "test": tested,
         "diverged_at": diverged_at,

@@ -115,7 +115,7 @@ def best(engine: str, rate: float) -> dict:
     words = ["--learning_rate", str(rate), "--lr_scheduler_type", "constant", "--gradient_accumulation_steps", "2"]
     words += ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps"]
     words += ["--save_steps", "1", "--packing", "--train_file", "eval.jsonl", "--output_dir", "model"]
-    words += ["--optimizer_args", f'{{"rank": 32, "adamw_lr": {rate / 10}, "adjust_lr_fn": "adamw"}}']
+    words += ["--optimizer_args", f'{{"adamw_lr": {rate / 10}, "adjust_lr_fn": "adamw"}}']
     run = command(*words, *(SHARDED_CONFIG if engine == "fsdp2" else []), engine=engine)
     if dist.get_rank() == 0:
         run["answer loss"] = answer_loss(Path("model"), Path("eval.jsonl"))
