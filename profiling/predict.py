@@ -79,7 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--states", default="fp32", choices=["fp32", "bf16"], help="DeepSpeed's masters and moments")
     parser.add_argument(
-        "--weights", default="bf16", choices=["bf16", "fp32"], help="FSDP2's shards; fp32 ones are gathered in bf16"
+        "--weights",
+        default="bf16",
+        choices=["bf16", "fp32", "int8"],
+        help="int8: the matrices in eight bits; fp32: FSDP2's shards, gathered in bf16",
     )
     parser.add_argument(
         "--no_reshard", dest="reshard", action="store_false", help="FSDP2's reshard_after_forward of the layers off"

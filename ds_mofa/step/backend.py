@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_mofa.capture.sink import Arrived, Gathered
+from ds_mofa.kernels.int8 import Int8Weight
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.options import OptionError
 from ds_mofa.parameters import Matrix
@@ -157,7 +158,10 @@ def in_several_processes(group: dist.ProcessGroup | None = None) -> bool:
 
 def whole_matrix(matrix: Matrix) -> Shard:
     """The shard of a process that holds all of W."""
-    return Shard(matrix.param.data.view(-1))
+    param = matrix.param
+    if isinstance(param, Int8Weight):
+        return Shard(param.codes.view(-1), exponents=param.exponents.view(-1))
+    return Shard(param.data.view(-1))
 
 
 def replaced(matrix: Matrix) -> str:

@@ -169,6 +169,17 @@ ROWS: tuple[Row, ...] = (
     ),
     *_rows(
         ENGINE,
+        "wraps",
+        (
+            "_configure_distributed_model",
+            "(self, model)",
+            "leaves weights of eight bits alone while it casts and moves the rest",
+        ),
+        ("_get_param_fragment_func", "(self, param)", "saves weights of eight bits as ordinary ones"),
+        since=WHOLE,
+    ),
+    *_rows(
+        ENGINE,
         "calls",
         (
             "_get_ckpt_name",
