@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ds_mofa.profiler.setting import RunSetting
 from ds_mofa.profiler.sharding import mesh_of, shard
-from profiling.trainers import TorchTrainer, build_model
+from profiling.trainers import TorchTrainer, build_model, materialize
 
 __all__ = ["DDPTrainer", "FSDP2Trainer"]
 
@@ -66,10 +66,7 @@ class FSDP2Trainer(_RanksTrainer):
 
         def prepare(module: nn.Module) -> None:
             for part in module.modules():
-                own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
-                if any(tensor.is_meta for tensor in own):
-                    part.to_empty(device=device, recurse=False)
-                    model._init_weights(part)
+                materialize(model, part, device)
             if module is model:
                 model.tie_weights()
 

@@ -10,18 +10,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import OPTIMIZERS
+from ds_mofa.parameters import split_parameters
 from ds_mofa.profiler.predict.simulated.model import attention
 from ds_mofa.profiler.setting import RunSetting, SettingError
+from ds_mofa.weights.int8 import put_in, serves
 
 __all__ = [
     "TorchTrainer",
     "Trainer",
     "build_model",
+    "materialize",
     "LoRATrainer",
     "check_measurable",
     "optimizer_params",
@@ -81,6 +84,8 @@ def pretend_to_be(size: float, device: torch.device) -> None:
 
 def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
     """In training mode, with what the setting says of its layers; weights are random, on ``device``."""
+    if setting.weights == "int8" and device.type != "meta":
+        return _in_eight_bits(build_model(setting, torch.device("meta")), setting, device)
     config = AutoConfig.for_model(**json.loads(Path(setting.model_config).read_text()))
     config.get_text_config().use_cache = config.use_cache = False
     dtype = torch.float32 if setting.weights == "fp32" else torch.bfloat16
@@ -97,6 +102,27 @@ def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
             if type(layer).__name__ in model._no_split_modules:
                 layer.compile()
     return model.train()
+
+
+def materialize(model: PreTrainedModel, part: nn.Module, device: torch.device) -> None:
+    """Random weights on ``device`` for what of a module's own is on the meta device."""
+    own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+    if any(tensor.is_meta for tensor in own):
+        part.to_empty(device=device, recurse=False)
+        model._init_weights(part)
+
+
+def _in_eight_bits(model: PreTrainedModel, setting: RunSetting, device: torch.device) -> nn.Module:
+    """The weights of a model whose sixteen bits the device may not hold: one module after the other gets its own, and its
+    matrices are put into eight bits.
+    """
+    matrices = split_parameters(model, model.parameters(), setting.entry.options(**optimizer_params(setting))).matrices
+    wanted = {slot for matrix in matrices if serves(matrix.full_shape, matrix.param.dtype) for slot in matrix.slots}
+    for part in model.modules():
+        materialize(model, part, device)
+        put_in(model, [param for name, param in part.named_parameters(recurse=False) if (part, name) in wanted])
+    model.tie_weights()
+    return model
 
 
 def optimizer_params(setting: RunSetting) -> dict[str, Any]:

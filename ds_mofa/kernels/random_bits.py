@@ -22,7 +22,7 @@ from torch import Tensor
 __all__ = ["Rounding", "mix", "random_bits", "round_stochastically", "rounding_key"]
 
 
-_GOLDEN = 40503  # 2^16 over the golden ratio, odd, so that the sequence comes to every number
+_GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio; in 16 bits it would repeat itself too early
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Rounding:
     @property
     def turn(self) -> int:
         """What the bits of every element have gone on by since step 0, in [0, 2^16)."""
-        return self.step * _GOLDEN & 0xFFFF
+        return (self.step * _GOLDEN & 0xFFFFFFFF) >> 16
 
     def weight_key(self, number: Any) -> Any:
         """The 32-bit word that keys the bits of a matrix's elements, in every step; ``number`` as in :func:`rounding_key`."""
