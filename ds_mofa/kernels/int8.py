@@ -9,6 +9,7 @@ the values and finds the exponents anew, a run that is resumed from one goes on 
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -81,8 +82,10 @@ class Int8Weight(torch.Tensor):
     """A weight (..., n) that lies in eight bits, and reads as a tensor of ``dtype``.
 
     An operation that reads it gets it widened, for as long as it takes; ``torch.embedding`` widens the rows that it reads.
-    ``copy_`` rounds to the nearest. Any other write is refused, and so is a view outside of autograd, through which one could
-    be made: a change below the spacing would be lost in silence.
+    ``copy_`` rounds to the nearest. Any other write is refused, since a change below the spacing would be lost in silence.
+    Some rows are a view, in eight bits too; of another view outside of autograd the writes would be lost, and it is refused.
+
+    ``fully_shard`` cuts it by rows, evenly, and sends eight bits.
 
     Args:
         codes: int8 (..., n), contiguous.
@@ -108,6 +111,18 @@ class Int8Weight(torch.Tensor):
     def widened(self) -> Tensor:
         """An ordinary tensor of the same values."""
         return widened(self.codes, self.exponents, self.dtype)
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """What FSDP2 sends of its rows."""
+        return (self.codes, self.exponents), None
+
+    def fsdp_post_all_gather(self, gathered, metadata, param_dtype, *, out=None):
+        """The whole of it, over what has been received, which FSDP2 frees and fills again."""
+        if out is not None:
+            return None
+        if len(gathered) == 1:  # a single process sends the first part alone, to itself
+            gathered = (*gathered, self.exponents)
+        return Int8Weight(*gathered, param_dtype), ()
 
     def data_ptr(self) -> int:
         """Of the codes: by it others tell which weights are one (DeepSpeed, when it saves)."""
@@ -183,6 +198,47 @@ def _each(function: Callable[[Tensor], Tensor]):
     return answer
 
 
+def _rows(func, weight, *args, **kwargs):
+    """A view, or several, of whole groups."""
+    codes, exponents = func(weight.codes, *args, **kwargs), func(weight.exponents, *args, **kwargs)
+    if isinstance(codes, Tensor):
+        return Int8Weight(codes, exponents, weight.dtype)
+    return [Int8Weight(*parts, weight.dtype) for parts in zip(codes, exponents)]
+
+
+def _leading(func, weight, dim=0, *args, **kwargs):
+    """Of a view along a dimension: all but the last have whole groups."""
+    whole_groups = dim % weight.dim() < weight.dim() - 1
+    return (_rows if whole_groups else _read)(func, weight, dim, *args, **kwargs)
+
+
+def _split(func, weight, size, dim=0):
+    return _rows(func, weight, size, dim) if dim % weight.dim() < weight.dim() - 1 else _read(func, weight, size, dim)
+
+
+def _reshaped(func, weight, size, *rest):
+    """A view whose rows are whole groups as well; that of fully_shard is flat."""
+    size = list(size)
+    if -1 in size:
+        known = math.prod(one for one in size if one != -1)
+        size[size.index(-1)] = weight.numel() // known
+    itself = (
+        func is aten.as_strided.default and tuple(size) == tuple(weight.shape) and tuple(rest[0]) == weight.stride()
+    )
+    if not size or size[-1] % GROUP or not (itself or func is aten.view.default):
+        return _read(func, weight, size, *rest)
+    return Int8Weight(weight.codes.view(size), weight.exponents.view(*size[:-1], size[-1] // GROUP), weight.dtype)
+
+
+def _zeros(func, weight, size, **kwargs):
+    """Eight bits where there is room for whole groups, ordinary ones else."""
+    wanted = kwargs.get("dtype") or weight.dtype
+    if not size or size[-1] % GROUP or wanted != weight.dtype:
+        return _read(func, weight, size, **kwargs)
+    groups = (*size[:-1], size[-1] // GROUP)
+    return Int8Weight(weight.codes.new_zeros(size), weight.exponents.new_ones(groups), weight.dtype)
+
+
 def _converted(func, weight, *, dtype=None, device=None, non_blocking=False, **rest):
     dtype = weight.dtype if dtype is None else dtype
     if dtype not in WIDE_DTYPES:
@@ -226,6 +282,14 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     aten.clone: _each(torch.clone),
     aten._to_copy: _converted,
     aten.copy_: _copy,
+    aten.slice: _leading,
+    aten.select: _leading,
+    aten.split: _split,
+    aten.view: _reshaped,
+    aten.as_strided: _reshaped,
+    aten.new_zeros: _zeros,
+    aten._pin_memory: _each(lambda part: part.pin_memory()),
+    aten.is_pinned: lambda func, weight, *args, **kwargs: func(weight.codes, *args, **kwargs),
     aten.embedding: _embedding,
 }
 if torch.distributed.is_available():

@@ -7,7 +7,7 @@ from torch import nn
 
 from ds_mofa.kernels.int8 import Int8Weight
 from ds_mofa.options import OptionError
-from ds_mofa.parameters import Matrix, is_sharded
+from ds_mofa.parameters import Matrix, is_sharded, local_part
 from ds_mofa.weights import int8
 
 __all__ = ["keep_in_eight_bits"]
@@ -21,26 +21,32 @@ def keep_in_eight_bits(model: nn.Module, matrices: Sequence[Matrix]) -> str:
     """
     for matrix in matrices:
         _check(matrix)
-    served = [matrix.param for matrix in matrices if int8.serves(matrix.full_shape, matrix.param.dtype)]
+    served = [m.param for m in matrices if _is_kept(m.param) or int8.serves(m.full_shape, m.param.dtype)]
     if not served:
         raise OptionError(
             f"weights='int8' keeps matrices whose rows have a multiple of {int8.GROUP} weights, and of {len(matrices)} none "
             "has: leave it out"
         )
-    int8.put_in(model, served)
+    int8.put_in(model, [param for param in served if not _is_kept(param)])
     numel = sum(param.numel() for param in served)
     left = len(matrices) - len(served)
     other = f"; {left} whose rows are no multiple of {int8.GROUP} stay as they are" if left else ""
-    taken = sum(param.codes.numel() + param.exponents.numel() for param in served if isinstance(param, Int8Weight))
+    taken = numel + numel // int8.GROUP
     return f"{len(served)} matrices, {numel / 1e6:,.1f}M weights, are kept in eight bits, {taken / 1e9:.3f} GB{other}"
+
+
+def _is_kept(param: nn.Parameter) -> bool:
+    return isinstance(local_part(param), Int8Weight)
 
 
 def _check(matrix: Matrix) -> None:
     param = matrix.param
+    if _is_kept(param):
+        return
     if is_sharded(param) or hasattr(param, "ds_tensor"):
         raise OptionError(
-            f"weights='int8' needs whole weights, and {matrix.name!r} is in parts: leave it out under fully_shard and ZeRO "
-            "stage 3, or use one process, DistributedDataParallel, or ZeRO stage 0, 1 or 2"
+            f"weights='int8' needs whole weights to begin with, and {matrix.name!r} is in parts already: call to_int8 of the "
+            "optimizer's class on the model before fully_shard; under DeepSpeed use ZeRO stage 0, 1 or 2"
         )
     if param.dtype == torch.float16:
         raise OptionError(

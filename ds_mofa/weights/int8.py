@@ -10,6 +10,7 @@ from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.int8 import GROUP, WIDE_DTYPES, Int8Weight, quantized, widened
 from ds_mofa.kernels.random_bits import Rounding, random_bits
 from ds_mofa.kernels.shard import Shard
+from ds_mofa.parameters import local_part
 
 __all__ = ["put_in", "serves", "swap", "take_out", "write_updates"]
 
@@ -74,7 +75,7 @@ def swap(param: nn.Parameter, tensor: Tensor) -> None:
 
 class _Plain:
     """A hook of ``state_dict``: in the place of weights of eight bits ordinary ones, on the host, for a card that holds eight
-    bits a weight need not have room for sixteen. What is tied stays tied.
+    bits a weight need not have room for sixteen; of a sharded weight this process's part, where it is. What is tied stays tied.
     """
 
     _from_public_api = True
@@ -82,11 +83,19 @@ class _Plain:
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         done: dict[int, Tensor] = {}
         for name, value in state.items():
-            if isinstance(value, Int8Weight):
-                key = id(value.codes)
-                if key not in done:
-                    done[key] = value.widened().to("cpu")
-                state[name] = done[key]
+            local = local_part(value) if isinstance(value, Tensor) else value
+            if not isinstance(local, Int8Weight):
+                continue
+            key = local.data_ptr()
+            if key not in done:
+                done[key] = local.widened().to("cpu") if local is value else _like(value, local.widened())
+            state[name] = done[key]
+
+
+def _like(sharded: Any, local: Tensor) -> Tensor:
+    """A DTensor of another local part, which lies as ``sharded`` does."""
+    where = {"run_check": False, "shape": sharded.shape, "stride": sharded.stride()}
+    return type(sharded).from_local(local, sharded.device_mesh, sharded.placements, **where)
 
 
 def write_updates(
