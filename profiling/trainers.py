@@ -23,8 +23,8 @@ from ds_mofa.weights.int8 import put_in, serves
 __all__ = [
     "TorchTrainer",
     "Trainer",
+    "Materializer",
     "build_model",
-    "materialize",
     "LoRATrainer",
     "check_measurable",
     "optimizer_params",
@@ -85,7 +85,9 @@ def pretend_to_be(size: float, device: torch.device) -> None:
 def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
     """In training mode, with what the setting says of its layers; weights are random, on ``device``."""
     if setting.weights == "int8" and device.type != "meta":
-        return _in_eight_bits(build_model(setting, torch.device("meta")), setting, device)
+        model = build_model(setting, torch.device("meta"))
+        Materializer(model, setting, device)(model)
+        return model
     config = AutoConfig.for_model(**json.loads(Path(setting.model_config).read_text()))
     config.get_text_config().use_cache = config.use_cache = False
     dtype = torch.float32 if setting.weights == "fp32" else torch.bfloat16
@@ -104,25 +106,31 @@ def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
     return model.train()
 
 
-def materialize(model: PreTrainedModel, part: nn.Module, device: torch.device) -> None:
-    """Random weights on ``device`` for what of a module's own is on the meta device."""
-    own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
-    if any(tensor.is_meta for tensor in own):
-        part.to_empty(device=device, recurse=False)
-        model._init_weights(part)
-
-
-def _in_eight_bits(model: PreTrainedModel, setting: RunSetting, device: torch.device) -> nn.Module:
-    """The weights of a model whose sixteen bits the device may not hold: one module after the other gets its own, and its
-    matrices are put into eight bits.
+class Materializer:
+    """Gives a model of the meta device random weights, one module after the other, and puts its matrices into eight bits where
+    the setting says so: no device need have room for all sixteen.
     """
-    matrices = split_parameters(model, model.parameters(), setting.entry.options(**optimizer_params(setting))).matrices
-    wanted = {slot for matrix in matrices if serves(matrix.full_shape, matrix.param.dtype) for slot in matrix.slots}
-    for part in model.modules():
-        materialize(model, part, device)
-        put_in(model, [param for name, param in part.named_parameters(recurse=False) if (part, name) in wanted])
-    model.tie_weights()
-    return model
+
+    def __init__(self, model: PreTrainedModel, setting: RunSetting, device: torch.device):
+        self._model, self._device = model, device
+        self._small: set[tuple[nn.Module, str]] = set()
+        if setting.weights == "int8":
+            split = split_parameters(model, model.parameters(), setting.entry.options(**optimizer_params(setting)))
+            small = [matrix for matrix in split.matrices if serves(matrix.full_shape, matrix.param.dtype)]
+            self._small = {slot for matrix in small for slot in matrix.slots}
+
+    def __call__(self, module: nn.Module) -> None:
+        """All that is in a module and has no weights yet; the last call is with the model."""
+        for part in module.modules():
+            own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+            if any(tensor.is_meta for tensor in own):
+                part.to_empty(device=self._device, recurse=False)
+                self._model._init_weights(part)
+                put_in(
+                    self._model, [p for name, p in part.named_parameters(recurse=False) if (part, name) in self._small]
+                )
+        if module is self._model:
+            self._model.tie_weights()
 
 
 def optimizer_params(setting: RunSetting) -> dict[str, Any]:

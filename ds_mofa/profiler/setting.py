@@ -294,11 +294,11 @@ class RunSetting:
             ]
             if own:
                 raise SettingError(f"{', '.join(own)} with {self.backend}: FSDP2's alone. Leave it out, or give fsdp2")
-        if self.weights == "int8" and (self.entry is None or self.sharded or self.zero == 3):
+        if self.weights == "int8" and (self.entry is None or self.zero == 3 or self.offload == "param"):
             able = " and ".join(OPTIMIZERS)
             raise SettingError(
-                f"weights is 'int8' with {self.backend}:{self.optimizer}: known of {able} on whole weights. Give the backend "
-                "torch, ddp, zero0, zero1 or zero2"
+                f"weights is 'int8' with {self.run}: known of {able}, not at ZeRO stage 3 and not on the host. Give the "
+                "backend torch, ddp, fsdp2, zero0, zero1 or zero2"
             )
         if self.gpus % self.replicas:
             raise SettingError(f"replicas is {self.replicas} on {self.gpus} GPUs: give a divisor of {self.gpus}")

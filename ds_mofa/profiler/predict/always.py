@@ -49,9 +49,10 @@ def weight_bytes(setting: RunSetting) -> int:
 
 def weights_on_a_rank(plan: Plan, parameters: list[Parameter]) -> int:
     """Bytes of these that a rank holds as weights."""
-    small = [p for p in parameters if p.eight_bits]  # where they are, no rank holds less than the whole
+    small = [p for p in parameters if p.eight_bits]
     rest = [p for p in parameters if not p.eight_bits]
-    return weight_bytes(plan.setting) * on_a_rank(plan, rest) + sum(p.numel + p.numel // GROUP for p in small)
+    codes = on_a_rank(plan, small)
+    return weight_bytes(plan.setting) * on_a_rank(plan, rest) + codes + codes // GROUP
 
 
 def on_a_rank(plan: Plan, parameters: list[Parameter]) -> int:

@@ -209,6 +209,7 @@ RUNS = [
     "torch:MoFaSGD:r=4:explore=3",
     "torch:MoFaSGD:r=4:master_weights=1",
     "torch:GaLore:r=4:refresh_every=1",
+    "torch:MoFaSGD:r=4:weights=int8:head=matrix:include=embed_tokens:head_loss=fused",
 ]
 
 

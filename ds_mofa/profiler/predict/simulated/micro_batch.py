@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_mofa.kernels.int8 import Int8Weight
+from ds_mofa.parameters import local_part
 from ds_mofa.profiler.predict.simulated.model import build, one_sequence_a_row, operators
-from ds_mofa.profiler.predict.simulated.optimizer import attach
+from ds_mofa.profiler.predict.simulated.optimizer import attach, put_in_eight_bits
 from ds_mofa.profiler.predict.simulated.ranks import pretended_ranks
 from ds_mofa.profiler.predict.simulated.trl import with_trl_loss
 from ds_mofa.profiler.setting import RunSetting
@@ -103,6 +104,8 @@ def simulate(setting: RunSetting) -> MicroBatch:
     """
     with pretended_ranks(setting) as mesh, FakeTensorMode(), one_sequence_a_row():
         model = build(setting)
+        if setting.weights == "int8":
+            put_in_eight_bits(model, setting)
         if mesh is not None:
             shard(model, mesh, setting)
         attached = attach(model, setting)
@@ -117,7 +120,7 @@ def simulate(setting: RunSetting) -> MicroBatch:
                 tuple(p.shape),
                 p.numel(),
                 {"sketched": "matrix"}.get(kinds[p], kinds[p]),
-                isinstance(p, Int8Weight),
+                isinstance(local_part(p), Int8Weight),
             )
             for p, name in names.items()
         ]
