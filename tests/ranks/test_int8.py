@@ -7,8 +7,9 @@ from comparing import distances, equal
 from deepspeed import comm as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from engines import layers, line, mofasgd, momenta, shard, square, step_on, whole
-from launching import on_ranks
+from launching import cases, on_ranks
 from reference import Reference
+from scenes.elastic import assert_continued, resumed, saved
 from scenes.resuming import assert_resumed, saved_and_resumed
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -215,6 +216,19 @@ def test_ddp_makes_one_model_of_different_ones(ran):
 )
 def test_a_run_resumes_bit_for_bit_from_ordinary_weights(ran):
     assert_resumed(ran)
+
+
+SMALL = {"dtype": "bf16", "kind": "Even", "options": INT8}
+
+
+@on_ranks(resumed, SMALL, world=[3], after=cases(saved, SMALL, stage=[2]), stage=[1])
+def test_a_universal_checkpoint_goes_to_other_ranks(ran):
+    assert_continued(ran, tolerance=2e-2)  # bf16 activations of another micro-batch size
+
+
+@on_ranks(resumed, dict(dtype="bf16", kind="Even"), world=[2], after=cases(saved, SMALL, stage=[2]), stage=[3])
+def test_a_universal_checkpoint_goes_on_in_sixteen_bits(ran):
+    assert_continued(ran, tolerance=2e-2)
 
 
 @on_ranks(sharded_and_resumed)
