@@ -135,8 +135,7 @@ class Int8Weight(torch.Tensor):
         new.requires_grad_(self.requires_grad)
         others = {name: value for name, value in vars(self).items() if name not in ("codes", "exponents")}
         vars(new).update(copy.deepcopy(others, memo))  # that it is a parameter is among these
-        new.grad = copy.deepcopy(self.grad, memo)
-        return new
+        return new  # without a gradient, as a copy of any parameter is
 
     def __repr__(self, *, tensor_contents=None):
         return f"Int8Weight({self.widened()})"

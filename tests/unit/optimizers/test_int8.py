@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ds_mofa import GaLore, MoFaSGD, OptionError
 from ds_mofa.kernels.int8 import Int8Weight
@@ -54,6 +54,35 @@ def test_it_learns_as_sixteen_bits_do(kind, options, capsys):
     assert f"{count} matrices" in capsys.readouterr().out and len(kept(narrow)) == count
     fallen, fell = losses[0] - losses[-1], also[0] - also[-1]
     assert fallen > 0.3 and fell == pytest.approx(fallen, rel=0.1)
+
+
+KINDS = {
+    "qwen3_moe": dict(
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        num_key_value_heads=2,
+        head_dim=32,
+    ),
+    "gpt2": dict(n_embd=64, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None),
+    "gemma": dict(num_key_value_heads=2, head_dim=32),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, include, count", [("qwen3_moe", [], 12), ("gpt2", [], 8), ("gemma", ["embed_tokens"], 15)], ids=list(KINDS)
+)
+def test_stacks_transposed_weights_and_scaled_embeddings(kind, include, count):
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
+    config = AutoConfig.for_model(kind, vocab_size=96, **(KINDS[kind] if kind == "gpt2" else {**shape, **KINDS[kind]}))
+    losses = []
+    for weights in (None, "int8"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+        losses.append(train(model, MoFaSGD(model, lr=1e-3, rank=4, weights=weights, include=include), 8))
+    assert len(kept(model)) == count
+    assert losses[0][-1] < losses[0][0] - 0.05 and losses[1] == pytest.approx(losses[0], rel=5e-3)
 
 
 def test_a_tied_embedding_is_one_weight():
