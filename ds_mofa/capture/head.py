@@ -51,7 +51,8 @@ _CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head
 
 
 def peak_bytes(tokens: int, m: int, n: int, *, itemsize: int, weight_gradient: int = 0, rank: int = 0) -> int:
-    """Most bytes that forward and backward of a fused head hold beside its input and its weight.
+    """Most bytes that forward and backward of a fused head hold beside its input and its weight; one that is kept in eight bits
+    is widened as a whole for that long, m n ``itemsize`` more.
 
     Args:
         tokens: N, of a micro-batch.

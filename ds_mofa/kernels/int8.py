@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ds_mofa.kernels import triton_serves
 
@@ -164,15 +164,17 @@ def _read(func, *args, **kwargs):
     """Any operation of the wide weights that writes none of them."""
     for place, argument in enumerate(func._schema.arguments):
         alias = argument.alias_info
-        value = args[place] if place < len(args) else kwargs.get(argument.name)
-        if alias is None or not isinstance(value, Int8Weight):
+        given = args[place] if place < len(args) else kwargs.get(argument.name)
+        values = [value for value in tree_leaves(given) if isinstance(value, Int8Weight)]
+        if alias is None or not values:
             continue
         if alias.is_write:
             raise NotImplementedError(
                 f"{func.overloadpacket.__name__} writes into a weight of eight bits, where a small change would be lost: "
                 "compute on weight.widened(), and put the result back with weight.copy_(), which rounds to the nearest"
             )
-        if func not in _LINEARS_VIEWS and not (value.requires_grad and torch.is_grad_enabled()):
+        recorded = torch.is_grad_enabled() and all(value.requires_grad for value in values)
+        if func not in _LINEARS_VIEWS and not recorded:
             raise NotImplementedError(
                 f"{func.overloadpacket.__name__} is a view of a weight of eight bits, and a write through it would be lost: "
                 "read weight.widened(), and write with weight.copy_(), which rounds to the nearest"
@@ -234,8 +236,9 @@ def _zeros(func, weight, size, **kwargs):
     wanted = kwargs.get("dtype") or weight.dtype
     if not size or size[-1] % GROUP or wanted != weight.dtype:
         return _read(func, weight, size, **kwargs)
-    groups = (*size[:-1], size[-1] // GROUP)
-    return Int8Weight(weight.codes.new_zeros(size), weight.exponents.new_ones(groups), weight.dtype)
+    groups, device = (*size[:-1], size[-1] // GROUP), kwargs.get("device")
+    codes, exponents = weight.codes.new_zeros(size, device=device), weight.exponents.new_ones(groups, device=device)
+    return Int8Weight(codes, exponents, weight.dtype)
 
 
 def _converted(func, weight, *, dtype=None, device=None, non_blocking=False, **rest):

@@ -134,6 +134,7 @@ def test_a_penalty_on_a_slice_is_differentiated():
     "write", [
         lambda w: w.add_(1e-6), lambda w: w.mul_(0.5), lambda w: w.zero_(), lambda w: w[0].zero_(),
         lambda w: w.view(-1)[:3].fill_(1.0), lambda w: torch.add(w, 1.0, out=w), lambda w: nn.init.normal_(w),
+        lambda w: torch._foreach_mul_([torch.ones(3), w], 0.5),
     ],
 )  # fmt: skip
 def test_a_write_that_might_be_lost_is_refused(write):
