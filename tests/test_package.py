@@ -39,6 +39,20 @@ def test_gpus_are_taken_out_of_the_words():
             scripts._gpus(wrong)
 
 
+@pytest.mark.parametrize(("visible", "left"), [(None, "0"), ("2,3", "2"), ("", "")])
+def test_one_process_on_one_gpu_of_several_sees_no_other(monkeypatch, visible, left):
+    for variable in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")  # so that it is put back
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(scripts.torch.cuda, "device_count", lambda: 4)
+    seen = []
+    monkeypatch.setattr(scripts, "_run", lambda script, words: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    scripts.train(["--optimizer", "MoFaSGD", "--gpus", "1"])
+    assert seen == [left]
+
+
 def test_config_prints_json_and_knows_what_there_is(capsys):
     main(["config", "zero2"])
     assert json.loads(capsys.readouterr().out)["optimizer"]["type"] == "MoFaSGD"
