@@ -1,7 +1,7 @@
 """How a model would be split, and what of it stands in memory: from its config alone, on the meta device, without a GPU.
 
 :func:`described` answers ``python -m ds_mofa split``. It counts what is there between two steps. Activations, what a
-backward gathers and an update's temporaries come on top: ``profiling/predict.py`` plays a step through for these.
+backward gathers and an update's temporaries come on top: ``ds-mofa predict`` plays a step through for these.
 """
 
 import json
@@ -178,5 +178,5 @@ def shown(found: Mapping[str, Any]) -> str:
         sizes = [one[kind] for one in found["bytes"].values()]
         if any(sizes):
             lines.append(f"  {kind:18}" + "".join(f"{size(one):>14}" for one in sizes))
-    lines.append("activations, gathered weights and temporaries come on top: profiling/predict.py")
+    lines.append("activations, gathered weights and temporaries come on top: ds-mofa predict")
     return "\n".join(lines)
