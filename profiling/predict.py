@@ -11,7 +11,7 @@ each term is derived, and how far measured runs were from it, is in docs/memory.
 
 --fit prints for a card of that size the longest sequence, the largest micro-batch and the highest rank with which the run
 fits, each with the two others as given, and then the same with each switch that saves memory on top of those before it. It
-asks for a dozen predictions a row: for an 8B about a minute of one core.
+asks for a dozen predictions a row: for an 8B one to five minutes of one core.
 """
 
 import argparse
