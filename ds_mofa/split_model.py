@@ -53,7 +53,10 @@ def build(source: str, dtype: torch.dtype) -> nn.Module:
                 torch.set_default_dtype(before)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OptionError(f"{source}: no model can be built ({first}). Give a config.json of transformers'") from error
+        raise OptionError(
+            f"{source}: no model can be built ({first}). Give a folder or config.json of transformers', or a name that "
+            "`ds-mofa config` lists"
+        ) from error
 
 
 def _config(source: str, auto: Any) -> Any:
