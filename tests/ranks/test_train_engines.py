@@ -54,7 +54,7 @@ def test_the_banner_names_engine_and_ranks(ran):
     name = {"ddp": "DDP", "fsdp2": f"FSDP2 (CPU ranks, resharded after forward, checkpoints {FULL})"}[ran.engine]
     output = printed(ran)
     assert output.count(f"optimizer: MoFaSGD, {name}, lr 0.0012 (linear)") == 1
-    assert "batch: 4 sequences = 2 each on 2 ranks, 1 times" in output
+    assert "batch: 4 sequences = 2 each on 2 ranks\n" in output
     assert ran.ranks[0]["answer loss"] == pytest.approx(losses_in(output)[1], abs=0.006)
 
 
