@@ -18,7 +18,7 @@ from ds_mofa.capture.head import FusedHead
 from ds_mofa.groups import check_rates
 from ds_mofa.optimizers import binding
 from ds_mofa.optimizers.absentees import Absentees
-from ds_mofa.optimizers.eight_bits import keep_in_eight_bits
+from ds_mofa.optimizers.eight_bits import check_still_kept, keep_in_eight_bits
 from ds_mofa.optimizers.gradient import Gradients
 from ds_mofa.optimizers.rest import adamw_of, fuse
 from ds_mofa.optimizers.stateful import Stateful
@@ -138,6 +138,8 @@ class MatrixOptimizer(Stateful):
                     "build it after the model has its shape"
                 )
             members.append(dataclasses.replace(matrix, param=param))
+        if self.options.weights == "int8":
+            check_still_kept(members)
         backend = binding.connect(model, members, self._process_group)
         if isinstance(self.adamw, AdamW8bit):
             self.adamw.check_whole()

@@ -10,7 +10,7 @@ from ds_mofa.options import OptionError
 from ds_mofa.parameters import Matrix, is_sharded, local_part
 from ds_mofa.weights import int8
 
-__all__ = ["keep_in_eight_bits"]
+__all__ = ["check_still_kept", "keep_in_eight_bits"]
 
 
 def keep_in_eight_bits(model: nn.Module, matrices: Sequence[Matrix]) -> str:
@@ -33,6 +33,21 @@ def keep_in_eight_bits(model: nn.Module, matrices: Sequence[Matrix]) -> str:
     other = f"; {left} whose rows are no multiple of {int8.GROUP} stay as they are" if left else ""
     taken = numel + numel // int8.GROUP
     return f"{len(served)} matrices, {numel / 1e6:,.1f}M weights, are kept in eight bits, {taken / 1e9:.3f} GB{other}"
+
+
+def check_still_kept(matrices: Sequence[Matrix]) -> None:
+    """Before the first use of an optimizer that has put them there.
+
+    Raises:
+        OptionError: something has put ordinary weights in their place.
+    """
+    for matrix in matrices:
+        if int8.serves(matrix.full_shape, matrix.param.dtype) and not _is_kept(matrix.param):
+            raise OptionError(
+                f"{matrix.name!r} was put into eight bits when the optimizer was built, and is an ordinary weight now: what "
+                "shards the model has loaded weights anew (load_state_dict(assign=True); in Accelerate "
+                "fsdp_cpu_ram_efficient_loading). Switch that off, or leave weights='int8' out"
+            )
 
 
 def _is_kept(param: nn.Parameter) -> bool:
