@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ds_mofa.kernels import triton_serves
 
-__all__ = ["GROUP", "WIDE_DTYPES", "Int8Weight", "exponents_of", "quantized", "whole", "widened"]
+__all__ = ["CHUNK", "GROUP", "WIDE_DTYPES", "Int8Weight", "exponents_of", "nearest", "quantized", "whole", "widened"]
 
 GROUP = 32
+CHUNK = 1 << 22  # weights that are rounded in one pass; bounds the fp32 temporaries to some tens of MB
 WIDE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)  # fp16 has too small a range for the product
 _NO_NUMBER = 255  # exponent of a group that holds a NaN or an infinity: none of its weights is a number
 
@@ -37,7 +38,8 @@ def widened(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
         exponents: uint8 (..., n / 32).
         dtype: one of :data:`WIDE_DTYPES`.
     """
-    if triton_serves(codes) and dtype != torch.float64 and not torch.compiler.is_compiling():
+    # What is traced, with tensors of a class without memory, is the compiler's to fuse.
+    if triton_serves(codes) and dtype != torch.float64 and type(codes) is Tensor and not torch.compiler.is_compiling():
         from ds_mofa.kernels import _int8
 
         return _int8.widen(codes, exponents, dtype)
@@ -64,6 +66,22 @@ def quantized(values: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tenso
         codes = below + (bits.view_as(steps) < (steps - below) * 65536)
     codes = torch.where((exponents == _NO_NUMBER).unsqueeze(-1), 0, codes)
     return codes.to(torch.int8).flatten(-2), exponents.to(torch.uint8)
+
+
+def nearest(values: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and exponents of the nearest to weights (..., n), on ``device``, theirs by default. It takes little more memory than
+    what it returns.
+    """
+    device = values.device if device is None else device
+    *leading, n = values.shape
+    rows = values.reshape(-1, n)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=device)
+    exponents = torch.empty((len(rows), n // GROUP), dtype=torch.uint8, device=device)
+    step = max(1, CHUNK // n)
+    for first in range(0, len(rows), step):
+        own = slice(first, first + step)
+        codes[own], exponents[own] = quantized(rows[own].to(device))
+    return codes.view(*leading, n), exponents.view(*leading, n // GROUP)
 
 
 def exponents_of(largest: Tensor) -> Tensor:
@@ -106,7 +124,7 @@ class Int8Weight(torch.Tensor):
     @classmethod
     def of(cls, values: Tensor) -> "Int8Weight":
         """The nearest to a weight of one of :data:`WIDE_DTYPES`, whose last dimension is a multiple of 32."""
-        return cls(*quantized(values), values.dtype)
+        return cls(*nearest(values), values.dtype)
 
     def widened(self) -> Tensor:
         """An ordinary tensor of the same values."""
@@ -257,7 +275,7 @@ def _copy(func, target, source, non_blocking=False):
     if not isinstance(target, Int8Weight):
         return target.copy_(source.widened(), non_blocking)
     if not isinstance(source, Int8Weight):
-        source = Int8Weight(*quantized(source.to(target.device).expand(target.shape)), target.dtype)
+        source = Int8Weight(*nearest(source.expand(target.shape), target.device), target.dtype)
     target.codes.copy_(source.codes, non_blocking)
     target.exponents.copy_(source.exponents, non_blocking)
     return target

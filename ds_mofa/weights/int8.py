@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.kernels.int8 import GROUP, WIDE_DTYPES, Int8Weight, quantized, widened
+from ds_mofa.kernels.int8 import CHUNK, GROUP, WIDE_DTYPES, Int8Weight, quantized, widened
 from ds_mofa.kernels.random_bits import random_bits
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.parameters import local_part
 
 __all__ = ["put_in", "serves", "swap", "take_out", "write_one"]
-
-_CHUNK = 1 << 22  # weights per pass; bounds the fp32 temporaries to some tens of MB
 
 
 def serves(shape: Sequence[int], dtype: torch.dtype) -> bool:
@@ -114,7 +112,7 @@ def write_one(
     # In the working copies' own precision, which the GPU's matrix units take.
     left = (U.float() * coefficients.float()).to(U.dtype).float()
     right, first = V.float().mT, shard.start // n
-    rows_per_chunk = max(1, _CHUNK // n)
+    rows_per_chunk = max(1, CHUNK // n)
     for row in range(0, len(codes), rows_per_chunk):
         own = slice(row, min(row + rows_per_chunk, len(codes)))
         old = widened(codes[own], exponents[own], torch.float32)

@@ -111,6 +111,14 @@ def test_a_run_is_that_of_the_cpu(compiled):
     assert losses["cuda"][-1] < 0.9 * losses["cuda"][0]
 
 
+def test_putting_in_takes_little_more_than_the_result():
+    values = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    weight = Int8Weight.of(values)
+    assert torch.cuda.max_memory_allocated() - before < weight.codes.nbytes + weight.exponents.nbytes + (150 << 20)
+
+
 def test_a_micro_batch_holds_one_wide_matrix_at_a_time():
     n = 2048
     model = nn.Sequential(*(nn.Linear(n, n, bias=False) for _ in range(8))).to("cuda", torch.bfloat16)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from ds_mofa.kernels.int8 import GROUP, Int8Weight, quantized, widened
+from ds_mofa.kernels.int8 import GROUP, Int8Weight, nearest, quantized, widened
 from ds_mofa.kernels.random_bits import Rounding
 from ds_mofa.kernels.shard import Shard, runs
 from ds_mofa.weights.int8 import put_in, take_out
@@ -55,6 +55,15 @@ def test_the_exponent_is_the_least_that_has_room(largest, codes):
     values = torch.zeros(1, GROUP)
     values[0, 3] = largest
     assert quantized(values)[0][0, 3] == codes
+
+
+def test_it_is_found_in_pieces(monkeypatch):
+    values = normal(3, 7, 96)
+    codes, exponents = quantized(values)
+    monkeypatch.setattr("ds_mofa.kernels.int8.CHUNK", 2 * 96)
+    found = nearest(values.mT.contiguous().mT)  # not contiguous
+    assert torch.equal(found[0], codes) and torch.equal(found[1], exponents)
+    assert all(part.is_contiguous() for part in found)
 
 
 def test_what_is_no_number_stays_none():
