@@ -20,7 +20,7 @@ from torch import Tensor
 from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.svd import jacobi_svd
 from ds_mofa.linalg.batching import together
-from ds_mofa.linalg.orthonormal import Basis, Side, complements, generic_columns, live_rows, sketch_gram
+from ds_mofa.linalg.orthonormal import Basis, Side, complements, generic_columns, live_rows, polished, sketch_gram
 
 __all__ = [
     "Factors",
@@ -219,21 +219,13 @@ def leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 def _leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     if not triton_serves(K):
         P, sigma, Qt = torch.linalg.svd(K, full_matrices=False)
-        return _polished(P[..., :r]), sigma[..., :r], _polished(Qt[..., :r, :].mT)
+        return polished(P[..., :r]), sigma[..., :r], polished(Qt[..., :r, :].mT)
     scaled, sigma, Q = (x[..., :r] for x in jacobi_svd(K))
     # The columns of K Q are P sigma; where sigma vanishes there is no P in them, and any will do.
     P = scaled / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2)
     [basis] = complements([Side(P[..., :0], P)])
     axes = torch.eye(r, dtype=P.dtype, device=P.device).expand(len(P), r, r)
-    return _polished(basis.turned(axes)), sigma, _polished(Q)
-
-
-def _polished(P: Tensor) -> Tensor:
-    """P, orthonormal to the rounding of K's dtype, in float64 and orthonormal to the square of that (Newton-Schulz):
-    the factors are turned by one P after another.
-    """
-    P = P.double()
-    return 1.5 * P - 0.5 * P @ (P.mT @ P)
+    return polished(basis.turned(axes)), sigma, polished(Q)
 
 
 def _filled(P: Tensor, live: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def test_directions_are_the_dense_ones(m, n, kind, dtype):
     expected = _dense(G, U, V, E), _dense(G.mT, V, U, F)
     tolerance = 1e-10 if dtype == torch.float64 else 3e-4 if min(m, n) < RANK + K else 3e-5
     for got, exact, side in zip((A, B), expected, (U, V)):
-        assert got.dtype == dtype and torch.isfinite(got).all()
+        assert got.dtype == torch.float64 and torch.isfinite(got).all()
         if exact.norm() == 0:
             assert not got.any()
             continue
