@@ -20,7 +20,16 @@ from torch import Tensor
 from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.svd import jacobi_svd
 from ds_mofa.linalg.batching import together
-from ds_mofa.linalg.orthonormal import Basis, Side, complements, generic_columns, live_rows, polished, sketch_gram
+from ds_mofa.linalg.orthonormal import (
+    Basis,
+    Side,
+    complements,
+    generic_columns,
+    live_rows,
+    orthonormalizer,
+    polished,
+    sketch_gram,
+)
 
 __all__ = [
     "Factors",
@@ -213,31 +222,27 @@ def leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     P, sigma, Q = _leading_svd(K, r)
     live = live_directions(sigma)
-    return _filled(P, live), sigma * live, _filled(Q, live)
+    filled = together([(P, live), (Q, live)], lambda columns, live: (_filled(columns, live),))
+    return filled[0][0], sigma * live, filled[1][0]
 
 
 def _leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """P, sigma and Q in K's dtype, P and Q orthonormal to rounding over sigma."""
     if not triton_serves(K):
         P, sigma, Qt = torch.linalg.svd(K, full_matrices=False)
-        return polished(P[..., :r]), sigma[..., :r], polished(Qt[..., :r, :].mT)
+        return P[..., :r], sigma[..., :r], Qt[..., :r, :].mT
     scaled, sigma, Q = (x[..., :r] for x in jacobi_svd(K))
-    # The columns of K Q are P sigma; where sigma vanishes there is no P in them, and any will do.
-    P = scaled / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2)
-    [basis] = complements([Side(P[..., :0], P)])
-    axes = torch.eye(r, dtype=P.dtype, device=P.device).expand(len(P), r, r)
-    return polished(basis.turned(axes)), sigma, polished(Q)
+    # The columns of K Q are P sigma; where sigma vanishes there is no P in them.
+    return scaled / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2), sigma, Q
 
 
 def _filled(P: Tensor, live: Tensor) -> Tensor:
-    """Orthonormal columns P (B, p, r), of which those that are not live (B, r) give way to fixed ones."""
-    live = live.unsqueeze(-2).double()
-    kept, fill = P * live, generic_columns(P, P.shape[-1])
-    for _ in range(2):
-        fill = fill - kept @ (kept.mT @ fill)
-    S = torch.where(live > 0, P, fill)
-    factor = torch.linalg.cholesky_ex(S.mT @ S).L
-    filled = torch.linalg.solve_triangular(factor.mT, S, upper=True, left=False)
-    return torch.where((live > 0).all(-1, keepdim=True), P, filled)
+    """Columns P (B, p, r), nearly orthonormal where they are live (B, r), as orthonormal ones in float64: the factors are
+    turned by one P after another. Fixed columns stand in for the others.
+    """
+    P = P.double()
+    S = torch.where(live.unsqueeze(-2) > 0, P, generic_columns(P, P.shape[-1]))
+    return polished(S @ orthonormalizer(S.mT @ S))  # from the first to the last: what is live comes before what is not
 
 
 def _complete(U: Tensor, r: int) -> Tensor:

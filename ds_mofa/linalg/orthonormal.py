@@ -23,6 +23,7 @@ __all__ = [
     "joined",
     "in_span",
     "polished",
+    "orthonormalizer",
     "generic_columns",
     "live_rows",
 ]
@@ -106,6 +107,15 @@ def polished(Q: Tensor) -> Tensor:
     return 1.5 * Q - 0.5 * Q @ (Q.mT @ Q)
 
 
+def orthonormalizer(H: Tensor) -> Tensor:
+    """L^-T (B, k, k) of H = L L^T: X L^-T is orthonormal where X^T X = H."""
+    k = H.shape[-1]
+    eye = torch.eye(k, dtype=H.dtype, device=H.device)
+    L = torch.linalg.cholesky_ex(H + 4 * k * torch.finfo(H.dtype).eps * eye).L
+    # Multiplied by the small inverse: a GPU solves for m right-hand sides more slowly than it multiplies.
+    return torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False).mT
+
+
 def generic_columns(like: Tensor, k: int) -> Tensor:
     """(B, m, k) fixed generic columns of norm about 1: the same on every rank and in every run."""
     return _generic_columns(like.shape[-2], k, like.dtype, like.device).expand(*like.shape[:-2], -1, -1)
@@ -160,7 +170,7 @@ def _first_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
     )
     dependent = ~clear  # so is one that is NaN, where the factorization broke off
     H = torch.where(dependent.unsqueeze(-1) | dependent.unsqueeze(-2), eye, H)
-    T = _inverse_root(H) / size.sqrt()
+    T = orthonormalizer(H) / size.sqrt()
     T = torch.where(dependent.unsqueeze(-2), 0, T)
     return torch.cat([-lean @ T, T], dim=-2), dependent
 
@@ -172,7 +182,7 @@ def _last_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
     """
     both = gram.shape[-2]
     lean, H = _without_span(gram[..., :both], c)
-    T = _inverse_root(H)
+    T = orthonormalizer(H)
     right = torch.cat([-lean @ T, T], dim=-2)
     eye = torch.eye(both, c, dtype=gram.dtype, device=gram.device)
     left = 1.5 * eye - 0.5 * torch.nn.functional.pad(gram[..., :c, :c], (0, 0, 0, both - c))  # Newton-Schulz
@@ -184,15 +194,6 @@ def _without_span(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
     G, A, N = gram[..., :c, :c], gram[..., :c, c:], gram[..., c:, c:]
     lean = in_span(G, A)
     return lean, N - A.mT @ lean
-
-
-def _inverse_root(H: Tensor) -> Tensor:
-    """L^-T (B, k, k) of H = L L^T: X L^-T is orthonormal where X^T X = H."""
-    k = H.shape[-1]
-    eye = torch.eye(k, dtype=H.dtype, device=H.device)
-    L = torch.linalg.cholesky_ex(H + 4 * k * torch.finfo(H.dtype).eps * eye).L
-    # Multiplied by the small inverse: a GPU solves for m right-hand sides more slowly than it multiplies.
-    return torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False).mT
 
 
 def _with_room(side: Side) -> Side:
