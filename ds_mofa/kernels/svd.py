@@ -59,9 +59,9 @@ def rotations_by_columns(K: Tensor) -> Tensor:
     even = q + q % 2  # a zero column plays with the odd one out
     columns = K.new_zeros(B, even, p)
     columns[:, :q] = _normalised(K).mT
-    rotations = torch.eye(even, dtype=K.dtype, device=K.device).repeat(B, 1, 1)
-    _jacobi.launch(columns, rotations, _MAX_SWEEPS, _TOLERANCE)
-    return _orthonormalised(rotations[:, :q, :q].mT)  # the zero column has turned with none
+    turned = torch.eye(even, dtype=K.dtype, device=K.device).repeat(B, 1, 1)
+    _jacobi.launch(columns, turned, _MAX_SWEEPS, _TOLERANCE)
+    return _orthonormalised(turned[:, :q, :q].mT)  # the zero column has turned with none
 
 
 Sweeps = Callable[[Tensor, Tensor, int, float], None]  # rows, worst, p, tolerance

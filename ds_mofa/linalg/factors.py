@@ -10,7 +10,6 @@ All are float32 (float64 in tests), on any device. Inputs must be finite: the ca
 for all ranks, whether a step with a NaN or Inf in it is skipped.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,6 @@ from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.svd import jacobi_svd
 from ds_mofa.linalg.batching import together
 from ds_mofa.linalg.orthonormal import (
-    Basis,
     Side,
     complements,
     generic_columns,
@@ -78,7 +76,8 @@ def update_factors(factors: Factors, Y: Tensor, Z: Tensor, *, beta: float, gamma
         The new factors. Where K is exactly zero (no momentum and no gradient) U and V stay.
     """
     [new] = update_many([(factors, Y, Z)], beta=beta, gamma=gamma)
-    return new
+    still = (new.sigma[..., :1] == 0).unsqueeze(-1)  # any orthonormal P and Q diagonalise a zero core
+    return Factors(torch.where(still, factors.U, new.U), new.sigma, torch.where(still, factors.V, new.V))
 
 
 Batch = tuple[Factors, Tensor, Tensor]  # factors, Y, Z
@@ -89,6 +88,8 @@ def update_many(
     batches: Sequence[Batch], *, beta: float, gamma: float | Tensor, grams: Sequence[Grams] | None = None
 ) -> list[Factors]:
     """:func:`update_factors` of several batches, which may differ in m and n; what is r x r is done for all at once.
+
+    Of a core that is exactly zero U and V may become others here.
 
     Args:
         batches: factors, Y and Z of each; of one rank.
@@ -103,15 +104,19 @@ def update_many(
         sides += [Side(factors.U, Y, left), Side(factors.V, Z, right)]
     bases = complements(sides)
     left_bases, right_bases = bases[::2], bases[1::2]
-    cores = [
-        _core(factors.sigma, gram, left.R, right.R, beta, gamma)
+    r = batches[0][0].sigma.shape[-1]
+    parts = [
+        (factors.sigma, gram[..., :r, r:], left.R, right.R)
         for (factors, _, _), (gram, _), left, right in zip(batches, grams, left_bases, right_bases)
     ]
-    r = batches[0][0].sigma.shape[-1]
-    turns = together(cores, functools.partial(leading_svd, r=r))
+
+    def decomposed(sigma: Tensor, A: Tensor, R_U: Tensor, R_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return leading_svd(_core(sigma, A, R_U, R_V, beta, gamma), r)
+
+    turns = together(parts, decomposed)
     return [
-        _turned(factors, left, right, *turn)
-        for (factors, _, _), left, right, turn in zip(batches, left_bases, right_bases, turns)
+        Factors(left.turned(P), sigma, right.turned(Q))
+        for left, right, (P, sigma, Q) in zip(left_bases, right_bases, turns)
     ]
 
 
@@ -120,18 +125,13 @@ def gram_matrices(factors: Factors, Y: Tensor, Z: Tensor) -> Grams:
     return sketch_gram(factors.U, Y), sketch_gram(factors.V, Z)
 
 
-def _core(sigma: Tensor, left: Tensor, R_U: Tensor, R_V: Tensor, beta: float, gamma: float | Tensor) -> Tensor:
-    r = sigma.shape[-1]
-    A = left[..., :r, r:].to(sigma.dtype)
-    top = torch.cat([beta * torch.diag_embed(sigma) + gamma * A, gamma * R_V.mT], dim=-1)
-    bottom = torch.cat([gamma * R_U, R_U.new_zeros(*R_U.shape[:-1], R_V.shape[-2])], dim=-1)
-    return torch.cat([top, bottom], dim=-2)
-
-
-def _turned(factors: Factors, left: Basis, right: Basis, P: Tensor, sigma: Tensor, Q: Tensor) -> Factors:
-    still = (sigma[..., :1] == 0).unsqueeze(-1)  # any orthonormal P and Q diagonalise a zero core
-    U, _, V = factors
-    return Factors(torch.where(still, U, left.turned(P)), sigma, torch.where(still, V, right.turned(Q)))
+def _core(sigma: Tensor, A: Tensor, R_U: Tensor, R_V: Tensor, beta: float, gamma: float | Tensor) -> Tensor:
+    """K of :func:`update_factors`, in sigma's dtype."""
+    top = torch.cat([A.to(sigma.dtype), R_V.mT], dim=-1)
+    bottom = torch.cat([R_U, R_U.new_zeros(*R_U.shape[:-1], R_V.shape[-2])], dim=-1)
+    K = gamma * torch.cat([top, bottom], dim=-2)
+    K.diagonal(dim1=-2, dim2=-1)[..., : sigma.shape[-1]].add_(sigma, alpha=beta)
+    return K
 
 
 def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float | Tensor) -> Factors:

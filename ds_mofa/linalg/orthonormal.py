@@ -127,18 +127,22 @@ def live_rows(S: Tensor, least: int) -> Tensor:
     Of a gradient's sketch they are those of an embedding's tokens that have not come. Columns that fill a basis up stay out
     of them, so that such a row never moves. All is 1 where fewer than ``least`` rows are left, too few for so many columns.
     """
-    k = S.shape[-1]
     # A row's product with a generic column is zero where the row is, at a tenth of what any() takes on a CPU.
-    live = S @ _generic_columns(k, 1, S.dtype, S.device) != 0
-    return (live | (live.sum(-2, keepdim=True) < least)).to(S.dtype)
+    return _live(S @ _generic_columns(S.shape[-1], 1, S.dtype, S.device), least).to(S.dtype)
+
+
+def _live(image: Tensor, least: int) -> Tensor:
+    """:func:`live_rows`, bool, from the product (B, m, 1) with a generic column."""
+    live = image != 0
+    return live | (live.sum(-2, keepdim=True) < least)
 
 
 def _rough(U: Tensor, X: Tensor, combination: Tensor, dependent: Tensor) -> Tensor:
-    """[U X] combination, with generic columns where X's are dependent."""
-    S = joined(U, X)
-    live, Q = live_rows(S, S.shape[-1]), S @ combination
-    del S
-    return torch.where(dependent.unsqueeze(-2), generic_columns(X, X.shape[-1]), Q).mul_(live).to(X.dtype)
+    """[U X] combination, with generic columns where X's are dependent; the last column tells which rows are live."""
+    k = dependent.shape[-1]
+    Q = joined(U, X) @ combination
+    fill = dependent.unsqueeze(-2) & _live(Q[..., k:], combination.shape[-2])
+    return torch.where(fill, generic_columns(X, k), Q[..., :k].to(X.dtype))
 
 
 def _gram_beside(U: Tensor, Q: Tensor, X: Tensor) -> Tensor:
@@ -148,11 +152,15 @@ def _gram_beside(U: Tensor, Q: Tensor, X: Tensor) -> Tensor:
 
 
 def _first_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
-    """C (B, c + k, k) that makes [U X] C nearly orthonormal, and which columns (B, k) are to be replaced, zero in C."""
+    """C (B, c + k, k + 1) that makes [U X] C nearly orthonormal in its first k columns, and generic in the last; and which of
+    the k (B, k) are to be replaced, zero in C.
+    """
+    both = gram.shape[-1]
     lean, H = _without_span(gram, c)
     k = H.shape[-1]
+    mixed = _generic_columns(both, 1, gram.dtype, gram.device).expand(len(gram), -1, -1)
     if k == 0:
-        return gram[..., c:], gram.new_zeros(gram.shape[0], 0, dtype=torch.bool)
+        return mixed, gram.new_zeros(gram.shape[0], 0, dtype=torch.bool)
     eps = torch.finfo(H.dtype).eps
     whole = gram.diagonal(dim1=-2, dim2=-1)[..., c:].sum(-1)
     size = H.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -172,7 +180,7 @@ def _first_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
     H = torch.where(dependent.unsqueeze(-1) | dependent.unsqueeze(-2), eye, H)
     T = orthonormalizer(H) / size.sqrt()
     T = torch.where(dependent.unsqueeze(-2), 0, T)
-    return torch.cat([-lean @ T, T], dim=-2), dependent
+    return torch.cat([torch.cat([-lean @ T, T], dim=-2), mixed], dim=-1), dependent
 
 
 def _last_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
