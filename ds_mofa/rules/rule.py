@@ -138,7 +138,7 @@ class Rule(abc.ABC):
         """What each published column is multiplied by in the update, (B, R).
 
         Args:
-            spectrum: (B, R).
+            spectrum: (B, R), of all of an owner's matrices, whatever their shapes.
             total: the sum of all :meth:`summary`; None without.
         """
         return spectrum

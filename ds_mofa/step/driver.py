@@ -143,12 +143,15 @@ class RuleDriver:
             for block in self._owner.blocks:
                 block.views(self._working)[2].fill_(math.nan)
             return
-        for piece, came in zip(self._owner.pieces(new), self._came or itertools.repeat(None)):
-            left, right, published = piece.part.views(self._working)
-            left.copy_(piece.Y)
-            right.copy_(piece.Z)
-            coefficients = self.rule.coefficients(piece.spectrum, total)
-            published.copy_(coefficients if came is None else torch.where(came.unsqueeze(-1), coefficients, 0))
+        pieces = list(self._owner.pieces(new))
+        if not pieces:
+            return
+        self._working.narrow(0, self._exchange.rank * self._layout.segment, self._layout.segment).copy_(new)
+        coefficients = self.rule.coefficients(torch.cat([piece.spectrum for piece in pieces]), total)
+        if self._came is not None:
+            coefficients = torch.where(torch.cat(self._came).unsqueeze(-1), coefficients, 0)
+        for piece, own in zip(pieces, coefficients.split([len(piece.spectrum) for piece in pieces])):
+            piece.part.views(self._working)[2].copy_(own)
 
     def failed(self, step: int) -> bool:
         """Whether the gathered working copies say that an owner's update has raised; the same on every rank."""
