@@ -200,8 +200,8 @@ def gradient_came(Y: Tensor, Z: Tensor) -> Tensor:
 def projected_norm(left: Tensor, right: Tensor) -> Tensor:
     """Squared Frobenius norm of G_hat, (B,), from :func:`gram_matrices` alone: |Y|^2 + |Z|^2 - |U^T Y|^2."""
     r = left.shape[-1] // 2
-    square = sum(gram.diagonal(dim1=-2, dim2=-1)[..., r:].sum(-1) for gram in (left, right))
-    return (square - left[..., :r, r:].square().sum((-2, -1))).clamp_min(0)
+    of_Y, of_Z = (gram.diagonal(dim1=-2, dim2=-1)[..., r:].sum(-1) for gram in (left, right))
+    return (of_Y + of_Z - left[..., :r, r:].square().sum((-2, -1))).clamp_min(0)
 
 
 def live_directions(sigma: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ds_mofa.linalg.batching import together
 from ds_mofa.linalg.factors import (
     Batch,
     Factors,
@@ -48,9 +49,10 @@ class MoFaSGDRule(Rule):
     def fields(m: int, n: int, r: int) -> tuple[Field, ...]:
         return Field("U", (m, r), "left"), Field("V", (n, r), "right"), Field("sigma", (r,), "spectrum")
 
-    def squared_norm(self, batch: MatrixBatch, step: int) -> tuple[Tensor, Grams]:
-        grams = gram_matrices(*self._momentum(batch))
-        return projected_norm(*grams), grams
+    def squared_norms(self, batches: Sequence[MatrixBatch], step: int) -> list[tuple[Tensor, Grams]]:
+        grams = [gram_matrices(*self._momentum(batch)) for batch in batches]
+        squares = together(grams, lambda left, right: (projected_norm(left, right),))
+        return [(square, own) for (square,), own in zip(squares, grams)]
 
     def update(
         self, batches: Sequence[MatrixBatch], reused: Sequence[Grams], *, step: int, clip: float | Tensor

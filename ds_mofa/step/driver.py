@@ -91,17 +91,18 @@ class RuleDriver:
                 return pending.square().sum() / 2  # E |G Omega|^2 = |G|^2, and the same of the other sketch
             seen = (part.square().sum() for piece in self._owner.pieces(pending) for part in self._sketches(piece))
             return sum(seen, pending.new_zeros(())) / 2 + 0 * pending.sum()
-        passes: Iterable[list[Piece]] = ([piece] for piece in self._owner.pieces(pending))
+        passes: Iterable[list[Piece]] = [list(self._owner.pieces(pending))]
         if self.rule.norm_reads_state:
             passes = self._owner.passes(pending)
         self._measured = _Measured([], [], [])
-        for piece in itertools.chain.from_iterable(passes):  # one after the other
-            came = gradient_came(piece.Y, piece.Z)
-            squares, reused = self.rule.squared_norm(self._batch(piece, came), step)
-            for kept, value in zip(self._measured, (squares, came, reused), strict=True):
-                kept.append(value)
-        nothing = pending.new_zeros((), dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
-        square = sum((squares.sum() for squares in self._measured.squares), nothing)
+        for pieces in passes:
+            came = [gradient_came(piece.Y, piece.Z) for piece in pieces]
+            found = self.rule.squared_norms([self._batch(*each) for each in zip(pieces, came)], step)
+            for one, (squares, reused) in zip(came, found, strict=True):
+                for kept, value in zip(self._measured, (squares, one, reused), strict=True):
+                    kept.append(value)
+        nothing = pending.new_zeros(0, dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
+        square = torch.cat([nothing, *self._measured.squares]).sum()
         return square + 0 * pending.sum() if self.rule.signs else square
 
     def squared_norms(self, pending: SketchSegment, step: int) -> list[Tensor]:
