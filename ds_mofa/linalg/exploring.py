@@ -30,7 +30,7 @@ from ds_mofa.kernels.svd import rotations
 from ds_mofa.linalg.batching import together
 from ds_mofa.linalg.orthonormal import in_span, joined, live_rows, polished, sketch_gram
 
-__all__ = ["Look", "directions", "sign_words", "signs"]
+__all__ = ["Look", "directions", "look_grams", "sign_words", "signs"]
 
 
 class Look(NamedTuple):
@@ -40,11 +40,22 @@ class Look(NamedTuple):
         U: (B, m, r), orthonormal: what the directions must be orthogonal to.
         Y: (B, m, r + k), the sketch G [V E]; of the other side G^T [U F].
         test: (B, n, r + k), the [V E] that it was taken with, V orthonormal to the rounding of 16 bits.
+        grams: :func:`look_grams` of U and Y, where they are at hand.
     """
 
     U: Tensor
     Y: Tensor
     test: Tensor
+    grams: tuple[Tensor, Tensor] | None = None
+
+
+def look_grams(U: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the sketches Y = [Y_r Y_k] the Gram matrix of [U Y_r] (B, 2 r, 2 r), which is the momentum's, and what [U Y] has in
+    common with Y_k (B, 2 r + k, k); float64.
+    """
+    S, r = joined(U, Y), U.shape[-1]
+    kept = S[..., : 2 * r]
+    return kept.mT @ kept, S.mT @ S[..., 2 * r :]
 
 
 def directions(looks: Sequence[Look]) -> Iterator[Tensor]:
@@ -58,10 +69,16 @@ def directions(looks: Sequence[Look]) -> Iterator[Tensor]:
     if dtype == torch.float64:
         yield from (_by_svd(look, floor) for look in looks)
         return
-    grams = [(sketch_gram(look.U, look.Y), sketch_gram(look.test)) for look in looks]
-    turns = together(grams, lambda gram, test: (_turn(gram, test, r, floor),))
+    grams = [(*(look.grams or look_grams(look.U, look.Y)), sketch_gram(look.test)) for look in looks]
+    turns = together(grams, lambda kept, beside, test: (_turn(_whole(kept, beside), test, r, floor),))
     for look, (turn,) in zip(looks, turns):
         yield joined(look.U, look.Y) @ turn
+
+
+def _whole(kept: Tensor, beside: Tensor) -> Tensor:
+    """The Gram matrix of [U Y] from :func:`look_grams`."""
+    c = kept.shape[-1]
+    return torch.cat([torch.cat([kept, beside[..., :c, :].mT], dim=-2), beside], dim=-1)
 
 
 def _turn(gram: Tensor, test: Tensor, r: int, floor: float) -> Tensor:
@@ -118,7 +135,7 @@ def _right_vectors(gram: Tensor) -> Tensor:
 
 def _by_svd(look: Look, floor: float) -> Tensor:
     """:func:`directions` of one look in float64, where the squares of a Gram matrix would lose half the digits."""
-    U, Y, test = look
+    U, Y, test, _ = look
     r = U.shape[-1]
     X = Y @ _beyond(sketch_gram(test), r)
     size = _size(*(part.norm(dim=(-2, -1), keepdim=True) for part in (Y[..., r:], X)))

@@ -102,8 +102,7 @@ class RuleDriver:
                 for kept, value in zip(self._measured, (squares, one, reused), strict=True):
                     kept.append(value)
         nothing = pending.new_zeros(0, dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
-        square = torch.cat([nothing, *self._measured.squares]).sum()
-        return square + 0 * pending.sum() if self.rule.signs else square
+        return torch.cat([nothing, *self._measured.squares]).sum()
 
     def squared_norms(self, pending: SketchSegment, step: int) -> list[Tensor]:
         """:meth:`squared_norm` of each matrix, (B,) for each of the owner's pieces. Call it after that method."""

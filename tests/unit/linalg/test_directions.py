@@ -5,7 +5,7 @@ import torch
 
 from ds_mofa.kernels import svd
 from ds_mofa.linalg import exploring
-from ds_mofa.linalg.exploring import Look, directions
+from ds_mofa.linalg.exploring import Look, directions, look_grams
 from tests.reference import random_columns
 from tests.unit.dense_reference import random_orthonormal, relative_error
 
@@ -53,7 +53,7 @@ def _look(kind, copies, scale=1.0, k=K):
 
 def _exact(look):
     """polar((1 - U U^T) (G E - G V C)), V C the projection of E onto the columns V, and its singular values by their size."""
-    U, Y, test = (part.double() for part in look)
+    U, Y, test = (part.double() for part in look[:3])
     X = Y[..., R:] - Y[..., :R] @ torch.linalg.lstsq(test[..., :R], test[..., R:]).solution
     size = Y[..., R:].norm(dim=(-2, -1)) + X.norm(dim=(-2, -1))
     for _ in range(2):
@@ -118,9 +118,11 @@ def test_what_fp32_s_vectors_leave_beside_the_diagonal_is_let_in():
 
 
 @pytest.mark.parametrize("kind", ["nearly in span U 1e-3", "nearly in span V 1e-3", "far apart -3"])
-def test_of_gram_matrices_in_fp32_they_would_not_be(kind, monkeypatch):
-    """The control."""
-    look, sketch_gram = _look(kind, torch.float32), exploring.sketch_gram
-    monkeypatch.setattr(exploring, "sketch_gram", lambda *parts: sketch_gram(*parts).float().double())
-    [found] = directions([look])
+def test_of_gram_matrices_in_fp32_they_would_not_be(kind):
+    """The control; and those that are handed in count."""
+    look = _look(kind, torch.float32)
+    given = look._replace(grams=tuple(gram.float().double() for gram in look_grams(look.U, look.Y)))
+    [found], [exact] = directions([given]), directions([look])
     assert relative_error(found, _exact(look)[0]) > 1e-4
+    [same] = directions([look._replace(grams=look_grams(look.U, look.Y))])
+    assert torch.equal(same, exact)
