@@ -1,7 +1,7 @@
 """How a model would be split, and what of it stands in memory: from its config alone, on the meta device, without a GPU.
 
 :func:`described` answers ``python -m ds_mofa split``. It counts what is there between two steps. Activations, what a
-backward gathers and an update's temporaries come on top: ``profiling/predict.py`` plays a step through for these.
+backward gathers and an update's temporaries come on top: ``ds-mofa predict`` plays a step through for these.
 """
 
 import json
@@ -53,7 +53,10 @@ def build(source: str, dtype: torch.dtype) -> nn.Module:
                 torch.set_default_dtype(before)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OptionError(f"{source}: no model can be built ({first}). Give a config.json of transformers'") from error
+        raise OptionError(
+            f"{source}: no model can be built ({first}). Give a folder or config.json of transformers', or a name that "
+            "`ds-mofa config` lists"
+        ) from error
 
 
 def _config(source: str, auto: Any) -> Any:
@@ -178,5 +181,5 @@ def shown(found: Mapping[str, Any]) -> str:
         sizes = [one[kind] for one in found["bytes"].values()]
         if any(sizes):
             lines.append(f"  {kind:18}" + "".join(f"{size(one):>14}" for one in sizes))
-    lines.append("activations, gathered weights and temporaries come on top: profiling/predict.py")
+    lines.append("activations, gathered weights and temporaries come on top: ds-mofa predict")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ if __name__ == "__main__":
         model=AutoModelForCausalLM.from_config(shape),
         args=TrainingArguments("out/hf_trainer", max_steps=20, logging_steps=5, save_strategy="no", report_to="none"),
         train_dataset=[{"input_ids": ids, "labels": ids}] * 64,
-        optimizer_cls_and_kwargs=(ds_mofa.ForTrainer, {"lr": 1e-4, "rank": 8}),
+        optimizer_cls_and_kwargs=(ds_mofa.ForTrainer, {"lr": 2e-3, "rank": 8}),
     )
     print("loss", trainer.train().training_loss)
+    trainer.save_model()

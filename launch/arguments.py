@@ -264,7 +264,8 @@ def check_model_arguments(args: ModelArguments) -> None:
         )
     if not args.model_name_or_path and not args.model_config:
         raise UserError(
-            "No model. Give --model_name_or_path (a folder or a Hub name) or --model_config (configs/models/*.json)."
+            "No model. Give --model_name_or_path (a folder or a Hub name) or --model_config (a config.json, or to ds-mofa "
+            "a name that `ds-mofa config` lists)."
         )
 
 

@@ -10,7 +10,9 @@ def read_json(path: str, what: str) -> dict:
     """Read a JSON object; ``what`` names its role in the error messages."""
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"{path}: no such file, given as {what}. Pass a path that exists (shipped ones: configs/).")
+        raise UserError(
+            f"{path}: no such file, given as {what}. Pass a path that exists, or to ds-mofa a name that `ds-mofa config` lists."
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: unique(pairs, path))
     except UnicodeDecodeError as error:

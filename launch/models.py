@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from launch import eight_bits
 from launch.arguments import ModelArguments, TrainingArguments
 from launch.engines import Engine
 from launch.errors import UserError
@@ -45,8 +46,9 @@ def load_model(
 def _load(args: ModelArguments, training_args: TrainingArguments, attention: str) -> PreTrainedModel:
     options = {"dtype": training_dtype(training_args), "attn_implementation": attention}
     if args.model_config:
-        # FSDP2 moves what it has cut; whole, a model may not fit a GPU.
-        device = torch.device("cpu") if training_args.engine is Engine.FSDP2 else training_args.device
+        # FSDP2 moves what it has cut, and eight bits half of it; whole, a model may not fit a GPU.
+        on_host = training_args.engine is Engine.FSDP2 or eight_bits.wanted(training_args)
+        device = torch.device("cpu") if on_host else training_args.device
         return build_model(config_from_shape(args.model_config), device, **options)
     try:
         return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)

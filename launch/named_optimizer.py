@@ -89,7 +89,7 @@ def named_optimizer(argv: Sequence[str]) -> NamedOptimizer:
             raise UserError(
                 f"Nothing says which optimizer to train with. Give --optimizer MoFaSGD (or {', '.join(_others())}), with "
                 "--rank and --optimizer_args for its options, or --optim for one of Hugging Face's; or a DeepSpeed "
-                "config that names one, such as --deepspeed configs/zero2_mofasgd.json."
+                "config that names one, such as --deepspeed configs/zero2_mofasgd.json, to ds-mofa zero2."
             )
         _refuse(given, ("--rank", "--optimizer_args"), "without --optimizer there is nothing that it is an option of.")
         return NamedOptimizer(None, {})

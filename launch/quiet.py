@@ -32,6 +32,8 @@ def quiet_libraries() -> None:
         return
     # DeepSpeed's calls by older names: news for its authors, once per rank and name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # TRL's own default goes by transformers' older name.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         logging.disable_progress_bar()

@@ -32,7 +32,7 @@ def banner(
         origin = f"{model_args.model_config}, random weights"
     else:
         origin = model_args.model_name_or_path
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    each, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
     lines = {
         "model": f"{origin}, {count_parameters(model) / 1e6:,.1f} M parameters, {describe_precision(args)}",
         "attention": describe_attention(model_args, model),
@@ -40,8 +40,8 @@ def banner(
         "train data": describe_data(train_data, args),
         "eval data": describe_data(eval_data, args) if eval_data is not None else "none",
         "optimizer": f"{describe_optimizer(args)}, lr {args.learning_rate:g} ({args.lr_scheduler_type.value})",
-        "batch": f"{batch} sequences = {args.per_device_train_batch_size} each on {describe_ranks(args)}, "
-        f"{args.gradient_accumulation_steps} times",
+        "batch": f"{each * times * args.world_size} sequences = {each} each on {describe_ranks(args)}"
+        + (f", {times} times" if times > 1 else ""),
     }
     return _labelled(lines)
 

@@ -43,6 +43,7 @@ from launch.callbacks import ProgressBar
 from launch.checkpoints import check_written_by, checkpoint_to_resume, start_run
 from launch.data import load_data
 from launch.distributed import from_first_rank, join_ranks, leave_ranks
+from launch.eight_bits import keep_in_eight_bits
 from launch.engines import chosen_engine
 from launch.errors import RankError, UserError
 from launch.lengths import check_lengths
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> None:
         train_data, eval_data = load_data(data_args, tokenizer, args.max_length)
     check_lengths(args, train_data, eval_data)
     model = load_model(model_args, args, tokenizer)
+    keep_in_eight_bits(model, args)
     check_output(args, model)
     say(args, banner(model_args, args, model, tokenizer_description, train_data, eval_data))
     trainer = FineTuner(

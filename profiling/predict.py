@@ -1,16 +1,17 @@
 """How much memory a training run will take, without a GPU.
 
-    python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --optimizer MoFaSGD --zero 2 --gpus 2
-    python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --optimizer AdamW MoFaSGD LoRA
-    python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --backend fsdp2 --gpus 2 --weights fp32
-    python profiling/predict.py --model_config configs/models/llama-3.1-8b.json --fit 24GiB
+    ds-mofa predict --model_config llama-3.1-8b --optimizer MoFaSGD --zero 2 --gpus 2
+    ds-mofa predict --model_config llama-3.1-8b --optimizer AdamW MoFaSGD LoRA
+    ds-mofa predict --model_config llama-3.1-8b --backend fsdp2 --gpus 2 --weights fp32
+    ds-mofa predict --model_config llama-3.1-8b --fit 24GiB
+    from a clone: python profiling/predict.py --model_config configs/models/llama-3.1-8b.json ...
 
-Prints the peak of the fullest rank by category, a column for each optimizer; ``--output`` also writes it as JSON. How
+Prints the peak of the fullest rank by category, a column for each optimizer; --output also writes it as JSON. How
 each term is derived, and how far measured runs were from it, is in docs/memory.md.
 
-``--fit`` prints for a card of that size the longest sequence, the largest micro-batch and the highest rank with which the run
+--fit prints for a card of that size the longest sequence, the largest micro-batch and the highest rank with which the run
 fits, each with the two others as given, and then the same with each switch that saves memory on top of those before it. It
-asks for a dozen predictions a row: for an 8B about a minute of one core.
+asks for a dozen predictions a row: for an 8B one to five minutes of one core.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             found = {name: list(shown_fits(setting, args.fit)) for name, setting in settings.items()}
     except SettingError as error:
-        sys.exit(f"predict.py: error: {error}")
+        sys.exit(f"ds-mofa predict: error: {error}")
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
@@ -57,8 +58,18 @@ def rank_and_explore(rank: int | None, explore: int | None) -> tuple[int, int]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_config", required=True, help="shape of the model, such as configs/models/*.json")
+    parser = argparse.ArgumentParser(
+        prog="ds-mofa predict",
+        usage="%(prog)s --model_config MODEL [OPTIONS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model_config",
+        metavar="MODEL",
+        required=True,
+        help="a model's config.json, or for ds-mofa a name of `ds-mofa config`",
+    )
     parser.add_argument(
         "--optimizer", nargs="+", default=["MoFaSGD"], metavar="NAME", help=", ".join(known_optimizers())
     )
@@ -69,17 +80,20 @@ def make_parser() -> argparse.ArgumentParser:
     backend.add_argument(
         "--zero", default=argparse.SUPPRESS, choices=["none", "0", "1", "2", "3"], help="short for --backend zeroN"
     )
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--seq", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--micro_batch", type=int, default=1, help="sequences of one forward")
-    parser.add_argument("--micro_batches", type=int, default=8, help="of one optimizer step (gradient accumulation)")
+    parser.add_argument("--gpus", type=int, default=1, help="how many train (1)")
+    parser.add_argument("--seq", type=int, default=1024, help="tokens of a sequence (1024)")
+    parser.add_argument("--micro_batch", type=int, default=1, help="sequences of one forward (1)")
+    parser.add_argument("--micro_batches", type=int, default=8, help="of one optimizer step, gradient accumulation (8)")
     parser.add_argument("--rank", type=int, help="of ds_mofa's optimizers and of LoRA; default: 32, and explore 32")
     parser.add_argument(
         "--explore", type=int, help="random directions beside the rank, of MoFaSGD; with --rank 0 by default"
     )
     parser.add_argument("--states", default="fp32", choices=["fp32", "bf16"], help="DeepSpeed's masters and moments")
     parser.add_argument(
-        "--weights", default="bf16", choices=["bf16", "fp32"], help="FSDP2's shards; fp32 ones are gathered in bf16"
+        "--weights",
+        default="bf16",
+        choices=["bf16", "fp32", "int8"],
+        help="int8: the matrices in eight bits; fp32: FSDP2's shards, gathered in bf16",
     )
     parser.add_argument(
         "--no_reshard", dest="reshard", action="store_false", help="FSDP2's reshard_after_forward of the layers off"
@@ -155,7 +169,7 @@ def shown_fits(setting: RunSetting, room: int) -> Iterator[dict[str, Any]]:
         yield {**dataclasses.asdict(fit), "setting": fit.setting.as_dict()}
     steps = f"Sequences in steps of {STEPS['seq']} tokens; each with the two others as given"
     print(f"\n{steps}. +: on top of those before it that gain something.")
-    print("Without the allocator's slack, which it gives back when memory is short.")
+    print("-: does not fit. Without the allocator's slack, which it gives back when memory is short.")
     if limited:
         print("*: more was not tried; the model has no more positions, or its smallest matrix no more rows or columns.")
     print("".join(f"Not possible: {line}\n" for line in refused))

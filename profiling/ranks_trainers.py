@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_mofa.profiler.setting import RunSetting
 from ds_mofa.profiler.sharding import mesh_of, shard
-from profiling.trainers import TorchTrainer, build_model
+from profiling.trainers import Materializer, TorchTrainer, build_model
 
 __all__ = ["DDPTrainer", "FSDP2Trainer"]
 
@@ -63,15 +63,5 @@ class FSDP2Trainer(_RanksTrainer):
     def __init__(self, setting: RunSetting, device: torch.device):
         join(device)
         model = build_model(setting, torch.device("meta"))
-
-        def prepare(module: nn.Module) -> None:
-            for part in module.modules():
-                own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
-                if any(tensor.is_meta for tensor in own):
-                    part.to_empty(device=device, recurse=False)
-                    model._init_weights(part)
-            if module is model:
-                model.tie_weights()
-
-        shard(model, mesh_of(setting, device.type), setting, prepare)
+        shard(model, mesh_of(setting, device.type), setting, Materializer(model, setting, device))
         self._take(model, setting, device)

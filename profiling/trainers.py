@@ -10,17 +10,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import OPTIMIZERS
+from ds_mofa.parameters import split_parameters
 from ds_mofa.profiler.predict.simulated.model import attention
 from ds_mofa.profiler.setting import RunSetting, SettingError
+from ds_mofa.weights.int8 import put_in, serves
 
 __all__ = [
     "TorchTrainer",
     "Trainer",
+    "Materializer",
     "build_model",
     "LoRATrainer",
     "check_measurable",
@@ -81,6 +84,10 @@ def pretend_to_be(size: float, device: torch.device) -> None:
 
 def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
     """In training mode, with what the setting says of its layers; weights are random, on ``device``."""
+    if setting.weights == "int8" and device.type != "meta":
+        model = build_model(setting, torch.device("meta"))
+        Materializer(model, setting, device)(model)
+        return model
     config = AutoConfig.for_model(**json.loads(Path(setting.model_config).read_text()))
     config.get_text_config().use_cache = config.use_cache = False
     dtype = torch.float32 if setting.weights == "fp32" else torch.bfloat16
@@ -97,6 +104,33 @@ def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
             if type(layer).__name__ in model._no_split_modules:
                 layer.compile()
     return model.train()
+
+
+class Materializer:
+    """Gives a model of the meta device random weights, one module after the other, and puts its matrices into eight bits where
+    the setting says so: no device need have room for all sixteen.
+    """
+
+    def __init__(self, model: PreTrainedModel, setting: RunSetting, device: torch.device):
+        self._model, self._device = model, device
+        self._small: set[tuple[nn.Module, str]] = set()
+        if setting.weights == "int8":
+            split = split_parameters(model, model.parameters(), setting.entry.options(**optimizer_params(setting)))
+            small = [matrix for matrix in split.matrices if serves(matrix.full_shape, matrix.param.dtype)]
+            self._small = {slot for matrix in small for slot in matrix.slots}
+
+    def __call__(self, module: nn.Module) -> None:
+        """All that is in a module and has no weights yet; the last call is with the model."""
+        for part in module.modules():
+            own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+            if any(tensor.is_meta for tensor in own):
+                part.to_empty(device=self._device, recurse=False)
+                self._model._init_weights(part)
+                put_in(
+                    self._model, [p for name, p in part.named_parameters(recurse=False) if (part, name) in self._small]
+                )
+        if module is self._model:
+            self._model.tie_weights()
 
 
 def optimizer_params(setting: RunSetting) -> dict[str, Any]:

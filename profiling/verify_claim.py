@@ -1,6 +1,6 @@
 """Does MoFaSGD fine-tune LLaMA-3.1-8B in 29 GB, where AdamW takes 70? Measured, predicted, and every GB accounted for.
 
-    python profiling/verify_claim.py --output_dir out/claim
+    ds-mofa verify --output_dir out/claim; from a clone python profiling/verify_claim.py
 
 Trains in the paper's setting (arXiv 2507.08091: LLaMA-3.1-8B, bf16, batch 1, 1024 tokens, 8 micro-batches, no gradient
 checkpointing; random weights), each run in processes of its own: on one GPU AdamW, MoFaSGD with HF's layers and loss,
@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None, start: Start | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="ds-mofa verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model_config", default=str(ROOT / "configs/models/llama-3.1-8b.json"))
     parser.add_argument("--shape", default="1024x8", metavar="TOKENSxMICRO_BATCHES")
     parser.add_argument("--runs", nargs="+", metavar="BACKEND:OPTIMIZER[:OPTION=VALUE...]")

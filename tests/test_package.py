@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,7 @@ import pytest
 
 from ds_mofa.commands import main, scripts, shipped
 from tests.launch.commands import command_environment, losses_in, make_inputs
+from tests.wheel import install
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,6 +41,20 @@ def test_gpus_are_taken_out_of_the_words():
             scripts._gpus(wrong)
 
 
+@pytest.mark.parametrize(("visible", "left"), [(None, "0"), ("2,3", "2"), ("", "")])
+def test_one_process_on_one_gpu_of_several_sees_no_other(monkeypatch, visible, left):
+    for variable in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")  # so that it is put back
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(scripts.torch.cuda, "device_count", lambda: 4)
+    seen = []
+    monkeypatch.setattr(scripts, "_run", lambda script, words: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    scripts.train(["--optimizer", "MoFaSGD", "--gpus", "1"])
+    assert seen == [left]
+
+
 def test_config_prints_json_and_knows_what_there_is(capsys):
     main(["config", "zero2"])
     assert json.loads(capsys.readouterr().out)["optimizer"]["type"] == "MoFaSGD"
@@ -58,18 +74,9 @@ def test_a_command_that_there_is_not_is_answered_by_those_that_there_are(capsys)
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """A wheel of the files that git knows, unpacked by pip; (its folder, an environment that has it)."""
-    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in listed.splitlines():
-        if not name.startswith(("tests/", "experiments/")) and (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source], check=True, timeout=300)
-    [wheel] = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True, timeout=300)
+    wheel, site = install(tmp_path_factory.mktemp("source"), folder := tmp_path_factory.mktemp("installed"))
     environment = command_environment(folder)
-    paths = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     paths = [path for path in paths if Path(path).resolve() != ROOT]
     return wheel, environment | {"PYTHONPATH": os.pathsep.join(paths)}
 
@@ -91,6 +98,16 @@ def test_a_wheel_brings_the_package_and_its_files_and_no_name_more(installed):
 
 
 @pytest.mark.slow
+def test_the_description_has_no_link_that_a_package_index_cannot_follow(installed):
+    wheel = zipfile.ZipFile(installed[0])
+    [metadata] = [name for name in wheel.namelist() if name.endswith("/METADATA")]
+    description = wheel.read(metadata).decode().partition("\n\n")[2]
+    links, here = (re.findall(r"\]\(([^)]*)\)", text) for text in (description, (ROOT / "README.md").read_text()))
+    assert links and all(link.startswith("https://") for link in links) and len(here) > len(links)
+    assert "![" not in description and "| four H200s, the same |" in description and "## Install" in description
+
+
+@pytest.mark.slow
 def test_what_is_installed_splits_predicts_and_trains_away_from_the_clone(installed, tmp_path):
     _, environment = installed
     where = subprocess.run(
@@ -104,6 +121,7 @@ def test_what_is_installed_splits_predicts_and_trains_away_from_the_clone(instal
     make_inputs(tmp_path)
     words = ["--model_config", "shape.json", "--train_file", "train.txt", "--eval_file", "eval.jsonl"]
     words += ["--max_length", "64", "--per_device_train_batch_size", "2", "--max_steps", "6", "--eval_on_start"]
+    words += ["--learning_rate", "1.2e-3"]  # the default is for fine-tuning
     said = ran(environment, tmp_path, "train", "--gpus", "2", "--deepspeed", "zero2", *words, "--output_dir", "model")
     first, last = losses_in(said)
     assert last < first - 0.1 and (tmp_path / "model/model.safetensors").is_file()

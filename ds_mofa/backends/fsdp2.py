@@ -20,11 +20,12 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ds_mofa.capture.sink import Arrived
+from ds_mofa.kernels.int8 import Int8Weight
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.options import OptionError
-from ds_mofa.parameters import Matrix
+from ds_mofa.parameters import Matrix, local_part
 from ds_mofa.partition.exchange import Exchange
-from ds_mofa.step.backend import ENGINES, Backend, Engine, replaced, whole_matrix
+from ds_mofa.step.backend import ENGINES, Backend, Engine, replaced, rows_from, whole_matrix
 
 __all__ = ["FullyShard", "Shards"]
 
@@ -75,6 +76,8 @@ class Shards(Backend):
         self.device = (
             torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
         )
+        for matrix in matrices:
+            _check_eight_bits(matrix, self.device)
         self._slots = [(module, name, m) for m in matrices for module, name in m.slots]
         # Which rows these are takes as long to say as a layer's forward to launch: once, not once a step.
         self._first_rows = {m.index: _first_row(m.param) for m in matrices if isinstance(m.param, DTensor)}
@@ -86,9 +89,7 @@ class Shards(Backend):
         param = matrix.param
         if not isinstance(param, DTensor):
             return whole_matrix(matrix)
-        return Shard(
-            param.to_local().detach().view(-1), self._first_rows[matrix.index] * math.prod(matrix.full_shape[1:])
-        )
+        return rows_from(self._first_rows[matrix.index] * math.prod(matrix.full_shape[1:]), local_part(param))
 
     def norms(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """One all-reduce for all: a part that several processes hold counts once."""
@@ -203,6 +204,22 @@ def _unit_of(matrix: Matrix, units: dict[Tensor, Any]) -> Any:
         if type(placement) is not Replicate and not (type(placement) is Rows and placement.dim == 0):
             raise OptionError(f"{placed} is not cut by rows alone: leave shard_placement_fn out for it, or exclude it")
     return unit
+
+
+def _check_eight_bits(matrix: Matrix, device: torch.device) -> None:
+    param = matrix.param
+    if not isinstance(local_part(param), Int8Weight):
+        return
+    if len(param) % _parts(param):
+        raise OptionError(
+            f"weights='int8' needs rows that {_parts(param)} shards divide, and {matrix.name!r} has {len(param)}: fully_shard "
+            "over another number of processes, or exclude it"
+        )
+    if local_part(param).device.type != device.type:
+        raise OptionError(
+            f"weights='int8' with CPUOffloadPolicy is not served yet, and {matrix.name!r} lies on the host: leave one of them "
+            "out"
+        )
 
 
 def _one_mesh(matrices: Sequence[Matrix], others: Iterable[Tensor]) -> DeviceMesh:

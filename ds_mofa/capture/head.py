@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from ds_mofa.capture.autograd import OURS, plain_linear, wanted
 from ds_mofa.capture.products import add_product
 from ds_mofa.capture.sketch import Sketch
+from ds_mofa.kernels.int8 import whole
 from ds_mofa.options import OptionError
 
 __all__ = ["BLOCK_BYTES", "LOGITS_BYTES", "FusedHead", "FusedLoss", "peak_bytes"]
@@ -50,7 +51,8 @@ _CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head
 
 
 def peak_bytes(tokens: int, m: int, n: int, *, itemsize: int, weight_gradient: int = 0, rank: int = 0) -> int:
-    """Most bytes that forward and backward of a fused head hold beside its input and its weight.
+    """Most bytes that forward and backward of a fused head hold beside its input and its weight; one that is kept in eight bits
+    is widened as a whole for that long, m n ``itemsize`` more.
 
     Args:
         tokens: N, of a micro-batch.
@@ -96,7 +98,7 @@ class FusedLoss(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         lift = _HALF_LIFT if x.dtype == torch.float16 else 1.0
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        W, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        W, b = whole(weight).to(x.dtype), None if bias is None else bias.to(x.dtype)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
         dw = torch.zeros_like(weight) if need_weight and sketch is None else None
         db = torch.zeros(len(weight), dtype=wide, device=x.device) if need_bias else None

@@ -19,6 +19,7 @@ from ds_mofa.capture.autograd import plain_linear, wanted
 from ds_mofa.capture.held import holds, leaf_in, own_weight, refuse_replaced, replace_forward
 from ds_mofa.capture.sink import Gathered, Sink
 from ds_mofa.capture.sketch import Sketch
+from ds_mofa.kernels.int8 import whole
 from ds_mofa.parameters import Matrix
 
 __all__ = ["LinearCapture", "SketchedLinear"]
@@ -31,7 +32,7 @@ class SketchedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Sink, gathered: Gathered | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sketch, ctx.gathered, ctx.has_bias = sketch, gathered, bias is not None
-        y = plain_linear(x, _as(weight, x.dtype), None if bias is None else _as(bias, x.dtype))
+        y = plain_linear(x, _as(whole(weight), x.dtype), None if bias is None else _as(bias, x.dtype))
         if not torch.compiler.is_compiling() and y._is_view():  # as it is with a bias: no view may be written in place
             y = torch.ops.aten._unsafe_view(y, y.shape)
         return y
@@ -48,10 +49,10 @@ def _backward(ctx, dy: Tensor):
     dx = dw = db = None
     if need_x:
         if ctx.gathered is None:
-            dx = dy @ _as(weight, dy.dtype)
+            dx = dy @ _as(whole(weight), dy.dtype)
         else:
-            with ctx.gathered(weight) as whole:
-                dx = dy @ _as(whole, dy.dtype)
+            with ctx.gathered(weight) as gathered:
+                dx = dy @ _as(gathered, dy.dtype)
     if need_weight:
         sketch = ctx.sketch
         if torch.compiler.is_compiling():

@@ -42,6 +42,8 @@ def train(argv: list[str]) -> int | None:
     by_deepspeed = any(word.split("=")[0] == "--deepspeed" for word in words)
     by_fsdp = any(word.split("=")[0] in ("--fsdp", "--fsdp_config") for word in words)
     if count == 1 and not by_deepspeed and not by_fsdp:
+        if gpus is not None:  # Hugging Face's Trainer takes all that it sees
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         _run(script, words)
         return None
     return ranks.run([sys.executable, str(script), *words], count)

@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_mofa.kernels import stages_that_fit, tile_that_fits
-from ds_mofa.kernels.random_bits import Rounding, rounding_key
+from ds_mofa.kernels.random_bits import Rounding
 from ds_mofa.kernels.shard import Shard
 
 _TILES = 8  # that one program writes
-_MOST = 65535  # matrices, the third axis of a grid
+MOST = 65535  # matrices, the third axis of a grid
 _PAIRS = {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (64, 32, 4, 3), 128: (64, 64, 4, 3)}  # rows, words, warps, stages
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -41,16 +41,16 @@ def launch(
     if numel == 0:
         return
     (B, m, r), n = U.shape, V.shape[1]
-    if B > _MOST:
+    if B > MOST:
         raise ValueError(
-            f"{B} matrices of one shape in one param group, and a launch has room for {_MOST}: divide them into several "
+            f"{B} matrices of one shape in one param group, and a launch has room for {MOST}: divide them into several "
             "param groups"
         )
     device = U.device
-    weights = _addresses([shard.flat for shard in shards], numel, device)
+    weights = addresses([shard.flat for shard in shards], numel, device)
     first_row, last_row = start // n, -(-(start + numel) // n)
     stochastic = rounding.stochastic and dtype != torch.float32
-    keys = rounding_key(rounding, numbers).to(device, non_blocking=True) if stochastic else weights
+    keys = rounding.weight_key(numbers).to(device, non_blocking=True) if stochastic else weights
     R = max(16, triton.next_power_of_2(r))
     # Two bf16 weights are one word: half the hashing, and no shuffling between threads.
     in_pairs = dtype == torch.bfloat16 == U.dtype and stochastic and n % 2 == start % 2 == numel % 2 == 0
@@ -80,6 +80,7 @@ def launch(
             high,
             step_size,
             decay,
+            rounding.turn,
             R=R,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
@@ -94,7 +95,7 @@ def launch(
     grid = (triton.cdiv(n, block_n), triton.cdiv(last_row - first_row, block_m), B)
     _write_kernel[grid](
         weights,
-        weights if masters is None else _addresses(masters, numel, device),
+        weights if masters is None else addresses(masters, numel, device),
         keys,
         U,
         V,
@@ -107,6 +108,7 @@ def launch(
         start + numel,
         step_size,
         decay,
+        rounding.turn,
         R=R,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -122,7 +124,7 @@ def _pairs_bytes(block_m: int, block_n: int, R: int) -> int:
     return 4 * R * block_n + block_m * (4 * block_n + 2 * R)
 
 
-def _addresses(parts: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
+def addresses(parts: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
     """Where each matrix's ``length`` elements begin, int64 (B,); of a stack's one after the other."""
     stride = length * parts[0].element_size()
     return _table(tuple((part.data_ptr(), part.numel() // length) for part in parts), stride, device)
@@ -144,7 +146,7 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=["first_row", "turn"])
 def _write_kernel(
     weights,
     masters,
@@ -160,6 +162,7 @@ def _write_kernel(
     stop,
     step_size,
     decay,
+    turn,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -194,7 +197,7 @@ def _write_kernel(
 
     if STOCHASTIC:
         word = _mix((at >> 1).to(tl.uint32) ^ tl.load(keys + batch).to(tl.uint32))
-        bits = tl.where((at & 1) == 1, word >> 16, word & 0xFFFF)
+        bits = _turned(tl.where((at & 1) == 1, word >> 16, word), turn)
         raw = _word(new)
         if DTYPE == tl.bfloat16:
             new = ((raw + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -208,7 +211,7 @@ def _write_kernel(
     tl.store(weight, new.to(DTYPE), mask=held)
 
 
-@triton.jit(do_not_specialize=["first_row", "before"])
+@triton.jit(do_not_specialize=["first_row", "before", "turn"])
 def _write_pairs_kernel(
     weights,
     keys,
@@ -224,6 +227,7 @@ def _write_pairs_kernel(
     high,
     step_size,
     decay,
+    turn,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -264,9 +268,15 @@ def _write_pairs_kernel(
         even = (old << 16).to(tl.float32, bitcast=True) * decay - step_size * _product(u, v_even)
         odd = (old & 0xFFFF0000).to(tl.float32, bitcast=True) * decay - step_size * _product(u, v_odd)
         bits = _mix((before.to(tl.uint32) + at.to(tl.uint32)) ^ key)
-        even_word = (_word(even) + (bits & 0xFFFF)) >> 16
-        odd_word = (_word(odd) + (bits >> 16)) & 0xFFFF0000
+        even_word = (_word(even) + _turned(bits, turn)) >> 16
+        odd_word = (_word(odd) + _turned(bits >> 16, turn)) & 0xFFFF0000
         tl.store(words + at, odd_word | even_word, mask=held)
+
+
+@triton.jit
+def _turned(bits, turn):
+    """The low 16 of them in this step."""
+    return (bits + turn) & 0xFFFF
 
 
 @triton.jit

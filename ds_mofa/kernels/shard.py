@@ -13,14 +13,16 @@ class Shard:
     """Elements [start, start + length) of each of ``count`` row-major m x n matrices, on this process.
 
     Attributes:
-        flat: 1-D, contiguous, the weights themselves (a view); may be empty.
+        flat: 1-D, contiguous, the weights themselves (a view), or the codes of those that lie in eight bits; may be empty.
         start: index of the first element.
         count: of the matrices, one after the other in ``flat``; all of each, where there are several.
+        exponents: of the codes, 1-D, contiguous (:mod:`ds_mofa.kernels.int8`); None where ``flat`` is the weights.
     """
 
     flat: Tensor
     start: int = 0
     count: int = 1
+    exponents: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -29,7 +31,13 @@ class Shard:
 
     def each(self) -> "list[Shard]":
         """One for each of the matrices."""
-        return [Shard(one, self.start) for one in self.flat.split(self.length)] if self.count > 1 else [self]
+        if self.count == 1:
+            return [self]
+        codes = self.flat.split(self.length)
+        if self.exponents is None:
+            return [Shard(one, self.start) for one in codes]
+        exponents = self.exponents.split(self.exponents.numel() // self.count)
+        return [Shard(one, self.start, 1, its) for one, its in zip(codes, exponents)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +64,11 @@ class Run:
 
     def of(self, shard: Shard) -> Shard:
         """Them, of the process's part of the stack."""
-        return Shard(self.cut(shard.flat), self.start, self.count)
+        exponents = shard.exponents
+        if exponents is not None:
+            group = shard.flat.numel() // exponents.numel()
+            exponents = exponents.narrow(0, self.low // group, self.count * self.length // group)
+        return Shard(self.cut(shard.flat), self.start, self.count, exponents)
 
 
 def runs(start: int, numel: int, size: int, first: int, last: int) -> Iterator[Run]:

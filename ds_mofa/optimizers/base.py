@@ -18,6 +18,7 @@ from ds_mofa.capture.head import FusedHead
 from ds_mofa.groups import check_rates
 from ds_mofa.optimizers import binding
 from ds_mofa.optimizers.absentees import Absentees
+from ds_mofa.optimizers.eight_bits import check_still_kept, keep_in_eight_bits
 from ds_mofa.optimizers.gradient import Gradients
 from ds_mofa.optimizers.rest import adamw_of, fuse
 from ds_mofa.optimizers.stateful import Stateful
@@ -99,6 +100,8 @@ class MatrixOptimizer(Stateful):
         split = split_parameters(model, params, parsed)
         taken = [matrix.param for matrix in split.matrices]
         claims.release(taken, to=f"another {title}")
+        if parsed.weights == "int8":
+            binding.say(f"ds_mofa: {keep_in_eight_bits(model, split.matrices)}")
         self._plain = True
         self._head = FusedHead(model) if parsed.fused_head else None
         adamw = adamw_of(split.adamw_groups, parsed, taken[0].device) if split.adamw_groups else None
@@ -135,6 +138,8 @@ class MatrixOptimizer(Stateful):
                     "build it after the model has its shape"
                 )
             members.append(dataclasses.replace(matrix, param=param))
+        if self.options.weights == "int8":
+            check_still_kept(members)
         backend = binding.connect(model, members, self._process_group)
         if isinstance(self.adamw, AdamW8bit):
             self.adamw.check_whole()
@@ -153,6 +158,26 @@ class MatrixOptimizer(Stateful):
         if model is not None:
             self._absentees.begin(model)
         binding.say_of_upcast(self._dtypes, members)
+
+    @classmethod
+    def to_int8(cls, model: nn.Module, **options: Any) -> nn.Module:
+        """Keep the matrices of a model in eight bits before it is moved to the GPU, which then need not have room for more.
+
+        The optimizer's ``weights="int8"`` does the same where the weights lie when it is built, and finds it done here.
+
+        Args:
+            model: in bf16 or fp32; changed in place.
+            options: the optimizer's: what is a matrix goes by ``include``, ``exclude`` and ``rank``.
+
+        Returns:
+            The model.
+
+        Raises:
+            OptionError: it cannot be, see :func:`ds_mofa.optimizers.eight_bits.keep_in_eight_bits`.
+        """
+        parsed, _ = cls.options_class.from_config({**options, "weights": "int8"})
+        keep_in_eight_bits(model, split_parameters(model, model.parameters(), parsed).matrices)
+        return model
 
     @property
     def matrices(self) -> MatrixStep:

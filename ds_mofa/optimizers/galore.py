@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import register
-from ds_mofa.options import AdamWReduce, AdamWStates, CaptureMode, GaLoreOptions, Rounding
+from ds_mofa.options import AdamWReduce, AdamWStates, CaptureMode, GaLoreOptions, Rounding, Weights
 from ds_mofa.rules.galore import GaLoreRule
 
 __all__ = ["GaLore"]
@@ -39,6 +39,7 @@ class GaLore(MatrixOptimizer):
             weight_decay: float = 0.0,
             rounding: Rounding = "stochastic",
             master_weights: bool = False,
+            weights: Weights | None = None,
             capture: CaptureMode = "linear",
             include: Sequence[str] = (),
             exclude: Sequence[str] = (),

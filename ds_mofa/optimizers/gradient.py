@@ -274,9 +274,10 @@ class Gradients:
     def _mark(self, index: int) -> Tensor:
         """What stands in ``.grad`` of a matrix."""
         backend, matrix = self._step.backend, self._step.members[index]
-        flat, row = backend.shard_of(matrix).flat, matrix.full_shape[1:]
-        shape = (flat.numel() // math.prod(row), *row)
-        return backend.mark(matrix, SketchedGradient(shape, flat, matrix.name, self, index))
+        shard, row = backend.shard_of(matrix), matrix.full_shape[1:]
+        shape = (shard.flat.numel() // math.prod(row), *row)
+        like = shard.flat if shard.exponents is None else matrix.param  # of the weights, not of their codes
+        return backend.mark(matrix, SketchedGradient(shape, like, matrix.name, self, index))
 
     def _renewed(self, index: int) -> Tensor:
         """A mark for a parameter that was cast since the last one was made."""

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import register
-from ds_mofa.options import AdamWReduce, AdamWStates, AdjustLr, CaptureMode, Options, Rounding, UpdateRule
+from ds_mofa.options import AdamWReduce, AdamWStates, AdjustLr, CaptureMode, Options, Rounding, UpdateRule, Weights
 from ds_mofa.rules.mofasgd import MoFaSGDRule
 
 __all__ = ["MoFaSGD"]
@@ -45,6 +45,7 @@ class MoFaSGD(MatrixOptimizer):
             weight_decay: float = 0.0,
             rounding: Rounding = "stochastic",
             master_weights: bool = False,
+            weights: Weights | None = None,
             capture: CaptureMode = "linear",
             include: Sequence[str] = (),
             exclude: Sequence[str] = (),

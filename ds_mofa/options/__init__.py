@@ -10,7 +10,7 @@ galore.py      likewise GaLore's
 
 from ds_mofa.options.adamw import AdamWOptions, AdamWReduce, AdamWStates
 from ds_mofa.options.checks import OptionError, check_integer, check_number, check_pair
-from ds_mofa.options.common import CaptureMode, CommonOptions, Rounding
+from ds_mofa.options.common import CaptureMode, CommonOptions, Rounding, Weights
 from ds_mofa.options.galore import GaLoreOptions, GaLoreRuleOptions
 from ds_mofa.options.mofasgd import AdjustLr, MoFaSGDRuleOptions, Options, UpdateRule
 from ds_mofa.options.optimizer import OptimizerOptions
@@ -30,6 +30,7 @@ __all__ = [
     "Options",
     "Rounding",
     "UpdateRule",
+    "Weights",
     "check_integer",
     "check_number",
     "check_pair",

@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from ds_mofa.options.checks import Checked, check_flag, check_integer, check_number, check_patterns
+from ds_mofa.options.checks import Checked, OptionError, check_flag, check_integer, check_number, check_patterns
 
-__all__ = ["CaptureMode", "CommonOptions", "Rounding"]
+__all__ = ["CaptureMode", "CommonOptions", "Rounding", "Weights"]
 
 Rounding = Literal["stochastic", "nearest"]
 CaptureMode = Literal["linear", "hook"]
+Weights = Literal["int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,9 +23,13 @@ class CommonOptions(Checked):
             one has 32, and explores 32.
         weight_decay: decoupled; each step multiplies the weights by 1 - lr * weight_decay.
         rounding: how an update is written into 16-bit weights: ``"stochastic"`` (right in the mean, however
-            small the update) or ``"nearest"``. Without effect on fp32 weights.
+            small the update) or ``"nearest"``; likewise into weights of eight bits. Without effect on fp32 weights.
         master_weights: keep an fp32 master of each 16-bit matrix, 4 more bytes a weight (a shard of it under
             ZeRO stage 3, a whole one on every rank else; in host memory with ``offload_optimizer``).
+        weights: ``"int8"``: the matrices are kept in eight bits, with a power of two for every 32 neighbours in a row
+            (:mod:`ds_mofa.kernels.int8`): 8.25 bits a weight, each of them a bf16 number, in one process, under
+            DistributedDataParallel and at ZeRO stages 0 to 2. Forward and backward widen one matrix at a time. None: as
+            they are.
         capture: how the sketches are taken: ``"linear"`` (``nn.Linear`` never computes its weight gradient;
             anything else falls under ``"hook"``) or ``"hook"`` (the gradient of one parameter at a time is
             sketched as soon as it is there, and dropped).
@@ -45,6 +50,7 @@ class CommonOptions(Checked):
     weight_decay: float = 0.0
     rounding: Rounding = "stochastic"
     master_weights: bool = False
+    weights: Weights | None = None
     capture: CaptureMode = "linear"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -63,3 +69,7 @@ class CommonOptions(Checked):
         check_number("update_bytes", self.update_bytes, low=0, open_low=True)
         check_integer("seed", self.seed, low=0, high=2**31)
         super().__post_init__()
+        if self.weights == "int8" and self.master_weights:
+            raise OptionError(
+                "weights='int8' keeps a matrix in one byte a weight, and master_weights in four more: leave one of them out"
+            )

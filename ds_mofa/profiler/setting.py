@@ -48,8 +48,9 @@ class RunSetting:
         rank: r, of the optimizers that have one.
         options: of the optimizer, the others than ``rank``, where they are not its defaults: (name, value) by name.
         states: "fp32" or "bf16": DeepSpeed's master weights and moments. Without DeepSpeed they are as the weights.
-        weights: "bf16", or under FSDP2 "fp32": shards in fp32, gathered and computed with in bf16, gradients reduced in
-            fp32, torch's ``MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)``.
+        weights: "bf16"; or "int8", the optimizer's option of that name; or under FSDP2 "fp32": shards in fp32, gathered and
+            computed with in bf16, gradients reduced in fp32, torch's
+            ``MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)``.
         reshard: FSDP2's ``reshard_after_forward`` of the decoder layers.
         replicas: on how many ranks each shard stands; with more than one it is HSDP.
         offload: None, "optimizer" (DeepSpeed's offload_optimizer, to the host) or "param" (that and offload_param; under
@@ -236,7 +237,7 @@ class RunSetting:
         """
         if self.entry is None:
             return {}
-        params = {"rank": self.rank, **dict(self.options)}
+        params = {"rank": self.rank, **dict(self.options), **({"weights": "int8"} if self.weights == "int8" else {})}
         if self.head == "matrix":
             params["include"] = [*params.get("include", ()), *include]
         return params
@@ -286,9 +287,19 @@ class RunSetting:
         if self.zero == 0 and self.states == "bf16":
             raise SettingError("bf16 states at ZeRO stage 0: DeepSpeed keeps fp32 ones there. Use stage 1 or 2")
         if not self.sharded:
-            own = [name for name in ("weights", "reshard", "replicas") if getattr(self, name) != _FIELDS[name]]
+            own = [
+                name
+                for name in ("weights", "reshard", "replicas")
+                if getattr(self, name) not in (_FIELDS[name], "int8")
+            ]
             if own:
                 raise SettingError(f"{', '.join(own)} with {self.backend}: FSDP2's alone. Leave it out, or give fsdp2")
+        if self.weights == "int8" and (self.entry is None or self.zero == 3 or self.offload == "param"):
+            able = " and ".join(OPTIMIZERS)
+            raise SettingError(
+                f"weights is 'int8' with {self.run}: known of {able}, not at ZeRO stage 3 and not on the host. Give the "
+                "backend torch, ddp, fsdp2, zero0, zero1 or zero2"
+            )
         if self.gpus % self.replicas:
             raise SettingError(f"replicas is {self.replicas} on {self.gpus} GPUs: give a divisor of {self.gpus}")
         if self.backend in ("ddp", "fsdp2") and self.optimizer in _NEVER_OFFLOADED:
@@ -315,7 +326,7 @@ _BESIDE_A_RUN = ("gpus", "seq", "micro_batch", "micro_batches")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "backend": BACKENDS,
     "states": ("fp32", "bf16"),
-    "weights": ("bf16", "fp32"),
+    "weights": ("bf16", "fp32", "int8"),
     "offload": (None, "optimizer", "param"),
     "head": ("adamw", "matrix"),
     "embed": ("trained", "frozen"),
@@ -324,8 +335,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def _defaults(entry: Entry) -> dict[str, Any]:
-    """The optimizer's options but for ``rank``, by name."""
-    return {name: _hashable(getattr(_plain(entry), name)) for name in entry.options.names() if name != "rank"}
+    """The optimizer's options by name, but for those that are fields of a setting."""
+    return {name: _hashable(getattr(_plain(entry), name)) for name in entry.options.names() if name not in _FIELDS}
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from ds_mofa.kernels.int8 import Int8Weight
 from ds_mofa.optimizers.gradient import SketchedGradient
 
 __all__ = ["FOREVER", "Allocation", "StorageTracker", "of_fsdp2", "with_memory"]
@@ -57,7 +58,9 @@ def of_fsdp2(one: Allocation) -> bool:
 
 
 def with_memory(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor, or those in it that have memory: a DTensor's or a collective's result, and none of a sketched gradient."""
+    """The tensor, or those in it that have memory: a DTensor's, a collective's result, a weight's eight bits and exponents;
+    none of a sketched gradient.
+    """
     if is_traceable_wrapper_subclass(tensor):
         parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         for part in parts:
@@ -109,8 +112,8 @@ class StorageTracker(TorchDispatchMode):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes again with the local tensors
+        if any(issubclass(kind, (DTensor, Int8Weight)) for kind in types):
+            return NotImplemented  # it comes again with what is inside
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):

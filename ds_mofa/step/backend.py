@@ -14,13 +14,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_mofa.capture.sink import Arrived, Gathered
+from ds_mofa.kernels.int8 import Int8Weight
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.options import OptionError
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition.exchange import Exchange
 from ds_mofa.weights.staging import HostMemory
 
-__all__ = ["ENGINES", "Backend", "Engine", "OneProcess", "in_several_processes", "replaced", "whole_matrix"]
+__all__ = [
+    "ENGINES",
+    "Backend",
+    "Engine",
+    "OneProcess",
+    "in_several_processes",
+    "replaced",
+    "rows_from",
+    "whole_matrix",
+]
 
 
 class Backend(Protocol):
@@ -157,7 +167,14 @@ def in_several_processes(group: dist.ProcessGroup | None = None) -> bool:
 
 def whole_matrix(matrix: Matrix) -> Shard:
     """The shard of a process that holds all of W."""
-    return Shard(matrix.param.data.view(-1))
+    return rows_from(0, matrix.param.data)
+
+
+def rows_from(start: int, weight: Tensor) -> Shard:
+    """A shard of a weight, or of rows of one. ``start``: index of its first element."""
+    if isinstance(weight, Int8Weight):
+        return Shard(weight.codes.view(-1), start, exponents=weight.exponents.view(-1))
+    return Shard(weight.view(-1), start)
 
 
 def replaced(matrix: Matrix) -> str:

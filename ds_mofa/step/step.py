@@ -419,7 +419,8 @@ class MatrixStep:
                 ]
             for at, own, copy in parts:
                 # Of those that follow each other, at less their place among them is the same.
-                found.append(((factor, own.start, own.length, at - place), at, own, copy))
+                kind = factor, own.start, own.length, own.exponents is None, at - place
+                found.append((kind, at, own, copy))
                 place += own.count
             first += span.count
         for (factor, *_), run_of in itertools.groupby(found, key=operator.itemgetter(0)):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ds_mofa.kernels import triton_serves
-from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically, rounding_key
+from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically
 from ds_mofa.kernels.shard import Shard
+from ds_mofa.weights import int8
 
 __all__ = ["each_of", "write_updates"]
 
@@ -37,7 +38,7 @@ def write_updates(
     not decayed and not rounded.
 
     Args:
-        shards: the parts of each W to change, B matrices in all; all of the same range and dtype.
+        shards: the parts of each W to change, B matrices in all; all of the same range and dtype, or all of eight bits.
         U: (B, m, r).
         V: (B, n, r).
         coefficients: (B, r), of each direction; all zero where nothing is to be done.
@@ -47,6 +48,9 @@ def write_updates(
         rounding: of 16-bit weights; with masters, always to nearest.
         masters: fp32 copies of the shards' elements, updated instead of the weights, which follow them.
     """
+    if shards[0].exponents is not None:
+        int8.write_updates(shards, U, V, coefficients, numbers, step_size, decay, rounding)
+        return
     if masters is not None:
         rounding = dataclasses.replace(rounding, stochastic=False)
     if triton_serves(shards[0].flat):
@@ -55,14 +59,14 @@ def write_updates(
         _write.launch(shards, U, V, coefficients, numbers, step_size, decay, rounding, masters)
         return
     moving = coefficients.any(-1).tolist()  # a NaN is not zero
-    keys = rounding_key(rounding, numbers).tolist() if rounding.stochastic else None
+    keys = rounding.weight_key(numbers).tolist() if rounding.stochastic else None
     wholes = [one for shard in shards for one in shard.each()]
     copies = None if masters is None else each_of(masters, shards)
     for i, shard in enumerate(wholes):
         if not moving[i]:
             continue
         key, master = None if keys is None else keys[i], None if copies is None else copies[i]
-        _write_one(shard, U[i], V[i], coefficients[i], step_size, decay, key, master)
+        _write_one(shard, U[i], V[i], coefficients[i], step_size, decay, key, rounding.turn, master)
 
 
 def each_of(masters: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tensor]:
@@ -78,6 +82,7 @@ def _write_one(
     step_size: float,
     decay: float,
     key: int | None,
+    turn: int,
     master: Tensor | None,
 ) -> None:
     n = V.shape[0]
@@ -99,6 +104,6 @@ def _write_one(
         if master is not None:
             master[held] = new
         if key is not None and shard.flat.dtype in (torch.bfloat16, torch.float16):
-            bits = random_bits(low, high - low, key, device)
+            bits = random_bits(low, high - low, key, device, turn)
             new = round_stochastically(new, bits, shard.flat.dtype)
         shard.flat[held] = new.to(shard.flat.dtype)

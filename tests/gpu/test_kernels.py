@@ -11,7 +11,7 @@ from ds_mofa import MoFaSGD, Options
 from ds_mofa.adamw.eight_bit import AdamW8bit
 from ds_mofa.capture.queue import Queue
 from ds_mofa.kernels import svd
-from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically, rounding_key
+from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.linalg.factors import Factors, update_factors
 from ds_mofa.optimizers.gradient import SketchedGradient
@@ -162,8 +162,8 @@ def test_random_words_are_counted_in_32_bits_beyond_two_billion_elements():
     arguments = {"numbers": torch.arange(1), "step_size": 2.0**-12, "decay": 1.0, "rounding": Rounding(True, 1, 1)}
     write_updates([Shard(W)], U, V, U[:, :1, 0], **arguments)
     row = torch.full((n,), 1.0, dtype=torch.bfloat16)
-    key = rounding_key(Rounding(True, 1, 1), 0)
-    bits = random_bits((m - 1) * n, n, key, row.device)
+    key, turn = Rounding(True, 1, 1).weight_key(0), Rounding(True, 1, 1).turn
+    bits = random_bits((m - 1) * n, n, key, row.device, turn)
     expected = round_stochastically(row.float() - 2.0**-12, bits, torch.bfloat16).bfloat16()
     assert torch.equal(W[-n:].cpu(), expected)
 

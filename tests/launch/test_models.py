@@ -35,6 +35,8 @@ BILLIONS = {
     "gemma-3-27b": "27.0",
     "gpt-oss-20b": "20.91",
     "gpt-oss-120b": "116.83",
+    "qwen3-14b": "14.8",
+    "qwen3-32b": "32.8",
     "qwen3-30b-a3b": "30.5",
     "mixtral-8x7b": "46.7",
     "deepseek-v3": "671",

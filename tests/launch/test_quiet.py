@@ -86,3 +86,13 @@ def test_the_variable_leaves_bars_and_warnings_as_they_are(bars, monkeypatch):
         assert warnings.filters == before and bars()
         with without_saving_bar():
             assert bars()
+
+
+def test_what_trl_s_default_brings_is_no_news_and_other_warnings_are(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        warnings.warn("`gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
+        warnings.warn("`packing` is deprecated.", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in heard] == ["`packing` is deprecated."]

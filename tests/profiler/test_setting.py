@@ -106,7 +106,7 @@ def test_a_command_line_serves_several_optimizers():
             "weights, reshard with zero3: FSDP2's alone. Leave it out, or give fsdp2",
         ),
         ("fsdp2:AdamW:replicas=2", "replicas is 2 on 1 GPUs: give a divisor of 1"),
-        ("fsdp2:AdamW:weights=fp16", "weights is 'fp16': give bf16 or fp32"),
+        ("fsdp2:AdamW:weights=fp16", "weights is 'fp16': give bf16, fp32 or int8"),
         ("fsdp2:AdamW:offload=optimizer", "its CPUOffloadPolicy takes the weights too. Give param"),
         ("ddp:AdamW:offload=param", "in ZeRO stages 1 to 3 and FSDP2"),
         ("ddp:LoRA:r=4", "LoRA with ddp: known of AdamW and .*MoFaSGD"),

@@ -15,6 +15,7 @@ from toys import Layers, including, micro_batches, plenty
 from training import GALORE, OPTIONS, TIGHT, mean_over_ranks, toy
 
 from ds_mofa import GaLore, MoFaSGD
+from ds_mofa.kernels import int8
 from experiments.baselines.orientation import like
 
 __all__ = [
@@ -172,7 +173,7 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter, gathered where it is sharded, by its name in the model that nothing has wrapped."""
     params = {bare(name): param for name, param in model.named_parameters()}
     return {
-        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        name: int8.whole((param.full_tensor() if isinstance(param, DTensor) else param).detach()).clone()
         for name, param in params.items()
     }
 

@@ -69,6 +69,8 @@ STAGES = [f"zero{stage}:{optimizer}:r=4" for optimizer in ("GaLore", "MoFaSGD") 
         "zero2:MoFaSGD:r=4:explore=3",
         "zero3:GaLore:r=4:master_weights=1",
         "zero3:MoFaSGD:r=4:include=embed_tokens",
+        "zero2:MoFaSGD:r=4:weights=int8:include=embed_tokens",
+        "fsdp2:MoFaSGD:r=4:weights=int8",
     ],
     shape=["32x2"],
 )

@@ -49,7 +49,7 @@ def test_the_output_tells_the_story(ran):
     output = printed(ran)
     assert "shape.json, random weights, 0.1 M parameters, fp32" in output
     assert "MoFaSGD, ZeRO stage 2, lr 0.0012 (linear)" in output
-    assert "batch: 4 sequences = 2 each on 2 ranks, 1 times" in output
+    assert "batch: 4 sequences = 2 each on 2 ranks\n" in output
     assert output.count(f"    begins: anew, {STEPS} steps") == 1 and re.search(
         r"in force: lr [\d.]+, adamw_lr [\d.]+\n", output
     )

@@ -13,6 +13,7 @@ from deepspeed import comm as dist
 from launching import cases, on_ranks
 from scenes.command import command, finished, make_inputs, saved_model, sigterm_before
 
+from ds_mofa.kernels.int8 import Int8Weight
 from ds_mofa.profiler import load_report
 from launch.fsdp import FULL, SHARDED, written_as
 from tests.launch.commands import STEPS, answer_loss, losses_in
@@ -54,7 +55,7 @@ def test_the_banner_names_engine_and_ranks(ran):
     name = {"ddp": "DDP", "fsdp2": f"FSDP2 (CPU ranks, resharded after forward, checkpoints {FULL})"}[ran.engine]
     output = printed(ran)
     assert output.count(f"optimizer: MoFaSGD, {name}, lr 0.0012 (linear)") == 1
-    assert "batch: 4 sequences = 2 each on 2 ranks, 1 times" in output
+    assert "batch: 4 sequences = 2 each on 2 ranks\n" in output
     assert ran.ranks[0]["answer loss"] == pytest.approx(losses_in(output)[1], abs=0.006)
 
 
@@ -136,3 +137,24 @@ def test_the_best_step_s_weights_are_the_saved_ones(ran):
     assert losses[step] < losses[STEPS] - 0.5 if ran.rate == TOO_LARGE else step == STEPS
     assert ran.ranks[0]["answer loss"] == pytest.approx(losses[step], abs=0.006)
     assert ran.ranks[0]["folders"] == sorted({f"checkpoint-{kept}" for kept in (step, STEPS - 1, STEPS)})
+
+
+def in_eight_bits(engine: str) -> dict:
+    make_inputs()
+    ended = command("--output_dir", "small", "--optimizer_args", '{"weights": "int8"}', engine=engine)
+    return {**ended, "weights": saved_model("small")}
+
+
+@on_ranks(in_eight_bits, engine=["ddp", "fsdp2"])
+def test_matrices_in_eight_bits_are_saved_as_an_ordinary_model(ran):
+    """Through the Trainer and Accelerate, which moves and shards the model after the optimizer is built."""
+    output = printed(ran)
+    (count,) = re.findall(r"ds_mofa: (\d+) matrices, .* are kept in eight bits", output)
+    first, last = losses_in(output)
+    assert ran.ranks[0]["code"] == 0 and last < first - 0.1
+    for result in ran.ranks:
+        weights = {name: weight for name, weight in result["weights"].items() if weight.dim() == 2}
+        of_eight_bits = [
+            name for name, weight in weights.items() if torch.equal(Int8Weight.of(weight).widened(), weight)
+        ]
+        assert len(of_eight_bits) == int(count) and "lm_head.weight" not in of_eight_bits

@@ -10,6 +10,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 __all__ = [
     "Toy",
+    "Even",
     "Padded",
     "Checkpointed",
     "Sliver",
@@ -49,18 +50,18 @@ class Toy(nn.Module):
     # What MoFaSGD must take, in the order of the model's parameters.
     MATRICES = ["blend", "up.weight", "down.weight", "twin.weight"]
 
-    def __init__(self):
+    def __init__(self, width: int = WIDTH, hidden: int = HIDDEN):
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blend = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
-        self.up = nn.Linear(WIDTH, HIDDEN)
-        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
-        self.twin = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.echo = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.blend = nn.Parameter(torch.randn(width, width) / width**0.5)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.twin = nn.Linear(width, width, bias=False)
+        self.echo = nn.Linear(width, width, bias=False)
         self.echo.weight = self.twin.weight
-        self.frozen = nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.frozen = nn.Linear(width, width, bias=False).requires_grad_(False)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -82,6 +83,13 @@ class Toy(nn.Module):
 
     def repeat(self, x: Tensor) -> Tensor:
         return self.echo(torch.tanh(self.twin(x))) + self.frozen(x)
+
+
+class Even(Toy):
+    """Rows of whole groups of 32."""
+
+    def __init__(self):
+        super().__init__(64, 96)
 
 
 class Padded(Toy):

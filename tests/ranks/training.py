@@ -10,6 +10,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 from toys import Toy, batches, including, micro_batches
 
+from ds_mofa.kernels.int8 import whole
 from ds_mofa.optimizers.registry import find
 from experiments.baselines.orientation import like
 
@@ -148,7 +149,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     weights = {}
     for name, param in model.named_parameters():
         with deepspeed.zero.GatheredParameters([param]):
-            weights[name] = param.detach().cpu().clone()
+            weights[name] = whole(param.detach()).cpu().clone()
     return weights
 
 

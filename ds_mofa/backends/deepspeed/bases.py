@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         accumulated_grads_in_cpu: MutableMapping[int, Tensor]
         averaged_gradients: MutableMapping[int, Any]
         bit16_groups: Sequence[Sequence[nn.Parameter]]
+        bit16_groups_flat: list[Tensor]
         check_grad_overflow: bool
         compute_grad_norm: bool
         contiguous_gradients: bool
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
         micro_step_id: int
         norm_for_param_grads: MutableMapping[int, Tensor]
         overlap_comm: bool
-        parallel_partitioned_bit16_groups: Sequence[Sequence[Tensor]]
+        parallel_partitioned_bit16_groups: Sequence[list[Tensor]]
         params_already_reduced: list[bool]
         params_in_partition: Sequence[Sequence[nn.Parameter]]
         partition_gradients: bool

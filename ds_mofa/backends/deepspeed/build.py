@@ -18,6 +18,7 @@ from ds_mofa.backends.deepspeed.matrices import forget, mark_matrices
 from ds_mofa.backends.deepspeed.replicated import replicated
 from ds_mofa.capture.head import FusedHead
 from ds_mofa.optimizers.base import MatrixOptimizer
+from ds_mofa.optimizers.eight_bits import keep_in_eight_bits
 from ds_mofa.optimizers.registry import entry_of
 from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import full_shape, split_parameters
@@ -46,6 +47,18 @@ def build_optimizer(engine, model_parameters) -> MatrixOptimizer:
     trained = takeover.trained(model_parameters)
     takeover.check_waiting(trained, options)
     takeover.take_over(trained, f"an engine with {entry.name}")
+    if options.weights == "int8":
+        if versions.is_older(versions.WHOLE):
+            raise OptionError(
+                f"weights='int8' needs DeepSpeed {versions.WHOLE}: pip install 'deepspeed>={versions.WHOLE}'"
+            )
+        if engine.zero_optimization_partition_weights():  # which it will do after this
+            raise OptionError(
+                "weights='int8' needs whole weights, and ZeRO stage 3 cuts them: leave it out, or use ZeRO stage 0, 1 or 2"
+            )
+        eight_bits = keep_in_eight_bits(engine.module, split.matrices)
+        if dist.get_rank() == 0:
+            print(f"ds_mofa: {eight_bits}", flush=True)
     head = FusedHead(engine.module) if options.fused_head else None
 
     replicated_fp32 = not engine.zero_optimization() and not (engine.fp16_enabled() or engine.bfloat16_enabled())

@@ -56,6 +56,9 @@ class GradientMixin(bases.Stage12):
     def plan_reductions(self, once: bool, managed_accumulation: bool) -> None:
         """Nothing to plan; see the module."""
         self.check_grad_overflow = True
+        # 0.18.7 to 0.18.9 flatten weights with their graph, and gloo gathers no tensors that have one.
+        for tensors in (self.bit16_groups_flat, *self.parallel_partitioned_bit16_groups):
+            tensors[:] = [tensor.detach() for tensor in tensors]
 
     def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
         # DeepSpeed counts on a gradient in every backward; one that reaches matrices alone has none for it.

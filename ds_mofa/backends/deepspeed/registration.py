@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 
 from ds_mofa.adamw.eight_bit import AdamW8bit
-from ds_mofa.backends.deepspeed import checkpoints, older, surface, takeover, versions
+from ds_mofa.backends.deepspeed import checkpoints, eight_bits, older, surface, takeover, versions
 from ds_mofa.backends.deepspeed.build import build_optimizer
 from ds_mofa.backends.deepspeed.matrices import is_matrix, is_partitioned
 from ds_mofa.backends.deepspeed.replicated import wrap_replicated
@@ -64,6 +64,8 @@ def join() -> None:
     _wrap("load_module_state_dict", _load_module_state_dict)
     _wrap("_load_zero_checkpoint", _load_zero_checkpoint)
     _wrap("_common_checkpoint_state", _common_checkpoint_state)
+    _wrap("_configure_distributed_model", _configure_distributed_model)
+    _wrap("_get_param_fragment_func", _get_param_fragment_func)
 
     # "Optimized" is what DeepSpeed's optimizer writes into checkpoints; the rest it saves as frozen. It
     # reads this name from the engine's module, so that is where it must change.
@@ -325,3 +327,12 @@ def _common_checkpoint_state(original, engine, module_state_dict, zero_optimizer
     # Stage 1 saves no frozen parameters, and zero_to_fp32 would leave the matrices out.
     save_frozen_param = save_frozen_param or bool(zero_optimizer_state and optimizer_of(engine))
     return original(module_state_dict, zero_optimizer_state, save_frozen_param)
+
+
+def _configure_distributed_model(original, engine, model):
+    with eight_bits.set_aside(engine, model):
+        original(model)
+
+
+def _get_param_fragment_func(original, engine, param):
+    return eight_bits.fragment(original(param))

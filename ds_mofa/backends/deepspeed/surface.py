@@ -57,8 +57,8 @@ def _rows(owner: str, use: Use, *rows: tuple[str, str, str], since: str = "", un
     return [Row(owner, name, use, form, why, since, until) for name, form, why in rows]
 
 
-def _attributes(owner: str, why: str, *names: str, use: Use = "reads", since: str = "") -> list[Row]:
-    return [Row(owner, name, use, "attribute", why, since) for name in names]
+def _attributes(owner: str, why: str, *names: str, use: Use = "reads", since: str = "", until: str = "") -> list[Row]:
+    return [Row(owner, name, use, "attribute", why, since, until) for name in names]
 
 
 def _replicated(owner: str) -> list[Row]:
@@ -166,6 +166,17 @@ ROWS: tuple[Row, ...] = (
         "wraps",
         ("_get_zero_frozen_param_attributes", "(self, attr_func)", "saves matrices as frozen parameters"),
         until=WHOLE,
+    ),
+    *_rows(
+        ENGINE,
+        "wraps",
+        (
+            "_configure_distributed_model",
+            "(self, model)",
+            "leaves weights of eight bits alone while it casts and moves the rest",
+        ),
+        ("_get_param_fragment_func", "(self, param)", "saves weights of eight bits as ordinary ones"),
+        since=WHOLE,
     ),
     *_rows(
         ENGINE,
@@ -388,6 +399,7 @@ ROWS: tuple[Row, ...] = (
         ("get_local_fp32_grad_for_param", "(self, param)", "likewise"),
         ("set_local_grad_for_param", "(self, value, param)", "likewise"),
     ),
+    *_attributes(STAGE_1_2, "the flat weights lose their graph", "bit16_groups_flat", use="sets", until=WHOLE),
     *_rows(
         STAGE_3,
         "overrides",

@@ -4,17 +4,26 @@ Bytes of one rank by category.
 """
 
 from ds_mofa.adamw.eight_bit import moment_bytes
+from ds_mofa.kernels.int8 import GROUP
 from ds_mofa.profiler.predict.plan import Plan, numbers, numbers_of_a_shard
 from ds_mofa.profiler.predict.simulated.micro_batch import Parameter
 from ds_mofa.profiler.setting import RunSetting
 
-__all__ = ["always", "masters_are_weights", "matrix_masters", "on_a_rank", "state_bytes", "weight_bytes"]
+__all__ = [
+    "always",
+    "masters_are_weights",
+    "matrix_masters",
+    "on_a_rank",
+    "state_bytes",
+    "weight_bytes",
+    "weights_on_a_rank",
+]
 
 
 def always(plan: Plan) -> dict[str, int]:
     """On the device."""
     setting = plan.setting
-    parts: dict[str, int] = {"weights": weight_bytes(setting) * on_a_rank(plan, plan.batch.parameters)}
+    parts: dict[str, int] = {"weights": weights_on_a_rank(plan, plan.batch.parameters)}
     sharded = on_a_rank(plan, plan.trained) if setting.zero is None else _partition(plan)
     if setting.offload == "param":  # but for what stage 3 keeps gathered
         least = 0 if setting.sharded else plan.zero.stage3_param_persistence_threshold
@@ -34,8 +43,16 @@ def always(plan: Plan) -> dict[str, int]:
 
 
 def weight_bytes(setting: RunSetting) -> int:
-    """Of one number of the weights, and of the gradients that are kept."""
+    """Of one number of the weights that are not in eight bits, and of the gradients that are kept."""
     return 4 if setting.weights == "fp32" else 2
+
+
+def weights_on_a_rank(plan: Plan, parameters: list[Parameter]) -> int:
+    """Bytes of these that a rank holds as weights."""
+    small = [p for p in parameters if p.eight_bits]
+    rest = [p for p in parameters if not p.eight_bits]
+    codes = on_a_rank(plan, small)
+    return weight_bytes(plan.setting) * on_a_rank(plan, rest) + codes + codes // GROUP
 
 
 def on_a_rank(plan: Plan, parameters: list[Parameter]) -> int:

@@ -116,6 +116,8 @@ def _switches(setting: RunSetting) -> Iterator[tuple[str, dict[str, Any]]]:
         include = [*given, *(name for name in embedding_patterns(setting) if name not in given)]
         if len(include) > len(given):
             yield f"embedding and head as matrices (--include {' '.join(include)})", {"include": include}
+        if setting.weights == "bf16" and not setting.sharded and setting.zero != 3:
+            yield "matrices in eight bits (--weights int8)", {"weights": "int8"}
     yield from _offloads(setting)
 
 
@@ -124,7 +126,7 @@ def _offloads(setting: RunSetting) -> Iterator[tuple[str, dict[str, Any]]]:
         return  # which is refused beside offload
     if setting.backend == "torch":
         yield "ZeRO-2, optimizer on the host (--zero 2 --offload optimizer)", {"zero": 2, "offload": "optimizer"}
-        yield "ZeRO-3, weights too (--zero 3 --offload param)", {"zero": 3, "offload": "param"}
+        yield "ZeRO-3, weights too (--zero 3 --offload param)", {"zero": 3, "offload": "param", "weights": "bf16"}
     elif setting.zero in (1, 2, 3):
         if setting.offload is None:
             yield "optimizer on the host (--offload optimizer)", {"offload": "optimizer"}

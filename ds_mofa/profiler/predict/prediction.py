@@ -86,6 +86,8 @@ def _one_micro_batch(setting: RunSetting) -> RunSetting:
     kept = ["seq", "micro_batch", "checkpointing", "liger", "loss", "head", "embed"]
     if setting.sharded:
         kept += ["backend", "gpus", "weights", "reshard", "replicas"]
+    elif setting.weights == "int8":
+        kept.append("weights")
     options = {name: value for name, value in setting.options if name not in OF_ADAMW}
     return alike.but(**{field: getattr(setting, field) for field in kept}, **options)
 

@@ -1,4 +1,4 @@
-"""``ds-mofa report``: pages of runs, one beside the other, and what differs between two.
+"""Pages of runs, one beside the other, and what differs between two.
 
     ds-mofa report out/memory/report.json                       # its pages anew, beside it
     ds-mofa report a/memory/report.json b/memory/report.json    # one page of both in out/compare
@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"ds-mofa report: error: {error}")
     if files:
-        print("wrote " + ", ".join(str(file) for file in files if file.name != "report.json"))
+        pages = [str(file) for file in files if file.suffix in (".md", ".html")]
+        pictures = sum(file.suffix == ".png" for file in files)
+        print(f"wrote {', '.join(pages)}" + (f" and {pictures} pictures" if pictures else ""))
 
 
 def _diff(places: Sequence[str], folder: Path | None) -> list[Path]:

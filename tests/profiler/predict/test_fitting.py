@@ -34,7 +34,7 @@ def found(small) -> list[Fit]:
 def test_the_edge_is_exact(found):
     """Of every run and everything that is looked for: it fits, and a step more does not, or is not there."""
     assert [fit.switch.partition(" (")[2] for fit in found] == [
-        "", "--checkpointing)", "--include embed_tokens lm_head)", "--zero 2 --offload optimizer)",
+        "", "--checkpointing)", "--include embed_tokens lm_head)", "--weights int8)", "--zero 2 --offload optimizer)",
         "--zero 3 --offload param)",
     ]  # fmt: skip
     assert not any(fit.refused for fit in found)
@@ -57,7 +57,7 @@ def test_the_edge_is_exact(found):
 def test_a_switch_that_gains_nothing_is_not_kept(found):
     zero2, zero3 = found[-2:]
     assert not zero2.gains_over(found[-3]) and zero2.setting.zero == 2
-    assert zero3.setting == found[-3].setting.but(zero=3, offload="param")
+    assert zero3.setting == found[-3].setting.but(zero=3, offload="param", weights="bf16")
     assert found[1].setting.checkpointing and found[1].gains_over(found[0]) and not found[0].gains_over(found[1])
 
 
@@ -114,6 +114,7 @@ def fake(setting: RunSetting) -> dict:
         raise PredictionError("its logits are changed between head and loss")
     tokens = setting.seq * setting.micro_batch * (1000 if setting.checkpointing else 4000)
     size = 10**9 + tokens + setting.rank * 10**6 - 10**5 * len(setting.option("include"))
+    size -= 10**5 if setting.weights == "int8" else 0
     return {
         "total": size + 7,
         "categories": {"weights": size, "allocator slack": 7},
@@ -136,10 +137,11 @@ def test_the_command(small, tmp_path, capsys, monkeypatch):
         "| as given | 1.00 GB |  | 192 | 1 | 4 |",
         "| + activations checkpointed (--checkpointing) | 1.00 GB | 384.0 kB | 960 | 7 | 4 |",
         "| + embedding and head as matrices (--include embed_tokens lm_head) | 1.00 GB | 200.0 kB | 1,152 | 9 | 5 |",
+        "| + matrices in eight bits (--weights int8) | 1.00 GB | 100.0 kB | 1,280 | 10 | 5 |",
     ]
     assert "Not possible: fused output head (--fused_head): its logits are changed" in printed and "*" not in printed
     saved = json.loads((tmp_path / "fit.json").read_text())["MoFaSGD"]
-    assert [row["most"]["seq"] for row in saved] == [192, 960, 1152] and saved[0]["setting"]["seq"] == 128
+    assert [row["most"]["seq"] for row in saved] == [192, 960, 1152, 1280] and saved[0]["setting"]["seq"] == 128
     command.main([*words, "--fit", "2 GB", "--checkpointing", "--include", "lm_head"])
     printed = capsys.readouterr().out
     assert (

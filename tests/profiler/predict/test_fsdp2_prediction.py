@@ -44,6 +44,15 @@ def test_in_backward_two_layers_are_gathered_and_one_is_reduced(run, reduced):
     assert expected <= highest <= expected + cast
 
 
+def test_what_is_gathered_in_eight_bits_is_half():
+    wide, narrow = plan("fsdp2:MoFaSGD:r=4"), plan("fsdp2:MoFaSGD:r=4:weights=int8")
+    matrices = sum(p.numel for p in narrow.batch.parameters if p.eight_bits and ".layers.1." in p.name)
+    assert matrices > 0.99 * numbers(narrow, ".layers.1.")
+    spared = 2 * (2 - 33 / 32) * matrices  # two layers are there at a time
+    most = [max(moment.communication for moment in found.batch.peaks if moment.completed) for found in (wide, narrow)]
+    assert most[0] - most[1] == pytest.approx(spared, rel=0.02)
+
+
 def test_what_stays_gathered_is_all_there_at_the_loss():
     kept, let_go = (plan(f"fsdp2:AdamW{word}") for word in (":reshard=0", ""))
     assert kept.batch.peaks[0].communication >= 2 * numbers(kept, "")

@@ -209,6 +209,7 @@ RUNS = [
     "torch:MoFaSGD:r=4:explore=3",
     "torch:MoFaSGD:r=4:master_weights=1",
     "torch:GaLore:r=4:refresh_every=1",
+    "torch:MoFaSGD:r=4:weights=int8:head=matrix:include=embed_tokens:head_loss=fused",
 ]
 
 
@@ -288,7 +289,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_the_command_says_what_is_wrong():
-    with pytest.raises(SystemExit, match="predict.py: error: adamw_states: of .*MoFaSGD.*, not of AdamW"):
+    with pytest.raises(SystemExit, match="ds-mofa predict: error: adamw_states: of .*MoFaSGD.*, not of AdamW"):
         command.main(["--model_config", TINY, "--optimizer", "MoFaSGD", "AdamW", "--adamw_states", "8bit"])
     with pytest.raises(SystemExit, match="several GPUs without ZeRO, FSDP2 or DDP"):
         command.main(["--model_config", TINY, "--gpus", "2"])

@@ -132,7 +132,8 @@ def test_what_is_no_run(files, words, message):
 def test_a_page_of_several_files(files, tmp_path, capsys):
     out = tmp_path / "out"
     commands.main(["report", files["small"], files["both"], "--output_dir", str(out), "--title", "Runs & more"])
-    assert f"wrote {out / 'report.md'}, {out / 'report.html'}" in capsys.readouterr().out
+    wrote = f"wrote {out / 'report.md'}, {out / 'report.html'} and {len(list(out.glob('*.png')))} pictures\n"
+    assert capsys.readouterr().out.endswith(wrote)
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert "<title>Runs &amp; more</title>" in page and "http" not in page
     assert "| small |" in text and "| one |" in text and "- failed: out of memory" in text

@@ -31,7 +31,7 @@ MIXINS = [
     (Bf16ReplicatedMixin, surface.UNFUSED),
 ]
 VERSIONS = ["0.18.6", "0.19.0", "0.19.2", "0.19.7", "0.19.8"]
-TORCH_S = {"_opt_called"}  # a private name of torch's, which is not what this table is about
+TORCH_S = {"_opt_called", "_parameters"}  # private names of torch's, which are not what this table is about
 
 
 # ---------------------------------------------------------------------- what DeepSpeed has

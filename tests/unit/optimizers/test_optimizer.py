@@ -883,9 +883,9 @@ def test_tiny_steps_move_bf16_weights_in_the_mean_only_if_rounding_is_stochastic
         fall = 1 - model[0].weight.detach().double()
         moved[rounding] = float(fall.mean()) / (50 * 1e-2 / 64)
         if rounding == "stochastic":
-            # 50 steps with bits of their own are a random walk; with the same bits again and again the same few
-            # weights would go every time, six times as far.
-            assert float(fall.std()) == pytest.approx(math.sqrt(50 * 0.04 * 0.96) * 2**-8, rel=0.1)
+            # 50 steps of 0.04 spacings: bits drawn anew each time would be a random walk, sqrt(50 * 0.04 * 0.96) = 1.4
+            # spacings far; with the same bits again and again the same few weights would go every time, ten far.
+            assert float(fall.std()) < 0.7 * 2**-8
     assert moved["stochastic"] == pytest.approx(1, abs=0.1)
     assert moved["nearest"] == 0
 

@@ -59,6 +59,8 @@ BAD = [
     ("explore_scale", "4", "number > 0"),
     ("rounding", "bf16", "'stochastic', 'nearest'"),
     ("master_weights", 1, "true or false"),
+    ("weights", "int4", "'int8'"),
+    ("weights", 8, "'int8'"),
     ("fused_head", "true", "true or false"),
     ("master_weights", "false", "true or false"),
     ("capture", "hooks", "'linear', 'hook'"),

@@ -429,3 +429,20 @@ def test_a_nan_stays_one_whatever_the_bits(word, dtype):
     x = torch.tensor([word], dtype=torch.int32).view(torch.float32)
     for bits in (0, 1, 0xFFFF):
         assert round_stochastically(x, torch.tensor([bits]), dtype).to(dtype).isnan().all()
+
+
+def _counts(steps, share, bits_of):
+    """How often in so many steps each element's bits were below a share of their range."""
+    return sum((bits_of(step) < share * 65536).double() for step in range(100, 100 + steps))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.37, 0.5])
+@pytest.mark.parametrize("steps", [50, 1000])
+def test_over_steps_the_bits_of_an_element_fill_their_range_evenly(steps, share):
+    """As often as they should, give or take two; draws give or take what a coin does."""
+    key = Rounding(True, 5).weight_key(3)
+    ours = _counts(steps, share, lambda step: random_bits(0, 500, key, CPU, Rounding(True, 5, step).turn))
+    assert (ours - steps * share).abs().max() < 3
+    assert float(ours.mean()) == pytest.approx(steps * share, abs=0.1)
+    drawn = _counts(steps, share, lambda step: random_bits(0, 500, _key(5, step, 3), CPU))
+    assert float(drawn.std()) == pytest.approx(math.sqrt(steps * share * (1 - share)), rel=0.2)

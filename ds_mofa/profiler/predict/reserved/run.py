@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 
 from ds_mofa.adamw.eight_bit import moment_bytes
-from ds_mofa.profiler.predict.always import masters_are_weights, matrix_masters, on_a_rank, weight_bytes
+from ds_mofa.profiler.predict.always import (
+    masters_are_weights,
+    matrix_masters,
+    on_a_rank,
+    weight_bytes,
+    weights_on_a_rank,
+)
 from ds_mofa.profiler.predict.moments import gradient_bytes
 from ds_mofa.profiler.predict.plan import Plan
 from ds_mofa.profiler.predict.reserved.gathering import gathered
@@ -31,7 +37,7 @@ def reserved(plan: Plan, always: Mapping[str, int], process: int) -> int:
         held = [p for p in plan.trained if "other optimizer states" not in always or p.kind != "matrix"]
         weights, moments = [], []
         if not setting.offload:
-            weights = [each * on_a_rank(plan, [p]) for p in batch.parameters]
+            weights = [weights_on_a_rank(plan, [p]) for p in batch.parameters]
             shards = [on_a_rank(plan, [p]) for p in held]
             moments = [moment_bytes(size) if zero.eight_bit else each * size for size in shards for _ in range(2)]
         gradients = {p.name: gradient_bytes(plan, p) for p in held}

@@ -56,7 +56,9 @@ def reserved_by_stage12(
     apart = scattered(zero, groups)
     mine = {name: elements for name, elements in touched[rank].items() if name not in apart}
     allocator, aside = CachingAllocator(), CachingAllocator()  # the reduction's stream has blocks of its own
-    weights = {param.name: allocator.alloc(2 * param.numel) for param in batch.parameters}
+    weights = {
+        param.name: allocator.alloc(param.numel if param.eight_bits else 2 * param.numel) for param in batch.parameters
+    }
     for size in buffers:
         allocator.alloc(size)
     for group, size in zip(groups, sizes):  # flattened, and cut into partitions

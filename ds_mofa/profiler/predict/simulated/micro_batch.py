@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ds_mofa.kernels.int8 import Int8Weight
+from ds_mofa.parameters import local_part
 from ds_mofa.profiler.predict.simulated.model import build, one_sequence_a_row, operators
-from ds_mofa.profiler.predict.simulated.optimizer import attach
+from ds_mofa.profiler.predict.simulated.optimizer import attach, put_in_eight_bits
 from ds_mofa.profiler.predict.simulated.ranks import pretended_ranks
 from ds_mofa.profiler.predict.simulated.trl import with_trl_loss
 from ds_mofa.profiler.setting import RunSetting
@@ -32,12 +34,15 @@ __all__ = ["MicroBatch", "Moment", "Parameter", "simulate"]
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter. ``kind``: "matrix" (a 2-D weight of the layers), "other", "frozen" or "adapter" (LoRA's)."""
+    """A parameter. ``kind``: "matrix" (a 2-D weight of the layers), "other", "frozen" or "adapter" (LoRA's); ``eight_bits``:
+    whether it is kept so.
+    """
 
     name: str
     shape: tuple[int, ...]
     numel: int
     kind: str
+    eight_bits: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +104,8 @@ def simulate(setting: RunSetting) -> MicroBatch:
     """
     with pretended_ranks(setting) as mesh, FakeTensorMode(), one_sequence_a_row():
         model = build(setting)
+        if setting.weights == "int8":
+            put_in_eight_bits(model, setting)
         if mesh is not None:
             shard(model, mesh, setting)
         attached = attach(model, setting)
@@ -108,7 +115,13 @@ def simulate(setting: RunSetting) -> MicroBatch:
                 param.grad = torch.empty_like(param)
         names = {param: name for name, param in model.named_parameters()}
         parameters = [
-            Parameter(name, tuple(p.shape), p.numel(), {"sketched": "matrix"}.get(kinds[p], kinds[p]))
+            Parameter(
+                name,
+                tuple(p.shape),
+                p.numel(),
+                {"sketched": "matrix"}.get(kinds[p], kinds[p]),
+                isinstance(local_part(p), Int8Weight),
+            )
             for p, name in names.items()
         ]
         ids = torch.zeros(setting.micro_batch, setting.seq, dtype=torch.long)

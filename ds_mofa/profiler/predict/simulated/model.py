@@ -58,7 +58,9 @@ def _shape_in(path: str) -> dict[str, Any]:
     try:
         shape = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise PredictionError(f"{path}: no model shape could be read ({error}). Give one of configs/models") from error
+        raise PredictionError(
+            f"{path}: no model shape could be read ({error}). Give a model's config.json, or a name that `ds-mofa config` lists"
+        ) from error
     if "model_type" not in shape:
         raise PredictionError(f'{path}: no "model_type", so the architecture is unknown. Add it, such as "llama"')
     return shape

@@ -16,7 +16,7 @@ from ds_mofa.profiler.predict.simulated.errors import PredictionError
 from ds_mofa.profiler.predict.simulated.model import head_names
 from ds_mofa.profiler.setting import RunSetting
 
-__all__ = ["OF_ADAMW", "Attached", "attach"]
+__all__ = ["OF_ADAMW", "Attached", "attach", "put_in_eight_bits"]
 
 OF_ADAMW = frozenset(field.name for field in dataclasses.fields(AdamWOptions))  # neither forward nor backward sees them
 
@@ -56,6 +56,20 @@ def attach(model: nn.Module, setting: RunSetting) -> Attached:
     if setting.optimizer == "LoRA":
         return _adapted(model, setting.rank, matrices)
     return Attached({p: "matrix" if p in matrices else _other(p) for p in model.parameters()}, [])
+
+
+def put_in_eight_bits(model: nn.Module, setting: RunSetting) -> None:
+    """Before anything is sharded.
+
+    Raises:
+        PredictionError: the optimizer refuses the model.
+    """
+    assert setting.entry is not None  # else the setting is refused
+    params = setting.params(head_names(model))
+    try:
+        setting.entry.optimizer.to_int8(model, **{name: params[name] for name in params if name not in OF_ADAMW})
+    except OptionError as error:
+        raise PredictionError(str(error)) from error
 
 
 def _sketched(model: nn.Module, setting: RunSetting, entry: Entry) -> Attached:
