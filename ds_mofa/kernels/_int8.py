@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_mofa.kernels import tile_that_fits
-from ds_mofa.kernels._write import MOST, _any, _mix, _product, _turned, addresses
+from ds_mofa.kernels._write import MOST, _any, _mix, _product, _turned, addresses, keys_of
 from ds_mofa.kernels.random_bits import Rounding
 from ds_mofa.kernels.shard import Shard
 
@@ -52,7 +52,7 @@ def launch(
         )
     codes = addresses([shard.flat for shard in shards], rows * n, device)
     exponents = addresses([_exponents(shard) for shard in shards], rows * n // 32, device)
-    keys = rounding.weight_key(numbers).to(device, non_blocking=True) if rounding.stochastic else codes
+    keys = keys_of(rounding, numbers, device) if rounding.stochastic else codes
     R = max(16, triton.next_power_of_2(r))
     row = R * U.element_size()
     block_m, block_n = tile_that_fits(device, (32, 128), lambda rows, columns: (rows + columns) * row)

@@ -50,7 +50,7 @@ def launch(
     weights = addresses([shard.flat for shard in shards], numel, device)
     first_row, last_row = start // n, -(-(start + numel) // n)
     stochastic = rounding.stochastic and dtype != torch.float32
-    keys = rounding.weight_key(numbers).to(device, non_blocking=True) if stochastic else weights
+    keys = keys_of(rounding, numbers, device) if stochastic else weights
     R = max(16, triton.next_power_of_2(r))
     # Two bf16 weights are one word: half the hashing, and no shuffling between threads.
     in_pairs = dtype == torch.bfloat16 == U.dtype and stochastic and n % 2 == start % 2 == numel % 2 == 0
@@ -128,6 +128,16 @@ def addresses(parts: Sequence[Tensor], length: int, device: torch.device) -> Ten
     """Where each matrix's ``length`` elements begin, int64 (B,); of a stack's one after the other."""
     stride = length * parts[0].element_size()
     return _table(tuple((part.data_ptr(), part.numel() // length) for part in parts), stride, device)
+
+
+def keys_of(rounding: Rounding, numbers: Tensor, device: torch.device) -> Tensor:
+    """Of each matrix's bits, int64 (B,); they are the same in every step."""
+    return _keys(rounding.seed, tuple(numbers.tolist()), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _keys(seed: int, numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return Rounding(True, seed).weight_key(torch.tensor(numbers, dtype=torch.int64)).to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=1024)
