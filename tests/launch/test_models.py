@@ -28,6 +28,7 @@ PUBLISHED = {
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.1-405b": 405_853_388_800,
 }
+NO_OPTIMIZER = {"optimizer": None, "optimizer_options": None}  # Hugging Face's
 # As cards and papers give them, in billions: Gemma and Qwen3.5 without vision, DeepSeek-V3 without its second prediction.
 BILLIONS = {
     "qwen3.5-9b": "9",
@@ -87,7 +88,7 @@ def test_of_a_config_with_parts_the_one_that_reads_tokens_counts(tmp_path):
     config = config_from_shape(str(file))
     assert not hasattr(config, "vocab_size")
     check_vocabulary(config, byte_tokenizer())
-    arguments = SimpleNamespace(engine=Engine.ONE, device=torch.device("cpu"), dtype="float32")
+    arguments = SimpleNamespace(engine=Engine.ONE, device=torch.device("cpu"), dtype="float32", **NO_OPTIMIZER)
     model = load_model(ModelArguments(model_config=str(file)), arguments, byte_tokenizer())
     assert model.config.get_text_config().use_cache is False
     file.write_text(json.dumps(PARTS | {"text_config": PARTS["text_config"] | {"vocab_size": 100}}))
@@ -148,7 +149,9 @@ def load_shape(tmp_path, kind: str, **options):
     file = tmp_path / "shape.json"
     file.write_text(json.dumps({"model_type": kind, **ATTENTION[kind][0]}))
     args = ModelArguments(model_config=str(file), **options)
-    training = SimpleNamespace(bf16=False, fp16=False, dtype=None, engine=Engine.ONE, device=torch.device("cpu"))
+    training = SimpleNamespace(
+        bf16=False, fp16=False, dtype=None, engine=Engine.ONE, device=torch.device("cpu"), **NO_OPTIMIZER
+    )
     return args, load_model(args, training, byte_tokenizer())
 
 
