@@ -1,6 +1,6 @@
 """Weights of eight bits on a GPU: widened for a product, and written by an update in one pass over them.
 
-The twins are :func:`ds_mofa.kernels.int8.widened` and ``ds_mofa.weights.int8._write_one``; the random bits are those of
+The twins are :func:`ds_mofa.kernels.int8.widened` and ``ds_mofa.weights.int8.write_one``; the random bits are those of
 :func:`ds_mofa.kernels.random_bits.random_bits`.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_mofa.kernels import tile_that_fits
-from ds_mofa.kernels._write import MOST, _any, _mix, _product, _turned, addresses, keys_of
+from ds_mofa.kernels._write import _any, _mix, _product, _turned, addresses, check_count, keys_of
 from ds_mofa.kernels.random_bits import Rounding
 from ds_mofa.kernels.shard import Shard
 
@@ -45,11 +45,7 @@ def launch(
     rows = shards[0].length // n
     if rows == 0:
         return
-    if B > MOST:
-        raise ValueError(
-            f"{B} matrices of one shape in one param group, and a launch has room for {MOST}: divide them into several "
-            "param groups"
-        )
+    check_count(B)
     codes = addresses([shard.flat for shard in shards], rows * n, device)
     exponents = addresses([_exponents(shard) for shard in shards], rows * n // 32, device)
     keys = keys_of(rounding, numbers, device) if rounding.stochastic else codes

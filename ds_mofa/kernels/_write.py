@@ -20,7 +20,7 @@ from ds_mofa.kernels.random_bits import Rounding
 from ds_mofa.kernels.shard import Shard
 
 _TILES = 8  # that one program writes
-MOST = 65535  # matrices, the third axis of a grid
+_MOST = 65535  # matrices, the third axis of a grid
 _PAIRS = {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (64, 32, 4, 3), 128: (64, 64, 4, 3)}  # rows, words, warps, stages
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -41,11 +41,7 @@ def launch(
     if numel == 0:
         return
     (B, m, r), n = U.shape, V.shape[1]
-    if B > MOST:
-        raise ValueError(
-            f"{B} matrices of one shape in one param group, and a launch has room for {MOST}: divide them into several "
-            "param groups"
-        )
+    check_count(B)
     device = U.device
     weights = addresses([shard.flat for shard in shards], numel, device)
     first_row, last_row = start // n, -(-(start + numel) // n)
@@ -122,6 +118,15 @@ def launch(
 def _pairs_bytes(block_m: int, block_n: int, R: int) -> int:
     """Of shared memory, by the kernel of pairs: V's even and odd columns, and one stage of W and U."""
     return 4 * R * block_n + block_m * (4 * block_n + 2 * R)
+
+
+def check_count(matrices: int) -> None:
+    """Raise a ValueError where one launch has no room for so many."""
+    if matrices > _MOST:
+        raise ValueError(
+            f"{matrices} matrices of one shape in one param group, and a launch has room for {_MOST}: divide them into several "
+            "param groups"
+        )
 
 
 def addresses(parts: Sequence[Tensor], length: int, device: torch.device) -> Tensor:

@@ -164,9 +164,11 @@ def _read(func, *args, **kwargs):
     """Any operation of the wide weights that writes none of them."""
     for place, argument in enumerate(func._schema.arguments):
         alias = argument.alias_info
+        if alias is None:
+            continue
         given = args[place] if place < len(args) else kwargs.get(argument.name)
         values = [value for value in tree_leaves(given) if isinstance(value, Int8Weight)]
-        if alias is None or not values:
+        if not values:
             continue
         if alias.is_write:
             raise NotImplementedError(

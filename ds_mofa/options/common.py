@@ -28,8 +28,8 @@ class CommonOptions(Checked):
             ZeRO stage 3, a whole one on every rank else; in host memory with ``offload_optimizer``).
         weights: ``"int8"``: the matrices are kept in eight bits, with a power of two for every 32 neighbours in a row
             (:mod:`ds_mofa.kernels.int8`): 8.25 bits a weight, each of them a bf16 number, in one process, under
-            DistributedDataParallel and at ZeRO stages 0 to 2. Forward and backward widen one matrix at a time. None: as
-            they are.
+            DistributedDataParallel, ``fully_shard`` and at ZeRO stages 0 to 2. Forward and backward widen one matrix at a
+            time. None: as they are.
         capture: how the sketches are taken: ``"linear"`` (``nn.Linear`` never computes its weight gradient;
             anything else falls under ``"hook"``) or ``"hook"`` (the gradient of one parameter at a time is
             sketched as soon as it is there, and dropped).

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.int8 import GROUP, WIDE_DTYPES, Int8Weight, quantized, widened
-from ds_mofa.kernels.random_bits import Rounding, random_bits
+from ds_mofa.kernels.random_bits import random_bits
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.parameters import local_part
 
-__all__ = ["put_in", "serves", "swap", "take_out", "write_updates"]
+__all__ = ["put_in", "serves", "swap", "take_out", "write_one"]
 
 _CHUNK = 1 << 22  # weights per pass; bounds the fp32 temporaries to some tens of MB
 
@@ -30,7 +29,7 @@ def put_in(model: nn.Module, params: Iterable[nn.Parameter]) -> None:
     tensors of their dtype in host memory, and ``load_state_dict`` takes such.
 
     Raises:
-        RuntimeError: something else refers to a parameter's memory: a view, a graph, a weak reference.
+        RuntimeError: something else refers to a parameter's memory, a view or a graph; or a hook stands on it.
     """
     changed = False
     for param in params:
@@ -98,34 +97,17 @@ def _like(sharded: Any, local: Tensor) -> Tensor:
     return type(sharded).from_local(local, sharded.device_mesh, sharded.placements, **where)
 
 
-def write_updates(
-    shards: Sequence[Shard],
-    U: Tensor,
-    V: Tensor,
-    coefficients: Tensor,
-    numbers: Tensor,
-    step_size: float,
-    decay: float,
-    rounding: Rounding,
-) -> None:
-    """:func:`ds_mofa.weights.write.write_updates` of weights in eight bits, which have no masters. Shards are of whole rows."""
-    if triton_serves(shards[0].flat):
-        from ds_mofa.kernels import _int8
-
-        _int8.launch(shards, U, V, coefficients, numbers, step_size, decay, rounding)
-        return
-    moving = coefficients.any(-1).tolist()  # a NaN is not zero
-    keys = rounding.weight_key(numbers).tolist() if rounding.stochastic else None
-    wholes = [one for shard in shards for one in shard.each()]
-    for i, one in enumerate(wholes):
-        if moving[i]:
-            key = None if keys is None else keys[i]
-            _write_one(one, U[i], V[i], coefficients[i], step_size, decay, key, rounding.turn)
-
-
-def _write_one(
+def write_one(
     shard: Shard, U: Tensor, V: Tensor, coefficients: Tensor, step_size: float, decay: float, key: int | None, turn: int
 ) -> None:
+    """W <- decay W - step_size U diag(coefficients) V^T of whole rows of one matrix in eight bits, in fp32, rounded once.
+
+    Args:
+        U: (m, r).
+        V: (n, r).
+        coefficients: (r,).
+        key, turn: of the random bits (:class:`ds_mofa.kernels.random_bits.Rounding`); without a key, to the nearest.
+    """
     n = V.shape[0]
     assert shard.exponents is not None  # else the weights are not of eight bits
     codes, exponents = shard.flat.view(-1, n), shard.exponents.view(-1, n // GROUP)

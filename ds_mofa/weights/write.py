@@ -38,7 +38,8 @@ def write_updates(
     not decayed and not rounded.
 
     Args:
-        shards: the parts of each W to change, B matrices in all; all of the same range and dtype, or all of eight bits.
+        shards: the parts of each W to change, B matrices in all; all of the same range and dtype, or all of whole
+            rows in eight bits, which have no masters.
         U: (B, m, r).
         V: (B, n, r).
         coefficients: (B, r), of each direction; all zero where nothing is to be done.
@@ -48,11 +49,14 @@ def write_updates(
         rounding: of 16-bit weights; with masters, always to nearest.
         masters: fp32 copies of the shards' elements, updated instead of the weights, which follow them.
     """
-    if shards[0].exponents is not None:
-        int8.write_updates(shards, U, V, coefficients, numbers, step_size, decay, rounding)
-        return
+    in_eight_bits = shards[0].exponents is not None
     if masters is not None:
         rounding = dataclasses.replace(rounding, stochastic=False)
+    if triton_serves(shards[0].flat) and in_eight_bits:
+        from ds_mofa.kernels import _int8
+
+        _int8.launch(shards, U, V, coefficients, numbers, step_size, decay, rounding)
+        return
     if triton_serves(shards[0].flat):
         from ds_mofa.kernels import _write
 
@@ -66,7 +70,11 @@ def write_updates(
         if not moving[i]:
             continue
         key, master = None if keys is None else keys[i], None if copies is None else copies[i]
-        _write_one(shard, U[i], V[i], coefficients[i], step_size, decay, key, rounding.turn, master)
+        arguments = shard, U[i], V[i], coefficients[i], step_size, decay, key, rounding.turn
+        if in_eight_bits:
+            int8.write_one(*arguments)
+        else:
+            _write_one(*arguments, master)
 
 
 def each_of(masters: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tensor]:

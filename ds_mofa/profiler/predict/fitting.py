@@ -116,7 +116,7 @@ def _switches(setting: RunSetting) -> Iterator[tuple[str, dict[str, Any]]]:
         include = [*given, *(name for name in embedding_patterns(setting) if name not in given)]
         if len(include) > len(given):
             yield f"embedding and head as matrices (--include {' '.join(include)})", {"include": include}
-        if setting.weights == "bf16" and not setting.sharded and setting.zero != 3:
+        if setting.weights == "bf16" and setting.zero != 3 and setting.offload != "param":
             yield "matrices in eight bits (--weights int8)", {"weights": "int8"}
     yield from _offloads(setting)
 
@@ -133,7 +133,8 @@ def _offloads(setting: RunSetting) -> Iterator[tuple[str, dict[str, Any]]]:
         if setting.zero == 3 and setting.offload != "param":
             yield "weights on the host too (--offload param)", {"offload": "param"}
     elif setting.sharded and setting.offload is None:
-        yield "weights and optimizer on the host (--offload param)", {"offload": "param"}
+        on_host = "bf16" if setting.weights == "int8" else setting.weights  # where there are no eight bits yet
+        yield "weights and optimizer on the host (--offload param)", {"offload": "param", "weights": on_host}
 
 
 def largest(needs: Callable[[int], float], room: float, start: int, step: int, limit: int) -> int:

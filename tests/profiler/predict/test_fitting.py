@@ -61,6 +61,15 @@ def test_a_switch_that_gains_nothing_is_not_kept(found):
     assert found[1].setting.checkpointing and found[1].gains_over(found[0]) and not found[0].gains_over(found[1])
 
 
+@pytest.mark.parametrize("weights, small", [("bf16", 1), ("fp32", 0)])
+def test_eight_bits_come_before_the_host_and_go_where_it_holds_the_weights(weights, small):
+    setting = RunSetting.of(str(ROOT / "configs/models/llama-tiny.json"), backend="fsdp2", gpus=2, weights=weights)
+    changes = [change for _, change in fitting._switches(setting)]
+    assert [change.get("weights") for change in changes].count("int8") == small
+    assert changes[-1] == {"offload": "param", "weights": weights}
+    assert (setting.but(weights="int8") if small else setting).but(**changes[-1]).weights == weights
+
+
 def test_a_baseline_has_fewer_switches_and_what_is_on_is_none(small):
     adamw = list(fits(RunSetting.of(small, "AdamW", seq=128, zero=3, gpus=2, bucket=1000, checkpointing=True), 3 << 30))
     assert [fit.switch.partition(" (")[0] for fit in adamw] == [
