@@ -194,7 +194,9 @@ def sketch_columns(setting: RunSetting) -> int:
 
 
 def sub_batches(model: Model, setting: RunSetting) -> int:
-    """How many times a rank launches the factor update; see the option ``update_bytes``."""
+    """How many times a rank launches the factor update; see the option ``update_bytes``. Of exploring as the measured runs
+    had it, whose bound took the explored columns for the state's.
+    """
     layout = Layout([(shape, 0) for shape in model.matrices], sketch_columns(setting), setting.gpus)
     return len(split(layout.owned_by(0), setting.option("update_bytes")))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["jacobi_svd", "jacobi_svd_twin"]
+__all__ = ["jacobi_svd", "jacobi_svd_twin", "rotations"]
 
 _BY_COLUMNS = 64  # up to this many columns
 
@@ -36,10 +36,7 @@ def jacobi_svd(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sigma: (B, q).
         Q: (B, q, q), orthonormal for every K.
     """
-    q = K.shape[-1]
-    if q <= _BY_COLUMNS:
-        return _sorted_triplets(K, rotations_by_columns(K))
-    return _sorted_triplets(K, rotations_by_blocks(K, _sweeps))
+    return _sorted_triplets(K, rotations(K))
 
 
 def jacobi_svd_twin(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,17 +46,22 @@ def jacobi_svd_twin(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return K @ Qt.mT, sigma, Qt.mT
 
 
-def rotations_by_columns(K: Tensor) -> Tensor:
+def rotations(K: Tensor) -> Tensor:
     """Q (B, q, q), orthonormal, such that the columns of K Q are orthogonal, for K (B, p, q) on a GPU, fp32."""
+    return rotations_by_columns(K) if K.shape[-1] <= _BY_COLUMNS else rotations_by_blocks(K, _sweeps)
+
+
+def rotations_by_columns(K: Tensor) -> Tensor:
+    """:func:`rotations`, all columns with all others, in one launch."""
     from ds_mofa.kernels import _jacobi
 
     B, p, q = K.shape
     even = q + q % 2  # a zero column plays with the odd one out
     columns = K.new_zeros(B, even, p)
     columns[:, :q] = _normalised(K).mT
-    rotations = torch.eye(even, dtype=K.dtype, device=K.device).repeat(B, 1, 1)
-    _jacobi.launch(columns, rotations, _MAX_SWEEPS, _TOLERANCE)
-    return _orthonormalised(rotations[:, :q, :q].mT)  # the zero column has turned with none
+    turned = torch.eye(even, dtype=K.dtype, device=K.device).repeat(B, 1, 1)
+    _jacobi.launch(columns, turned, _MAX_SWEEPS, _TOLERANCE)
+    return _orthonormalised(turned[:, :q, :q].mT)  # the zero column has turned with none
 
 
 Sweeps = Callable[[Tensor, Tensor, int, float], None]  # rows, worst, p, tolerance
@@ -192,16 +194,9 @@ def _jacobi_rotations(A: Tensor) -> Tensor:
 
 
 def _normalised(K: Tensor) -> Tensor:
-    """K / |K|: squares of its elements then neither overflow nor, where they matter, underflow."""
-    return K / _scale(K)
-
-
-def _scale(K: Tensor) -> Tensor:
-    """|K|, (B, 1, 1); 1 for zero."""
-    largest = K.abs().amax((-2, -1), keepdim=True)
-    largest = torch.where(largest > 0, largest, 1)
-    norm = largest * (K / largest).square().sum((-2, -1), keepdim=True).sqrt()
-    return torch.where(norm > 0, norm, 1)
+    """K / |K|, zero for zero: squares of its elements then neither overflow nor, where they matter, underflow."""
+    norm = torch.linalg.vector_norm(K, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    return K / torch.where(norm > 0, norm, 1).to(K.dtype)
 
 
 def _orthonormalised(Q: Tensor) -> Tensor:
@@ -210,8 +205,9 @@ def _orthonormalised(Q: Tensor) -> Tensor:
 
 
 def _sorted_triplets(K: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scale = _scale(K)
-    scaled = (K / scale) @ Q
-    sigma, order = scaled.square().sum(-2).sqrt().sort(dim=-1, descending=True, stable=True)
+    turned = K @ Q
+    # In float64: the squares of a tiny core's columns are zero in fp32.
+    lengths = torch.linalg.vector_norm(turned, dim=-2, dtype=torch.float64).to(K.dtype)
+    sigma, order = lengths.sort(dim=-1, descending=True, stable=True)
     order = order.unsqueeze(-2)
-    return scale * scaled.gather(-1, order.expand_as(scaled)), scale[..., 0] * sigma, Q.gather(-1, order.expand_as(Q))
+    return turned.gather(-1, order.expand_as(turned)), sigma, Q.gather(-1, order.expand_as(Q))

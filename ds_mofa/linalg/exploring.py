@@ -12,6 +12,9 @@ The first r columns are MoFaSGD's. From the others, what is left of G where the 
 
 and U V^T is joined by A E^T + F B^T: of all A of that norm and rank the one that lowers the loss most along E.
 
+H lies in the span of [U Y]. So all but A itself is worked out on the Gram matrices of [U Y] and [V E], in float64: with D such
+that H = [U Y] D and H^T H = Q diag(s^2) Q^T, it is A = [U Y] D Q diag(1 / s) Q^T.
+
 E and F are signs / sqrt(n) and / sqrt(m), one random bit an element, so that every rank has them without a message.
 """
 
@@ -21,12 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.random_bits import mix
+from ds_mofa.kernels.svd import rotations
 from ds_mofa.linalg.batching import together
-from ds_mofa.linalg.factors import leading_svd
-from ds_mofa.linalg.orthonormal import Side, complements
+from ds_mofa.linalg.orthonormal import in_span, joined, live_rows, polished, sketch_gram
 
-__all__ = ["Look", "directions", "sign_words", "signs"]
+__all__ = ["Look", "directions", "look_grams", "sign_words", "signs"]
 
 
 class Look(NamedTuple):
@@ -36,67 +40,111 @@ class Look(NamedTuple):
         U: (B, m, r), orthonormal: what the directions must be orthogonal to.
         Y: (B, m, r + k), the sketch G [V E]; of the other side G^T [U F].
         test: (B, n, r + k), the [V E] that it was taken with, V orthonormal to the rounding of 16 bits.
+        grams: :func:`look_grams` of U and Y, where they are at hand.
     """
 
     U: Tensor
     Y: Tensor
     test: Tensor
+    grams: tuple[Tensor, Tensor] | None = None
+
+
+def look_grams(U: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the sketches Y = [Y_r Y_k] the Gram matrix of [U Y_r] (B, 2 r, 2 r), which is the momentum's, and what [U Y] has in
+    common with Y_k (B, 2 r + k, k); float64.
+    """
+    S, r = joined(U, Y), U.shape[-1]
+    kept = S[..., : 2 * r]
+    return kept.mT @ kept, S.mT @ S[..., 2 * r :]
 
 
 def directions(looks: Sequence[Look]) -> Iterator[Tensor]:
-    """polar((1 - U U^T) G (1 - V V^T) E) of each look in turn, (B, m, k); what is small is done for all at once.
+    """polar((1 - U U^T) G (1 - V V^T) E) of each look in turn, (B, m, k), float64; what is small is done for all at once.
 
     At most min(m, n) - r of its k singular values are 1, the others 0: those of directions that are rounding. Of a
     gradient that the momentum sees all of, it is zero.
     """
-    rests = _beyond(looks)
-    bases = complements([Side(look.U, rest) for look, rest in zip(looks, rests)])
-    # Over what they are the rest of, so that one floor tells rounding in all of them.
-    inner = [basis.R.to(rest.dtype) / size for basis, rest, size in zip(bases, rests, _sizes(looks, rests))]
-    counts = [min(*R.shape[-2:], look.test.shape[-2] - look.U.shape[-1]) for look, R in zip(looks, inner)]
-    for basis, (turn,) in zip(bases, together(inner, _polar, counts)):
-        yield basis.beside(turn)
-
-
-def _beyond(looks: Sequence[Look]) -> list[Tensor]:
-    """G (1 - P) E of each, (B, m, k), P the projector onto the columns V of ``test``."""
-    grams = []
-    for _, _, test in looks:
-        wide = test.double()
-        grams.append(wide.mT @ wide)
     r, dtype = looks[0].U.shape[-1], looks[0].Y.dtype
-    insides = together(grams, lambda gram: (_coordinates(gram, r).to(dtype),))
-    return [
-        torch.baddbmm(Y[..., r:], Y[..., :r], inside, alpha=-1)  # G E - (G V) (P E in the coordinates of V)
-        for (_, Y, _), (inside,) in zip(looks, insides)
-    ]
+    floor = 64 * torch.finfo(dtype).eps
+    if dtype == torch.float64:
+        yield from (_by_svd(look, floor) for look in looks)
+        return
+    grams = [(*(look.grams or look_grams(look.U, look.Y)), sketch_gram(look.test)) for look in looks]
+    turns = together(grams, lambda kept, beside, test: (_turn(_whole(kept, beside), test, r, floor),))
+    for look, (turn,) in zip(looks, turns):
+        yield joined(look.U, look.Y) @ turn
 
 
-def _coordinates(gram: Tensor, r: int) -> Tensor:
-    """C (B, r, k) with P E = V C, from the Gram matrix of [V E]."""
-    near, across = gram[..., :r, :r], gram[..., :r, r:]
-    return 2 * across - near @ across  # (V^T V)^-1 V^T E: that inverse is 2 - V^T V to the square of V's rounding
+def _whole(kept: Tensor, beside: Tensor) -> Tensor:
+    """The Gram matrix of [U Y] from :func:`look_grams`."""
+    c = kept.shape[-1]
+    return torch.cat([torch.cat([kept, beside[..., :c, :].mT], dim=-2), beside], dim=-1)
 
 
-def _sizes(looks: Sequence[Look], rests: Sequence[Tensor]) -> Sequence[Tensor]:
-    """|G E| + |G (1 - P) E|, (B, 1, 1), 1 where it is zero: their difference |G P E| is no larger."""
-    norms = [
-        # In float64: the squares of a tiny gradient are zero in fp32.
-        torch.linalg.vector_norm(part, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-        for (U, Y, _), rest in zip(looks, rests)
-        for part in (Y[..., U.shape[-1] :], rest)
-    ]
-    sizes = torch.cat(norms[::2]) + torch.cat(norms[1::2])
-    return torch.where(sizes > 0, sizes, 1).to(rests[0].dtype).split([len(rest) for rest in rests])
+def _turn(gram: Tensor, test: Tensor, r: int, floor: float) -> Tensor:
+    """T (B, 2 r + k, k), float64, such that [U Y] T are the directions, from the Gram matrices of [U Y] and of [V E]."""
+    beyond, seen = _beyond(test, r), gram[..., r:, r:]
+    beyond = beyond / _size(*(_root_of_trace(part) for part in (seen[..., r:, r:], beyond.mT @ seen @ beyond)))
+    D = torch.cat([-in_span(gram[..., :r, :r], gram[..., :r, r:] @ beyond), beyond], dim=-2)
+    return D @ _inverse_root(D.mT @ gram @ D, floor)
 
 
-def _polar(R: Tensor, count: int) -> tuple[Tensor]:
-    """P Q^T (B, p, k) of R = P diag(s) Q^T, |R| <= 1: over the ``count`` leading s, as far as they are not rounding."""
-    if count == 0:
-        return (R.new_zeros(R.shape, dtype=torch.float64),)
-    P, s, Q = leading_svd(R, count)
-    live = s > 64 * torch.finfo(R.dtype).eps
-    return ((P * live.unsqueeze(-2)) @ Q.mT,)
+def _inverse_root(gram: Tensor, floor: float) -> Tensor:
+    """C^(-1/2) (B, k, k) of C, ``gram``, over its eigenvalues above floor^2, 0 over the others; C symmetric, float64, trace
+    at most 1.
+
+    The eigenvectors Q are those of fp32, and what they leave beside the diagonal of Q^T C Q = diag(s^2) + O is let in to
+    first order: diag(1 / s) - O_ij / (s_i s_j (s_i + s_j)). So no digit is lost where the s are far apart.
+    """
+    Q = _right_vectors(gram)
+    nearly = Q.mT @ gram @ Q
+    squares = nearly.diagonal(dim1=-2, dim2=-1)
+    s = squares.masked_fill(squares <= floor * floor, torch.inf).sqrt()
+    one, other = s.unsqueeze(-1), s.unsqueeze(-2)
+    root = torch.diag_embed(1.5 / s) - nearly / (one * other * (one + other))  # which takes 0.5 / s from the diagonal
+    T = Q @ root @ Q.mT
+    return 1.5 * T - 0.5 * T @ (T.mT @ gram @ T)  # Newton-Schulz
+
+
+def _beyond(test: Tensor, r: int) -> Tensor:
+    """C (B, r + k, k), float64, with G (1 - P) E = Y C, P the projector onto V; from the Gram matrix of [V E]."""
+    eye = torch.eye(test.shape[-1] - r, dtype=test.dtype, device=test.device).expand(len(test), -1, -1)
+    inside = in_span(test[..., :r, :r], test[..., :r, r:], steps=2)  # V is of 16 bits
+    return torch.cat([-inside, eye], dim=-2)
+
+
+def _size(whole: Tensor, beyond: Tensor) -> Tensor:
+    """|G E| + |G (1 - P) E|, (B, 1, 1), 1 where it is zero: their difference |G P E| is no larger. One floor over it tells
+    rounding in all directions.
+    """
+    size = whole + beyond
+    return size + (size == 0)
+
+
+def _root_of_trace(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(0).sqrt()
+
+
+def _right_vectors(gram: Tensor) -> Tensor:
+    """Q (B, k, k), float64, orthonormal, that makes Q^T gram Q diagonal to fp32's rounding."""
+    # gram = R^T R, and R in fp32 has twice its digits. What is added is above the rounding of gram and below every floor.
+    shifted = gram + 1e-13 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    R = torch.linalg.cholesky_ex(shifted).L.mT.float()
+    return polished(rotations(R) if triton_serves(R) else torch.linalg.svd(R).Vh.mT)
+
+
+def _by_svd(look: Look, floor: float) -> Tensor:
+    """:func:`directions` of one look in float64, where the squares of a Gram matrix would lose half the digits."""
+    U, Y, test, _ = look
+    r = U.shape[-1]
+    X = Y @ _beyond(sketch_gram(test), r)
+    size = _size(*(part.norm(dim=(-2, -1), keepdim=True) for part in (Y[..., r:], X)))
+    for _ in range(2):
+        X = X - U @ (U.mT @ X)
+    basis, R = torch.linalg.qr(X / size)
+    P, s, Qt = torch.linalg.svd(R, full_matrices=False)
+    # A reflection leaves rounding in rows of zeros.
+    return basis @ ((P * (s > floor).unsqueeze(-2)) @ Qt) * live_rows(X, 0)
 
 
 def sign_words(counters: Tensor, key: int) -> Tensor:

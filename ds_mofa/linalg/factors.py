@@ -10,7 +10,6 @@ All are float32 (float64 in tests), on any device. Inputs must be finite: the ca
 for all ranks, whether a step with a NaN or Inf in it is skipped.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,7 +19,15 @@ from torch import Tensor
 from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.svd import jacobi_svd
 from ds_mofa.linalg.batching import together
-from ds_mofa.linalg.orthonormal import Basis, Side, complements, generic_columns, live_rows, sketch_gram
+from ds_mofa.linalg.orthonormal import (
+    Side,
+    complements,
+    generic_columns,
+    live_rows,
+    orthonormalizer,
+    polished,
+    sketch_gram,
+)
 
 __all__ = [
     "Factors",
@@ -69,7 +76,8 @@ def update_factors(factors: Factors, Y: Tensor, Z: Tensor, *, beta: float, gamma
         The new factors. Where K is exactly zero (no momentum and no gradient) U and V stay.
     """
     [new] = update_many([(factors, Y, Z)], beta=beta, gamma=gamma)
-    return new
+    still = (new.sigma[..., :1] == 0).unsqueeze(-1)  # any orthonormal P and Q diagonalise a zero core
+    return Factors(torch.where(still, factors.U, new.U), new.sigma, torch.where(still, factors.V, new.V))
 
 
 Batch = tuple[Factors, Tensor, Tensor]  # factors, Y, Z
@@ -80,6 +88,8 @@ def update_many(
     batches: Sequence[Batch], *, beta: float, gamma: float | Tensor, grams: Sequence[Grams] | None = None
 ) -> list[Factors]:
     """:func:`update_factors` of several batches, which may differ in m and n; what is r x r is done for all at once.
+
+    Of a core that is exactly zero U and V may become others here.
 
     Args:
         batches: factors, Y and Z of each; of one rank.
@@ -94,15 +104,19 @@ def update_many(
         sides += [Side(factors.U, Y, left), Side(factors.V, Z, right)]
     bases = complements(sides)
     left_bases, right_bases = bases[::2], bases[1::2]
-    cores = [
-        _core(factors.sigma, gram, left.R, right.R, beta, gamma)
+    r = batches[0][0].sigma.shape[-1]
+    parts = [
+        (factors.sigma, gram[..., :r, r:], left.R, right.R)
         for (factors, _, _), (gram, _), left, right in zip(batches, grams, left_bases, right_bases)
     ]
-    r = batches[0][0].sigma.shape[-1]
-    turns = together(cores, functools.partial(leading_svd, r=r))
+
+    def decomposed(sigma: Tensor, A: Tensor, R_U: Tensor, R_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return leading_svd(_core(sigma, A, R_U, R_V, beta, gamma), r)
+
+    turns = together(parts, decomposed)
     return [
-        _turned(factors, left, right, *turn)
-        for (factors, _, _), left, right, turn in zip(batches, left_bases, right_bases, turns)
+        Factors(left.turned(P), sigma, right.turned(Q))
+        for left, right, (P, sigma, Q) in zip(left_bases, right_bases, turns)
     ]
 
 
@@ -111,18 +125,13 @@ def gram_matrices(factors: Factors, Y: Tensor, Z: Tensor) -> Grams:
     return sketch_gram(factors.U, Y), sketch_gram(factors.V, Z)
 
 
-def _core(sigma: Tensor, left: Tensor, R_U: Tensor, R_V: Tensor, beta: float, gamma: float | Tensor) -> Tensor:
-    r = sigma.shape[-1]
-    A = left[..., :r, r:].to(sigma.dtype)
-    top = torch.cat([beta * torch.diag_embed(sigma) + gamma * A, gamma * R_V.mT], dim=-1)
-    bottom = torch.cat([gamma * R_U, R_U.new_zeros(*R_U.shape[:-1], R_V.shape[-2])], dim=-1)
-    return torch.cat([top, bottom], dim=-2)
-
-
-def _turned(factors: Factors, left: Basis, right: Basis, P: Tensor, sigma: Tensor, Q: Tensor) -> Factors:
-    still = (sigma[..., :1] == 0).unsqueeze(-1)  # any orthonormal P and Q diagonalise a zero core
-    U, _, V = factors
-    return Factors(torch.where(still, U, left.turned(P)), sigma, torch.where(still, V, right.turned(Q)))
+def _core(sigma: Tensor, A: Tensor, R_U: Tensor, R_V: Tensor, beta: float, gamma: float | Tensor) -> Tensor:
+    """K of :func:`update_factors`, in sigma's dtype."""
+    top = torch.cat([A.to(sigma.dtype), R_V.mT], dim=-1)
+    bottom = torch.cat([R_U, R_U.new_zeros(*R_U.shape[:-1], R_V.shape[-2])], dim=-1)
+    K = gamma * torch.cat([top, bottom], dim=-2)
+    K.diagonal(dim1=-2, dim2=-1)[..., : sigma.shape[-1]].add_(sigma, alpha=beta)
+    return K
 
 
 def start_factors(Y: Tensor, Z: Tensor, psi: Tensor, *, gamma: float | Tensor) -> Factors:
@@ -191,8 +200,8 @@ def gradient_came(Y: Tensor, Z: Tensor) -> Tensor:
 def projected_norm(left: Tensor, right: Tensor) -> Tensor:
     """Squared Frobenius norm of G_hat, (B,), from :func:`gram_matrices` alone: |Y|^2 + |Z|^2 - |U^T Y|^2."""
     r = left.shape[-1] // 2
-    square = sum(gram.diagonal(dim1=-2, dim2=-1)[..., r:].sum(-1) for gram in (left, right))
-    return (square - left[..., :r, r:].square().sum((-2, -1))).clamp_min(0)
+    of_Y, of_Z = (gram.diagonal(dim1=-2, dim2=-1)[..., r:].sum(-1) for gram in (left, right))
+    return (of_Y + of_Z - left[..., :r, r:].square().sum((-2, -1))).clamp_min(0)
 
 
 def live_directions(sigma: Tensor) -> Tensor:
@@ -213,39 +222,27 @@ def leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     P, sigma, Q = _leading_svd(K, r)
     live = live_directions(sigma)
-    return _filled(P, live), sigma * live, _filled(Q, live)
+    filled = together([(P, live), (Q, live)], lambda columns, live: (_filled(columns, live),))
+    return filled[0][0], sigma * live, filled[1][0]
 
 
 def _leading_svd(K: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """P, sigma and Q in K's dtype, P and Q orthonormal to rounding over sigma."""
     if not triton_serves(K):
         P, sigma, Qt = torch.linalg.svd(K, full_matrices=False)
-        return _polished(P[..., :r]), sigma[..., :r], _polished(Qt[..., :r, :].mT)
+        return P[..., :r], sigma[..., :r], Qt[..., :r, :].mT
     scaled, sigma, Q = (x[..., :r] for x in jacobi_svd(K))
-    # The columns of K Q are P sigma; where sigma vanishes there is no P in them, and any will do.
-    P = scaled / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2)
-    [basis] = complements([Side(P[..., :0], P)])
-    axes = torch.eye(r, dtype=P.dtype, device=P.device).expand(len(P), r, r)
-    return _polished(basis.turned(axes)), sigma, _polished(Q)
-
-
-def _polished(P: Tensor) -> Tensor:
-    """P, orthonormal to the rounding of K's dtype, in float64 and orthonormal to the square of that (Newton-Schulz):
-    the factors are turned by one P after another.
-    """
-    P = P.double()
-    return 1.5 * P - 0.5 * P @ (P.mT @ P)
+    # The columns of K Q are P sigma; where sigma vanishes there is no P in them.
+    return scaled / sigma.clamp_min(torch.finfo(K.dtype).tiny).unsqueeze(-2), sigma, Q
 
 
 def _filled(P: Tensor, live: Tensor) -> Tensor:
-    """Orthonormal columns P (B, p, r), of which those that are not live (B, r) give way to fixed ones."""
-    live = live.unsqueeze(-2).double()
-    kept, fill = P * live, generic_columns(P, P.shape[-1])
-    for _ in range(2):
-        fill = fill - kept @ (kept.mT @ fill)
-    S = torch.where(live > 0, P, fill)
-    factor = torch.linalg.cholesky_ex(S.mT @ S).L
-    filled = torch.linalg.solve_triangular(factor.mT, S, upper=True, left=False)
-    return torch.where((live > 0).all(-1, keepdim=True), P, filled)
+    """Columns P (B, p, r), nearly orthonormal where they are live (B, r), as orthonormal ones in float64: the factors are
+    turned by one P after another. Fixed columns stand in for the others.
+    """
+    P = P.double()
+    S = torch.where(live.unsqueeze(-2) > 0, P, generic_columns(P, P.shape[-1]))
+    return polished(S @ orthonormalizer(S.mT @ S))  # from the first to the last: what is live comes before what is not
 
 
 def _complete(U: Tensor, r: int) -> Tensor:

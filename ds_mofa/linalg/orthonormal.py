@@ -15,7 +15,18 @@ from torch import Tensor
 
 from ds_mofa.linalg.batching import together
 
-__all__ = ["Side", "Basis", "complements", "sketch_gram", "generic_columns", "live_rows"]
+__all__ = [
+    "Side",
+    "Basis",
+    "complements",
+    "sketch_gram",
+    "joined",
+    "in_span",
+    "polished",
+    "orthonormalizer",
+    "generic_columns",
+    "live_rows",
+]
 
 
 class Side(NamedTuple):
@@ -29,9 +40,9 @@ class Side(NamedTuple):
     gram: Tensor | None = None
 
 
-def sketch_gram(U: Tensor, Y: Tensor) -> Tensor:
-    """[U Y]^T [U Y], (B, c + k, c + k), float64; U (B, m, c), Y (B, m, k)."""
-    S = _joined(U, Y)
+def sketch_gram(*parts: Tensor) -> Tensor:
+    """[U Y]^T [U Y], (B, c + k, c + k), float64; U (B, m, c), Y (B, m, k), or any number of such parts."""
+    S = joined(*parts)
     return S.mT @ S
 
 
@@ -52,12 +63,7 @@ class Basis(NamedTuple):
 
     def turned(self, P: Tensor) -> Tensor:
         """[U Q] P, (B, m, r), in U's dtype; P (B, c + k, r)."""
-        return (_joined(self.U, self.rough) @ (self.combination @ P.double())).to(self.rough.dtype)
-
-    def beside(self, P: Tensor) -> Tensor:
-        """Q P, (B, m, r), in U's dtype; P (B, k, r)."""
-        right = self.combination[..., self.U.shape[-1] :]
-        return (_joined(self.U, self.rough) @ (right @ P.double())).to(self.rough.dtype)
+        return (joined(self.U, self.rough) @ (self.combination @ P.double())).to(self.rough.dtype)
 
 
 def complements(sides: Sequence[Side]) -> list[Basis]:
@@ -80,6 +86,36 @@ def complements(sides: Sequence[Side]) -> list[Basis]:
     return [Basis(U, Q, *end) for (U, _, _), Q, end in zip(sides, roughly, ends)]
 
 
+def joined(*parts: Tensor) -> Tensor:
+    """Their columns beside each other, (B, m, sum of k), in float64."""
+    width = sum(part.shape[-1] for part in parts)
+    S = torch.empty(*parts[0].shape[:-1], width, dtype=torch.float64, device=parts[0].device)
+    return torch.cat(parts, dim=-1, out=S)
+
+
+def in_span(near: Tensor, across: Tensor, *, steps: int = 1) -> Tensor:
+    """(U^T U)^-1 U^T X (B, c, k), from U^T U and U^T X, of U orthonormal to rounding, to that to the power of ``steps`` + 1."""
+    inside = across
+    for _ in range(steps):
+        inside = torch.baddbmm(inside + across, near, inside, alpha=-1)
+    return inside
+
+
+def polished(Q: Tensor) -> Tensor:
+    """Q, orthonormal to the rounding of its dtype, in float64 and orthonormal to the square of that (Newton-Schulz)."""
+    Q = Q.double()
+    return 1.5 * Q - 0.5 * Q @ (Q.mT @ Q)
+
+
+def orthonormalizer(H: Tensor) -> Tensor:
+    """L^-T (B, k, k) of H = L L^T: X L^-T is orthonormal where X^T X = H."""
+    k = H.shape[-1]
+    eye = torch.eye(k, dtype=H.dtype, device=H.device)
+    L = torch.linalg.cholesky_ex(H + 4 * k * torch.finfo(H.dtype).eps * eye).L
+    # Multiplied by the small inverse: a GPU solves for m right-hand sides more slowly than it multiplies.
+    return torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False).mT
+
+
 def generic_columns(like: Tensor, k: int) -> Tensor:
     """(B, m, k) fixed generic columns of norm about 1: the same on every rank and in every run."""
     return _generic_columns(like.shape[-2], k, like.dtype, like.device).expand(*like.shape[:-2], -1, -1)
@@ -91,32 +127,40 @@ def live_rows(S: Tensor, least: int) -> Tensor:
     Of a gradient's sketch they are those of an embedding's tokens that have not come. Columns that fill a basis up stay out
     of them, so that such a row never moves. All is 1 where fewer than ``least`` rows are left, too few for so many columns.
     """
-    k = S.shape[-1]
     # A row's product with a generic column is zero where the row is, at a tenth of what any() takes on a CPU.
-    live = S @ _generic_columns(k, 1, S.dtype, S.device) != 0
-    return (live | (live.sum(-2, keepdim=True) < least)).to(S.dtype)
+    return _live(S @ _generic_columns(S.shape[-1], 1, S.dtype, S.device), least).to(S.dtype)
+
+
+def _live(image: Tensor, least: int) -> Tensor:
+    """:func:`live_rows`, bool, from the product (B, m, 1) with a generic column."""
+    live = image != 0
+    return live | (live.sum(-2, keepdim=True) < least)
 
 
 def _rough(U: Tensor, X: Tensor, combination: Tensor, dependent: Tensor) -> Tensor:
-    """[U X] combination, with generic columns where X's are dependent."""
-    S = _joined(U, X)
-    live, Q = live_rows(S, S.shape[-1]), S @ combination
-    del S
-    return torch.where(dependent.unsqueeze(-2), generic_columns(X, X.shape[-1]), Q).mul_(live).to(X.dtype)
+    """[U X] combination, with generic columns where X's are dependent; the last column tells which rows are live."""
+    k = dependent.shape[-1]
+    Q = joined(U, X) @ combination
+    fill = dependent.unsqueeze(-2) & _live(Q[..., k:], combination.shape[-2])
+    return torch.where(fill, generic_columns(X, k), Q[..., :k].to(X.dtype))
 
 
 def _gram_beside(U: Tensor, Q: Tensor, X: Tensor) -> Tensor:
     """[U Q]^T [U Q X], float64."""
-    S = _joined(U, Q, X)
+    S = joined(U, Q, X)
     return S[..., : U.shape[-1] + Q.shape[-1]].mT @ S
 
 
 def _first_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
-    """C (B, c + k, k) that makes [U X] C nearly orthonormal, and which columns (B, k) are to be replaced, zero in C."""
+    """C (B, c + k, k + 1) that makes [U X] C nearly orthonormal in its first k columns, and generic in the last; and which of
+    the k (B, k) are to be replaced, zero in C.
+    """
+    both = gram.shape[-1]
     lean, H = _without_span(gram, c)
     k = H.shape[-1]
+    mixed = _generic_columns(both, 1, gram.dtype, gram.device).expand(len(gram), -1, -1)
     if k == 0:
-        return gram[..., c:], gram.new_zeros(gram.shape[0], 0, dtype=torch.bool)
+        return mixed, gram.new_zeros(gram.shape[0], 0, dtype=torch.bool)
     eps = torch.finfo(H.dtype).eps
     whole = gram.diagonal(dim1=-2, dim2=-1)[..., c:].sum(-1)
     size = H.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -134,9 +178,9 @@ def _first_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
     )
     dependent = ~clear  # so is one that is NaN, where the factorization broke off
     H = torch.where(dependent.unsqueeze(-1) | dependent.unsqueeze(-2), eye, H)
-    T = _inverse_root(H) / size.sqrt()
+    T = orthonormalizer(H) / size.sqrt()
     T = torch.where(dependent.unsqueeze(-2), 0, T)
-    return torch.cat([-lean @ T, T], dim=-2), dependent
+    return torch.cat([torch.cat([-lean @ T, T], dim=-2), mixed], dim=-1), dependent
 
 
 def _last_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
@@ -146,7 +190,7 @@ def _last_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
     """
     both = gram.shape[-2]
     lean, H = _without_span(gram[..., :both], c)
-    T = _inverse_root(H)
+    T = orthonormalizer(H)
     right = torch.cat([-lean @ T, T], dim=-2)
     eye = torch.eye(both, c, dtype=gram.dtype, device=gram.device)
     left = 1.5 * eye - 0.5 * torch.nn.functional.pad(gram[..., :c, :c], (0, 0, 0, both - c))  # Newton-Schulz
@@ -156,29 +200,8 @@ def _last_combination(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
 def _without_span(gram: Tensor, c: int) -> tuple[Tensor, Tensor]:
     """(U^T U)^-1 U^T X, and the Gram matrix of X less its part in span U."""
     G, A, N = gram[..., :c, :c], gram[..., :c, c:], gram[..., c:, c:]
-    lean = 2 * A - G @ A  # U is orthonormal to 1e-7: the error is the square of that
+    lean = in_span(G, A)
     return lean, N - A.mT @ lean
-
-
-def _inverse_root(H: Tensor) -> Tensor:
-    """L^-T (B, k, k) of H = L L^T: X L^-T is orthonormal where X^T X = H."""
-    k = H.shape[-1]
-    eye = torch.eye(k, dtype=H.dtype, device=H.device)
-    L = torch.linalg.cholesky_ex(H + 4 * k * torch.finfo(H.dtype).eps * eye).L
-    # Multiplied by the small inverse: a GPU solves for m right-hand sides more slowly than it multiplies.
-    return torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False).mT
-
-
-def _joined(*parts: Tensor) -> Tensor:
-    """Their columns beside each other, (B, m, sum of k), in float64."""
-    S = torch.empty(
-        *parts[0].shape[:-1], sum(part.shape[-1] for part in parts), dtype=torch.float64, device=parts[0].device
-    )
-    first = 0
-    for part in parts:
-        S[..., first : first + part.shape[-1]] = part
-        first += part.shape[-1]
-    return S
 
 
 def _with_room(side: Side) -> Side:

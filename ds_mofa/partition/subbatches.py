@@ -6,14 +6,14 @@ the results: a batched product may round otherwise when its batch is another.
 
 import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ds_mofa.partition.layout import Block
 
-__all__ = ["Part", "Span", "split", "temporaries"]
+__all__ = ["Needs", "Part", "Span", "split", "temporaries"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +70,32 @@ class Part:
         return tuple(view[self.first : self.last] for view in self.block.views(flat, start))
 
 
-def temporaries(parts: Sequence[Part]) -> int:
-    """Bytes that :func:`ds_mofa.linalg.factors.update_many` needs at most for these parts, its results included.
+def temporaries(parts: Sequence[Part], r: int | None = None) -> int:
+    """Bytes that the update of these parts needs at most, its results included.
 
-    Of every matrix its new directions and its new factors in fp32, 8 r (m + n), and 512 r^2 for what is r x r, in
-    float64; of one side of one part at a time the old columns, the new and the sketch in float64, 24 r m.
+    :func:`ds_mofa.linalg.factors.update_many` needs of every matrix its new directions and its new factors in fp32,
+    8 r (m + n), and 512 r^2 for what is r x r, in float64; of one side of one part at a time the old columns, the new and the
+    sketch in float64, 24 r m. Before it, :func:`ds_mofa.linalg.exploring.directions` needs 384 R^2 of every matrix, and of one
+    side of one part at a time 16 R m.
+
+    Args:
+        r: columns of the factors, of the R of the parts' block; None for all.
     """
-    every = sum(p.count * (8 * p.block.rank * sum(p.block.shape) + 512 * p.block.rank**2) for p in parts)
-    return every + max((24 * p.count * p.block.rank * max(p.block.shape) for p in parts), default=0)
+    if not parts:
+        return 0
+    R = parts[0].block.rank
+    r = R if r is None else r
+    matrices, rows = sum(p.count for p in parts), sum(p.count * sum(p.block.shape) for p in parts)
+    side = max(p.count * max(p.block.shape) for p in parts)
+    update = 8 * r * rows + 512 * r**2 * matrices + 24 * r * side
+    return max(update, 384 * R**2 * matrices + 16 * R * side if R > r else 0)
 
 
-def split(blocks: Sequence[Block], limit: float) -> list[list[Part]]:
-    """The matrices of ``blocks`` in their order, in sub-batches of at most ``limit`` bytes of temporaries.
+Needs = Callable[[Sequence[Part]], int]  # bytes, and more with every matrix
+
+
+def split(blocks: Sequence[Block], limit: float, needs: Needs = temporaries) -> list[list[Part]]:
+    """The matrices of ``blocks`` in their order, in sub-batches that need at most ``limit`` bytes.
 
     A matrix that needs more by itself is a sub-batch of its own.
     """
@@ -90,7 +104,7 @@ def split(blocks: Sequence[Block], limit: float) -> list[list[Part]]:
     for block in blocks:
         first = 0
         while first < block.count:
-            last = _most(block, first, current, limit)
+            last = _most(block, first, current, limit, needs)
             if last == first and not current:
                 last += 1
             if last > first:
@@ -102,7 +116,7 @@ def split(blocks: Sequence[Block], limit: float) -> list[list[Part]]:
     return [*batches, current] if current else batches
 
 
-def _most(block: Block, first: int, current: list[Part], limit: float) -> int:
-    """The last that fits, from ``first`` on, beside ``current``: temporaries grow with every matrix."""
+def _most(block: Block, first: int, current: list[Part], limit: float, needs: Needs) -> int:
+    """The last that fits, from ``first`` on, beside ``current``."""
     fits = range(first + 1, block.count + 1)
-    return first + bisect.bisect_right(fits, limit, key=lambda last: temporaries([*current, Part(block, first, last)]))
+    return first + bisect.bisect_right(fits, limit, key=lambda last: needs([*current, Part(block, first, last)]))

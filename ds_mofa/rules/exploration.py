@@ -16,18 +16,24 @@ from ds_mofa.rules.batch import MatrixBatch, PlaceSigns
 __all__ = ["explore", "seen_rows", "stay", "with_signs"]
 
 
-def explore(batches: Sequence[MatrixBatch], r: int, length: Callable[[int, int], float]) -> None:
+def explore(
+    batches: Sequence[MatrixBatch],
+    r: int,
+    length: Callable[[int, int], float],
+    grams: Sequence[Sequence[tuple[Tensor, Tensor] | None]] | None = None,
+) -> None:
     """Overwrite the last k columns of Y, Z and spectrum with A, B and s.
 
     Args:
         batches: whose state begins with U and V.
         r: of the factors.
         length: s, of the directions of an m x n matrix.
+        grams: of each batch :func:`ds_mofa.linalg.exploring.look_grams` of its two sides, where they are at hand.
     """
     looks = []
-    for batch in batches:
+    for batch, (left, right) in zip(batches, grams or [(None, None)] * len(batches), strict=True):
         U, V, *_ = batch.state
-        looks += [Look(U, batch.Y, batch.right), Look(V, batch.Z, batch.left)]
+        looks += [Look(U, batch.Y, batch.right, left), Look(V, batch.Z, batch.left, right)]
     sketches = itertools.chain.from_iterable((batch.Y, batch.Z) for batch in batches)
     for sketch, found in zip(sketches, directions(looks), strict=True):
         sketch[..., r:] = found

@@ -75,12 +75,15 @@ class GaLoreRule(Rule):
         s, l = sorted((m, n))  # noqa: E741
         return Field("P", (s, r)), Field("gradients", (1,)), Field("m", (l, r)), Field("v", (l, r))
 
-    def squared_norm(self, batch: MatrixBatch, step: int) -> tuple[Tensor, None]:
+    def squared_norms(self, batches: Sequence[MatrixBatch], step: int) -> list[tuple[Tensor, None]]:
+        return [(self._squared_norm(batch, step), None) for batch in batches]
+
+    def _squared_norm(self, batch: MatrixBatch, step: int) -> Tensor:
         short, long = _sides(batch.shape, batch.Y, batch.Z)
         square = _square(long)
         if self._refreshes(step) or _may_wait(batch):  # a NaN or Inf there must not become a basis
             square = square + 0 * _square(short)
-        return square, None
+        return square
 
     def update(self, batches: Sequence[MatrixBatch], reused: Sequence[Any], *, step: int, clip: float | Tensor) -> None:
         for batch in batches:

@@ -4,10 +4,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ds_mofa.linalg.batching import together
+from ds_mofa.linalg.exploring import look_grams
 from ds_mofa.linalg.factors import (
     Batch,
     Factors,
@@ -31,6 +34,18 @@ __all__ = ["MoFaSGDRule"]
 _MOST_BALANCED = 10.0  # a matrix whose gradients are nearly zero, an expert of few tokens, has hardly any momentum
 
 
+class Seen(NamedTuple):
+    """What the norm has looked up of a batch, float64.
+
+    Attributes:
+        grams: of [U Y] and [V Z], in the momentum's columns.
+        beside: of each side what these have in common with the explored columns; empty where there are none.
+    """
+
+    grams: Grams
+    beside: tuple[Tensor, ...]
+
+
 class MoFaSGDRule(Rule):
     """The state is the momentum's U, V and sigma; what is published of it are the same numbers, and the coefficients."""
 
@@ -48,12 +63,13 @@ class MoFaSGDRule(Rule):
     def fields(m: int, n: int, r: int) -> tuple[Field, ...]:
         return Field("U", (m, r), "left"), Field("V", (n, r), "right"), Field("sigma", (r,), "spectrum")
 
-    def squared_norm(self, batch: MatrixBatch, step: int) -> tuple[Tensor, Grams]:
-        grams = gram_matrices(*self._momentum(batch))
-        return projected_norm(*grams), grams
+    def squared_norms(self, batches: Sequence[MatrixBatch], step: int) -> list[tuple[Tensor, Seen]]:
+        seen = [self._seen(batch) for batch in batches]
+        squares = together([(*own.grams, *own.beside) for own in seen], _squares)
+        return [(square, own) for (square,), own in zip(squares, seen)]
 
     def update(
-        self, batches: Sequence[MatrixBatch], reused: Sequence[Grams], *, step: int, clip: float | Tensor
+        self, batches: Sequence[MatrixBatch], reused: Sequence[Seen], *, step: int, clip: float | Tensor
     ) -> None:
         beta, gamma = self._options.beta, self._options.gamma * clip  # a clipped gradient is a lighter one
         if step == 0:
@@ -61,9 +77,10 @@ class MoFaSGDRule(Rule):
                 self._start(batch, gamma)
             return
         if self.signs:
-            explore(batches, self.r, self._options.explore_length)
+            looks = [list(zip(seen.grams, seen.beside)) for seen in reused]
+            explore(batches, self.r, self._options.explore_length, looks)
         momenta = [self._momentum(batch) for batch in batches]
-        updated = update_many(momenta, beta=beta, gamma=gamma, grams=reused)
+        updated = update_many(momenta, beta=beta, gamma=gamma, grams=[seen.grams for seen in reused])
         for batch, new, (old, _, _) in zip(batches, updated, momenta, strict=True):
             self._write(batch, new, old)
 
@@ -88,10 +105,10 @@ class MoFaSGDRule(Rule):
             coefficients = coefficients * factor.clamp(1 / _MOST_BALANCED, _MOST_BALANCED).to(sigma.dtype)
         return coefficients
 
-    def measures(self, state: State, reused: Grams, spectrum: Tensor, clip: float | Tensor) -> Tensor:
+    def measures(self, state: State, reused: Seen, spectrum: Tensor, clip: float | Tensor) -> Tensor:
         beta, gamma = self._options.beta, self._options.gamma * clip
         old = state[2].to(spectrum.device)
-        return measure(old, *reused, spectrum[..., : self.r], beta=beta, gamma=gamma)
+        return measure(old, *reused.grams, spectrum[..., : self.r], beta=beta, gamma=gamma)
 
     def written(self, published: Published) -> tuple[Tensor, Tensor, Tensor]:
         _, left, right, coefficients, _, signs = published
@@ -154,11 +171,27 @@ class MoFaSGDRule(Rule):
         (U, V, sigma), (Y, Z, _) = batch.state, self._columns(batch)
         return Factors(U, sigma, V), Y, Z
 
+    def _seen(self, batch: MatrixBatch) -> Seen:
+        momentum = self._momentum(batch)
+        if not self.signs:
+            return Seen(gram_matrices(*momentum), ())
+        U, _, V = momentum[0]
+        (left, near), (right, far) = look_grams(U, batch.Y), look_grams(V, batch.Z)
+        return Seen((left, right), (near, far))
+
     def _write(self, batch: MatrixBatch, new: Factors, old: Factors) -> None:
         """The new factors where a gradient came, else the old ones' bits."""
         left, right, sigma = self._columns(batch)
         for view, one, other in ((left, new.U, old.U), (right, new.V, old.V), (sigma, new.sigma, old.sigma)):
             torch.where(batch.came.view(-1, *[1] * (view.ndim - 1)), one, other, out=view)
+
+
+def _squares(left: Tensor, right: Tensor, *beside: Tensor) -> tuple[Tensor]:
+    """The norm is of the momentum's columns; a NaN or Inf in any other one is to be seen in it."""
+    square = projected_norm(left, right)
+    for one in beside:
+        square = square + 0 * one.sum((-2, -1))
+    return (square,)
 
 
 def _size(sigma: Tensor) -> Tensor:

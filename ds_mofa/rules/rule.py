@@ -4,7 +4,7 @@ A rule knows no process, buffer, owner or process group; :mod:`ds_mofa.step.driv
 optimizer step
 
     backward    takes the sketches Y = G right and Z = G^T left, right and left being the working copies
-    reduce      gives them to each matrix's owner; :meth:`Rule.squared_norm`, for clipping
+    reduce      gives them to each matrix's owner; :meth:`Rule.squared_norms`, for clipping
     update      :meth:`Rule.update` turns them into the new left (m x r), right (n x r) and spectrum (r)
     gather      gives these to every rank, the spectrum as :meth:`Rule.coefficients`
     commit      stores what belongs to the state (:attr:`Field.slot`), once every rank has succeeded
@@ -47,7 +47,7 @@ class Rule(abc.ABC):
             working copies then, and gets them again at the write.
         can_fail: :meth:`update` may raise a ``torch.linalg.LinAlgError``, which skips the step on every rank. Every
             field then needs a slot.
-        norm_reads_state: :meth:`squared_norm` needs ``batch.state``.
+        norm_reads_state: :meth:`squared_norms` needs ``batch.state``.
         diagnostics_every: optimizer steps between two reports of :meth:`measures`; 0 for none.
         summaries: how many numbers :meth:`summary` returns.
         redraws: test matrices of some step may still be in the working copies when a state is saved; a load draws them
@@ -105,8 +105,9 @@ class Rule(abc.ABC):
     # ------------------------------------------------------------------ a step, in its order
 
     @abc.abstractmethod
-    def squared_norm(self, batch: MatrixBatch, step: int) -> tuple[Tensor, Any]:
-        """Squared norm (B,), float64, of what the rule sees of each gradient, and what :meth:`update` may reuse.
+    def squared_norms(self, batches: Sequence[MatrixBatch], step: int) -> Sequence[tuple[Tensor, Any]]:
+        """For each batch the squared norm (B,), float64, of what the rule sees of each gradient, and what :meth:`update` may
+        reuse.
 
         It is asked after the first step: in that one |G Omega|^2 has the expectation |G|^2.
         """
@@ -117,7 +118,7 @@ class Rule(abc.ABC):
 
         Args:
             batches: so many as fit into ``update_bytes`` of temporaries.
-            reused: what :meth:`squared_norm` returned for each; in the first step None.
+            reused: what :meth:`squared_norms` returned for each; in the first step None.
             clip: factor on the gradient, <= 1.
 
         Raises:
@@ -138,7 +139,7 @@ class Rule(abc.ABC):
         """What each published column is multiplied by in the update, (B, R).
 
         Args:
-            spectrum: (B, R).
+            spectrum: (B, R), of all of an owner's matrices, whatever their shapes.
             total: the sum of all :meth:`summary`; None without.
         """
         return spectrum
@@ -149,7 +150,7 @@ class Rule(abc.ABC):
 
         Args:
             state: before the update, where it is kept, which may be the host.
-            reused: what :meth:`squared_norm` returned.
+            reused: what :meth:`squared_norms` returned for it.
             spectrum: (B, R), of the update.
         """
         raise NotImplementedError(f"{self.name}: write measures(), or leave diagnostics_every at 0")

@@ -91,18 +91,18 @@ class RuleDriver:
                 return pending.square().sum() / 2  # E |G Omega|^2 = |G|^2, and the same of the other sketch
             seen = (part.square().sum() for piece in self._owner.pieces(pending) for part in self._sketches(piece))
             return sum(seen, pending.new_zeros(())) / 2 + 0 * pending.sum()
-        passes: Iterable[list[Piece]] = ([piece] for piece in self._owner.pieces(pending))
+        passes: Iterable[list[Piece]] = [list(self._owner.pieces(pending))]
         if self.rule.norm_reads_state:
             passes = self._owner.passes(pending)
         self._measured = _Measured([], [], [])
-        for piece in itertools.chain.from_iterable(passes):  # one after the other
-            came = gradient_came(piece.Y, piece.Z)
-            squares, reused = self.rule.squared_norm(self._batch(piece, came), step)
-            for kept, value in zip(self._measured, (squares, came, reused), strict=True):
-                kept.append(value)
-        nothing = pending.new_zeros((), dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
-        square = sum((squares.sum() for squares in self._measured.squares), nothing)
-        return square + 0 * pending.sum() if self.rule.signs else square
+        for pieces in passes:
+            came = [gradient_came(piece.Y, piece.Z) for piece in pieces]
+            found = self.rule.squared_norms([self._batch(*each) for each in zip(pieces, came)], step)
+            for one, (squares, reused) in zip(came, found, strict=True):
+                for kept, value in zip(self._measured, (squares, one, reused), strict=True):
+                    kept.append(value)
+        nothing = pending.new_zeros(0, dtype=torch.float64)  # an owner of no matrix adds up in the others' dtype
+        return torch.cat([nothing, *self._measured.squares]).sum()
 
     def squared_norms(self, pending: SketchSegment, step: int) -> list[Tensor]:
         """:meth:`squared_norm` of each matrix, (B,) for each of the owner's pieces. Call it after that method."""
@@ -143,12 +143,15 @@ class RuleDriver:
             for block in self._owner.blocks:
                 block.views(self._working)[2].fill_(math.nan)
             return
-        for piece, came in zip(self._owner.pieces(new), self._came or itertools.repeat(None)):
-            left, right, published = piece.part.views(self._working)
-            left.copy_(piece.Y)
-            right.copy_(piece.Z)
-            coefficients = self.rule.coefficients(piece.spectrum, total)
-            published.copy_(coefficients if came is None else torch.where(came.unsqueeze(-1), coefficients, 0))
+        pieces = list(self._owner.pieces(new))
+        if not pieces:
+            return
+        self._working.narrow(0, self._exchange.rank * self._layout.segment, self._layout.segment).copy_(new)
+        coefficients = self.rule.coefficients(torch.cat([piece.spectrum for piece in pieces]), total)
+        if self._came is not None:
+            coefficients = torch.where(torch.cat(self._came).unsqueeze(-1), coefficients, 0)
+        for piece, own in zip(pieces, coefficients.split([len(piece.spectrum) for piece in pieces])):
+            piece.part.views(self._working)[2].copy_(own)
 
     def failed(self, step: int) -> bool:
         """Whether the gathered working copies say that an owner's update has raised; the same on every rank."""

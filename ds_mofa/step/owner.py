@@ -3,6 +3,7 @@
 A rule (:mod:`ds_mofa.rules`) says which tensors those are; here they are a flat buffer, worked on in sub-batches.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_mofa.partition.layout import FactorSegment, Layout, SketchSegment
-from ds_mofa.partition.subbatches import Part, split
+from ds_mofa.partition.subbatches import Part, split, temporaries
 from ds_mofa.rules.rule import Rule
 from ds_mofa.step.backend import Backend
 from ds_mofa.weights.staging import Staging
@@ -71,7 +72,7 @@ class Owner:
         self.layout = Layout(places, rule.columns, exchange.world_size)
         self.state_layout = Layout(places, rule.r, exchange.world_size, rule.field_shapes)
         self.blocks = self.layout.owned_by(exchange.rank)
-        self.sub_batches = split(self.blocks, update_bytes)
+        self.sub_batches = split(self.blocks, update_bytes, functools.partial(temporaries, r=rule.r))
         states = dict(zip(self.blocks, self.state_layout.owned_by(exchange.rank), strict=True))
         self._states = [[Part(states[p.block], p.first, p.last) for p in parts] for parts in self.sub_batches]
         self._exchange, self._device, self._host, self._staging = exchange, backend.device, backend.host, staging

@@ -5,7 +5,9 @@ They are overwritten when the factors are gathered; 2 bits a sign are kept from 
 counter's share and its own.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ class SignColumns:
 
     def __init__(self, layout: Layout, r: int, seed: int, limit: float, device: torch.device):
         self._r, self._seed = r, seed
-        self._passes = split(layout.blocks, limit)
+        self._passes = split(layout.blocks, limit, functools.partial(_temporaries, r=r))
         self._words: dict[Part, Tensor] = {}
         self._parts: dict[Block, list[Part]] = {block: [] for block in layout.blocks}
         first = _first_words(layout, r)
@@ -80,6 +82,17 @@ def _place(drawn: Tensor, F: Tensor, E: Tensor) -> None:
         length = torch.tensor(1 / math.sqrt(rows), dtype=wide, device="cpu")
         torch.mul(own, length, out=target)
         at += B * each
+
+
+def _temporaries(parts: Sequence[Part], r: int) -> int:
+    """Bytes that drawing the signs of all these parts needs at most, 2 k (m + n) of a matrix, and writing one of them,
+    4 (r + 2 k) (m + n) in fp32 and its signs.
+    """
+    if not parts:
+        return 0
+    k = parts[0].block.rank - r
+    rows = [part.count * sum(part.block.shape) for part in parts]
+    return max(2 * k * sum(rows), (4 * (r + 2 * k) + 2 * k) * max(rows))
 
 
 def _words(rows: int, k: int) -> int:

@@ -162,7 +162,9 @@ class MatrixStep:
         if self._queue is not None:
             self._queue.flush()
         reduced = self.exchange.reduce_scatter(self.sketches, self.layout.segment)
-        reduced.mul_(self.exchange.mean_scale / loss_scale)
+        scale = self.exchange.mean_scale / loss_scale
+        if scale != 1:
+            reduced.mul_(scale)
         self.sketches.zero_()
         if beside:
             reduced.add_(self._reduced)

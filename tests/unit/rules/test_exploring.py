@@ -16,6 +16,7 @@ from ds_mofa.partition.subbatches import split, temporaries
 from ds_mofa.rules import exploration
 from ds_mofa.rules.batch import MatrixBatch
 from ds_mofa.rules.exploration import explore, with_signs
+from ds_mofa.step import signs as signs_of_steps
 from ds_mofa.step.signs import SignColumns
 from tests.live_bytes import LiveBytes
 from tests.reference import Reference, random_columns
@@ -119,11 +120,11 @@ def test_directions_are_the_dense_ones(m, n, kind, dtype):
     G = _gradient(kind, m, n, U, V, generator)
     left, right = torch.cat([U, F], -1), torch.cat([V, E], -1)
     looks = [Look(U, G @ right, right), Look(V, G.mT @ left, left)]
-    A, B = directions([Look(*(part.to(dtype) for part in look)) for look in looks])
+    A, B = directions([Look(*(part.to(dtype) for part in look[:3])) for look in looks])
     expected = _dense(G, U, V, E), _dense(G.mT, V, U, F)
     tolerance = 1e-10 if dtype == torch.float64 else 3e-4 if min(m, n) < RANK + K else 3e-5
     for got, exact, side in zip((A, B), expected, (U, V)):
-        assert got.dtype == dtype and torch.isfinite(got).all()
+        assert got.dtype == torch.float64 and torch.isfinite(got).all()
         if exact.norm() == 0:
             assert not got.any()
             continue
@@ -401,18 +402,20 @@ def test_exploring_needs_no_more_than_is_said(shapes, rank, k):
         state, came = (U, V, torch.ones(B, rank)), torch.ones(B, dtype=torch.bool)
         batches.append(MatrixBatch((m, n), state, left, right, *part.views(sketches), came, {}))
     explore(batches, rank, lambda m, n: 1.0)  # fills what is kept for good
-    said = temporaries(parts)
+    said = temporaries(parts, rank)
     with LiveBytes() as live:
         explore(batches, rank, lambda m, n: 1.0)
     assert 0.1 * said < live.peak <= said
+    said = signs_of_steps._temporaries(parts, rank)
     with LiveBytes() as live:
         columns.draw(working, 1)
-    assert live.peak <= said
+    peak = live.peak
     for block in layout.blocks:
         for part in columns.parts(block):
             with LiveBytes() as live:
                 with_signs(*part.views(working), rank, columns.of(part))
-            assert live.peak <= temporaries([part])
+            peak = max(peak, live.peak)
+    assert 0.5 * said < peak <= said
 
 
 def test_a_step_stays_within_the_bound_and_its_split_is_rounding():
@@ -424,7 +427,7 @@ def test_a_step_stays_within_the_bound_and_its_split_is_rounding():
             step.sketches.normal_()
             step.reduce()
             step.update(groups)
-        assert len(step.driver.parts(step.layout.blocks[0])) == (1 if limit == 1e9 else 3)
+        assert len(step.owner.sub_batches) == (1 if limit == 1e9 else 4)
         step.sketches.normal_()
         step.reduce()
         with LiveBytes() as live:
