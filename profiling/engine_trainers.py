@@ -16,7 +16,7 @@ def make_trainer(setting: RunSetting, device: torch.device) -> Trainer:
         SettingError: a run that can be predicted, and that nothing here trains.
     """
     if setting.card is not None:
-        pretend_to_be(setting.card * 2**30, device)
+        pretend_to_be(setting.card * 2**30, device, distributed=setting.backend != "torch")
     check_measurable(setting)
     if setting.zero is not None:
         from profiling.deepspeed_trainer import DeepSpeedTrainer  # no other run needs DeepSpeed

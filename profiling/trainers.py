@@ -31,8 +31,10 @@ __all__ = [
     "pretend_to_be",
 ]
 
-# What a process takes of a GPU beyond what PyTorch's allocator will ever show, once its libraries have loaded.
-_LIBRARIES = 1.7e9  # bytes, seen on an H200: NCCL, cuBLAS's workspaces, the kernels of Triton and PyTorch
+# What a process takes of a GPU beside its context and what PyTorch's allocator shows, once its libraries have loaded: cuBLAS's
+# workspaces, the kernels of Triton and PyTorch, and NCCL. Bytes, seen on an H200.
+_LIBRARIES = 1.1e9
+_NCCL = 0.6e9
 
 
 class Trainer(Protocol):
@@ -76,10 +78,11 @@ def check_measurable(setting: RunSetting) -> None:
         raise SettingError(f"{setting.run} cannot be measured, only predicted: measured can be {able}")
 
 
-def pretend_to_be(size: float, device: torch.device) -> None:
+def pretend_to_be(size: float, device: torch.device, distributed: bool) -> None:
     """Let the allocator run out of memory where a GPU of ``size`` bytes would: contexts and libraries take their part."""
     free, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction((size - (total - free) - _LIBRARIES) / total, device)
+    libraries = _LIBRARIES + (_NCCL if distributed else 0)
+    torch.cuda.set_per_process_memory_fraction((size - (total - free) - libraries) / total, device)
 
 
 def build_model(setting: RunSetting, device: torch.device) -> nn.Module:

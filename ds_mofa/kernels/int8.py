@@ -69,8 +69,8 @@ def quantized(values: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def nearest(values: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Codes and exponents of the nearest to weights (..., n), on ``device``, theirs by default. It takes little more memory than
-    what it returns.
+    """Codes and exponents of the nearest to weights (..., n), on ``device``, theirs by default, in little more memory than they
+    take.
     """
     device = values.device if device is None else device
     *leading, n = values.shape
