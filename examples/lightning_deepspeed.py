@@ -21,7 +21,8 @@ class Toy(lightning.LightningModule):
 
 
 if __name__ == "__main__":
-    optimizer = {"type": "MoFaSGD", "params": {"lr": 2e-3, "rank": 4}}
+    # With torch's AdamW for the rest: DeepSpeed's own is compiled at the first run, for which it needs a CUDA toolkit.
+    optimizer = {"type": "MoFaSGD", "params": {"lr": 2e-3, "rank": 4, "torch_adam": True}}
     strategy = DeepSpeedStrategy(config={"zero_optimization": {"stage": 2}, "optimizer": optimizer})
     trainer = lightning.Trainer(max_steps=100, strategy=strategy, precision="bf16-true", logger=False)
     trainer.fit(Toy(), torch.utils.data.DataLoader(torch.randn(256, 32), batch_size=16))

@@ -24,4 +24,7 @@ def make_trainer(setting: RunSetting, device: torch.device) -> Trainer:
         return DeepSpeedTrainer(setting, device)
     if setting.backend != "torch":
         return FSDP2Trainer(setting, device) if setting.sharded else DDPTrainer(setting, device)
-    return LoRATrainer(setting, device) if setting.optimizer == "LoRA" else TorchTrainer(setting, device)
+    trainer = LoRATrainer(setting, device) if setting.optimizer == "LoRA" else TorchTrainer(setting, device)
+    if setting.graphed:
+        trainer.graph()
+    return trainer

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations.liger import apply_liger_kernel
 
 from ds_mofa.optimizers.base import MatrixOptimizer
+from ds_mofa.optimizers.graphed import GraphedMicroBatch
 from ds_mofa.optimizers.registry import OPTIMIZERS
 from ds_mofa.parameters import split_parameters
 from ds_mofa.profiler.predict.simulated.model import attention
@@ -147,6 +148,7 @@ class TorchTrainer:
     """A plain loop on one GPU: weights, gradients and AdamW's states in bf16."""
 
     engine = None
+    _graphed: GraphedMicroBatch | None = None
 
     def __init__(self, setting: RunSetting, device: torch.device):
         self._take(build_model(setting, device), setting, device)
@@ -170,10 +172,19 @@ class TorchTrainer:
     def accumulate_over(self, micro_batches: int) -> None:
         self.micro_batches = micro_batches
 
+    def graph(self) -> None:
+        """Make a CUDA graph of each micro-batch from now on."""
+        self._graphed = GraphedMicroBatch(self._scaled_loss, self.optimizer)
+
     def accumulate(self, ids: Tensor) -> Tensor:
+        if self._graphed is not None:
+            return self._graphed(ids, self.micro_batches) * self.micro_batches
         loss = self.model(input_ids=ids, labels=ids).loss
         (loss / self.micro_batches).backward()
         return loss.detach()
+
+    def _scaled_loss(self, ids: Tensor, micro_batches: int) -> Tensor:
+        return self.model(input_ids=ids, labels=ids).loss / micro_batches
 
     def step(self) -> None:
         self.optimizer.step()

@@ -4,6 +4,7 @@ The twin is ``ds_mofa.capture.sketch.Sketch.add_linear``. At a thousand tokens a
 linear's four products cost it more than they cost the GPU.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -38,7 +39,7 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
         most, widest = max(most, tokens), max(widest, m, n)
         even &= not ((x_address | dy_address | U | V | Y | Z) % _ALIGNMENT or (m | n) % _WIDTH)
     jobs = 2 * len(work)
-    rows = torch.tensor(table, device="cpu").to(device, non_blocking=True)
+    rows = _on_device(table, device)
     R = max(16, triton.next_power_of_2(rank))
     products = torch.empty(jobs, most, R, dtype=dtype, device=device)
     shape = {"RANK": rank, "R": R, "DTYPE": _DTYPES[dtype], "EVEN": even}
@@ -52,6 +53,49 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
     _accumulate_kernel[(jobs, triton.cdiv(widest, block_w))](
         rows, products, most, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, num_warps=4, **shape
     )
+
+
+_LINEAR = 10  # numbers of one linear in the table
+
+
+def _on_device(table: list[int], device: torch.device) -> Tensor:
+    """The table, (10 linears,) int64. A graph that is captured takes no copy from memory of the host, which may be another's by
+    the time it is replayed: there kernels write it, whose arguments the graph keeps.
+    """
+    _warm(device)
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return torch.tensor(table, device="cpu").to(device, non_blocking=True)
+    rows = torch.empty(len(table), dtype=torch.int64, device=device)
+    for first in range(0, len(table), _LINEAR):
+        _row_kernel[(1,)](rows, first, *table[first : first + _LINEAR])
+    return rows
+
+
+@functools.cache
+def _warm(device: torch.device) -> None:
+    """Compile the kernel that writes a table, which is too late within a capture."""
+    rows = torch.empty(_LINEAR, dtype=torch.int64, device=device)
+    address = rows.data_ptr()
+    numbers = (address, 64, 64, address, address)
+    _row_kernel[(1,)](rows, 0, *numbers, *numbers)
+
+
+_NUMBERS = ["first", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _row_kernel(table, first, a, b, c, d, e, f, g, h, i, j):
+    at = table + first
+    tl.store(at, a)
+    tl.store(at + 1, b)
+    tl.store(at + 2, c)
+    tl.store(at + 3, d)
+    tl.store(at + 4, e)
+    tl.store(at + 5, f)
+    tl.store(at + 6, g)
+    tl.store(at + 7, h)
+    tl.store(at + 8, i)
+    tl.store(at + 9, j)
 
 
 @triton.jit

@@ -56,6 +56,7 @@ class RunSetting:
         offload: None, "optimizer" (DeepSpeed's offload_optimizer, to the host) or "param" (that and offload_param; under
             FSDP2 its ``CPUOffloadPolicy``).
         compiled: each decoder layer by ``torch.compile``.
+        graphed: forward and backward as one CUDA graph, on one GPU without an engine.
         head: "matrix" where the optimizer's ``include`` names the output head, else "adamw".
         embed: "frozen" where the embedding is not trained, else "trained".
         checkpointing: recompute layers in backward.
@@ -87,6 +88,7 @@ class RunSetting:
     replicas: int = 1
     offload: str | None = None
     compiled: bool = False
+    graphed: bool = False
     head: str = "adamw"
     embed: str = "trained"
     checkpointing: bool = False
@@ -284,6 +286,11 @@ class RunSetting:
             raise SettingError("adamw_states is '8bit' with offload: ds_mofa refuses that. Leave one of them out")
         if self.backend == "torch" and self.gpus > 1:
             raise SettingError("several GPUs without ZeRO, FSDP2 or DDP: give the backend ddp, fsdp2 or zero0 to zero3")
+        if self.graphed and (self.backend != "torch" or self.checkpointing):
+            raise SettingError(
+                f"graphed with {self.run}: a graph is of one GPU without an engine and without checkpointing, whose random "
+                "state cannot be captured. Leave one of them out"
+            )
         if self.zero == 0 and self.states == "bf16":
             raise SettingError("bf16 states at ZeRO stage 0: DeepSpeed keeps fp32 ones there. Use stage 1 or 2")
         if not self.sharded:

@@ -153,8 +153,14 @@ class MatrixStep:
 
         Raises:
             LostError: another optimizer has taken the matrices over.
+            RuntimeError: a CUDA graph is being captured.
         """
         self.claim.check()
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step cannot be captured in a CUDA graph: its rate, its random bits and what it may skip are the host's, and "
+                "each replay would repeat them. Capture forward and backward (ds_mofa.GraphedMicroBatch), and step outside"
+            )
         with phase("reduce"):
             self._reduce(loss_scale, beside)
 

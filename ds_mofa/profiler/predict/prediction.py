@@ -74,6 +74,11 @@ def plan_of(setting: RunSetting) -> Plan:
             f"{setting.run} cannot be predicted: which activations a compiled layer keeps is inductor's choice. Predict it "
             "without compiled, which takes more"
         )
+    if setting.graphed:
+        raise PredictionError(
+            f"{setting.run} cannot be predicted: a graph keeps its micro-batch's memory, which is not counted. Predict it "
+            "without graphed: it takes no less, and at most the step's temporaries more"
+        )
     path = Path(setting.model_config)
     changed = path.stat().st_mtime_ns if path.exists() else None
     return Plan(setting, _simulated(str(_one_micro_batch(setting)), changed), zero_settings(setting))

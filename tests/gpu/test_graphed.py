@@ -1,0 +1,161 @@
+"""Micro-batches as CUDA graphs: the eager run, whatever becomes of ``.grad`` between steps."""
+
+import pytest
+import torch
+from torch import nn
+
+from ds_mofa import GraphedMicroBatch, MoFaSGD
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+WIDTH, TOKENS, MICRO_BATCHES, STEPS = 256, 128, 3, 8
+
+
+class Model(nn.Module):
+    """Linears with and without a bias, more than the queue takes at once, an embedding, and one linear that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(100, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=i % 2 == 0) for i in range(20))
+        self.head = nn.Linear(WIDTH, 100)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in (*self.layers, self.layers[0]):
+            x = x + torch.tanh(layer(x))
+        return nn.functional.cross_entropy(self.head(x).float().flatten(0, -2), ids.flatten())
+
+
+def batches(tokens=TOKENS):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(100, (2, tokens), generator=generator).cuda() for _ in range(MICRO_BATCHES)]
+
+
+def run(make, *, graphed: bool, dtype=torch.bfloat16, set_to_none=True, lengths=(TOKENS,) * STEPS):
+    torch.manual_seed(0)
+    model = Model().to("cuda", dtype)
+    optimizer = make(model)
+    micro_batch = GraphedMicroBatch(lambda ids, count: model(ids) / count, optimizer)
+    losses = []
+    for tokens in lengths:
+        for ids in batches(tokens):
+            if graphed:
+                losses.append(micro_batch(ids, MICRO_BATCHES))
+            else:
+                loss = model(ids) / MICRO_BATCHES
+                loss.backward()
+                losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    return torch.stack(losses).tolist(), model.state_dict(), micro_batch
+
+
+def mofasgd(**options):
+    return lambda model: MoFaSGD(model, lr=1e-3, **{"rank": 8, **options})
+
+
+MAKES = {
+    "rank 8": mofasgd(),
+    "explore": mofasgd(explore=8),
+    "hook": mofasgd(capture="hook"),
+    "embedding, head": mofasgd(include=["embed", "head"]),
+    "int8": mofasgd(weights="int8"),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
+}
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_it_is_the_eager_run(make, set_to_none):
+    expected, weights, _ = run(make, graphed=False, set_to_none=set_to_none)
+    losses, found, micro_batch = run(make, graphed=True, set_to_none=set_to_none)
+    assert len(micro_batch._graphs) == 1
+    assert losses == pytest.approx(expected, rel=2e-3)
+    assert losses[-1] < 0.9 * losses[0]
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name].float(), weight.float(), rtol=0.02, atol=2e-3)
+
+
+def test_fp32_is_the_eager_run_to_its_rounding():
+    expected, weights, _ = run(MAKES["explore"], graphed=False, dtype=torch.float32)
+    losses, found, _ = run(MAKES["explore"], graphed=True, dtype=torch.float32)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_each_shape_has_a_graph():
+    lengths = [TOKENS, 64, 64, TOKENS, 64, TOKENS, 64, 96]
+    expected, _, _ = run(MAKES["explore"], graphed=False, lengths=lengths)
+    losses, _, micro_batch = run(MAKES["explore"], graphed=True, lengths=lengths)
+    assert losses == pytest.approx(expected, rel=2e-3)
+    assert len(micro_batch._graphs) == 2, "three calls are too few for the last one"
+
+
+def test_what_waits_for_the_device_is_refused():
+    model = Model().cuda()
+    optimizer = MoFaSGD(model, lr=1e-3, rank=8)
+
+    def waits(ids):
+        loss = model(ids)
+        return loss * (loss.item() > 0)
+
+    micro_batch = GraphedMicroBatch(waits, optimizer)
+    for _ in range(GraphedMicroBatch.WARM):
+        micro_batch(batches()[0])
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        micro_batch(batches()[0])
+
+
+def test_a_step_is_refused():
+    model = Model().cuda()
+    optimizer = MoFaSGD(model, lr=1e-3, rank=8)
+
+    def steps(ids):
+        optimizer.step()
+        return model(ids)
+
+    micro_batch = GraphedMicroBatch(steps, optimizer)
+    for _ in range(GraphedMicroBatch.WARM):
+        micro_batch(batches()[0])
+    with pytest.raises(RuntimeError) as caught:
+        micro_batch(batches()[0])
+    assert "a step cannot be captured" in str(caught.value.__cause__)
+
+
+def test_the_host_launches_once():
+    model = Model().to("cuda", torch.bfloat16)
+    micro_batch = GraphedMicroBatch(model, MoFaSGD(model, lr=1e-3, rank=8))
+    ids = batches()[0]
+    for _ in range(GraphedMicroBatch.WARM + 1):
+        micro_batch(ids)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        micro_batch(ids)
+    names = [event.name for event in profile.events()]
+    assert sum(name == "cudaGraphLaunch" for name in names) == 1
+    assert not any("mm" in name for name in names)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_model_with_graphs_of_its_own_is_the_eager_run(mode):
+    """torch.compile captures forward and backward by itself, where it can."""
+    losses = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Model().to("cuda", torch.bfloat16)
+        optimizer = MoFaSGD(model, lr=1e-3, rank=8)
+        forward = torch.compile(model, mode=mode) if compiled else model
+        losses[compiled] = []
+        for _ in range(STEPS):
+            for ids in batches():
+                if compiled:
+                    torch.compiler.cudagraph_mark_step_begin()
+                loss = forward(ids) / MICRO_BATCHES
+                loss.backward()
+                losses[compiled].append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[True] == pytest.approx(losses[False], rel=5e-3)
