@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.graphed import GraphedMicroBatch
@@ -36,6 +37,9 @@ __all__ = [
 # workspaces, the kernels of Triton and PyTorch, and NCCL. Bytes, seen on an H200.
 _LIBRARIES = 1.1e9
 _NCCL = 0.6e9
+# While a graph is captured transformers writes a mask of tokens x tokens, with which sdpa takes a slower kernel. An attention of
+# a name that it does not know gets none, and is causal.
+_WITHOUT_MASK = "sdpa_without_mask"
 
 
 class Trainer(Protocol):
@@ -95,8 +99,12 @@ def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
     config = AutoConfig.for_model(**json.loads(Path(setting.model_config).read_text()))
     config.get_text_config().use_cache = config.use_cache = False
     dtype = torch.float32 if setting.weights == "fp32" else torch.bfloat16
+    kind = attention(config)
+    if setting.graphed and kind == "sdpa" and "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        AttentionInterface.register(_WITHOUT_MASK, sdpa_attention_forward)
+        kind = _WITHOUT_MASK
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config))
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kind)
     if setting.liger:
         apply_liger_kernel(model, {"fused_linear_cross_entropy": False} if setting.option("fused_head") else None)
     if setting.embed == "frozen":

@@ -126,13 +126,14 @@ class GraphedMicroBatch:
 
     def _captured(self, leaves: list[Any], tree: TreeSpec) -> "_Graph":
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 loss = self._run(inputs, tree)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # which torch leaves changed where the end of a capture fails too
             self._optimizer.zero_grad()  # sketches wait for tensors that were never computed
             raise RuntimeError(
                 "this micro-batch cannot be captured in a CUDA graph: something in it waits for the device (.item(), a "
