@@ -37,8 +37,8 @@ __all__ = [
 # workspaces, the kernels of Triton and PyTorch, and NCCL. Bytes, seen on an H200.
 _LIBRARIES = 1.1e9
 _NCCL = 0.6e9
-# While a graph is captured transformers writes a mask of tokens x tokens, with which sdpa takes a slower kernel. An attention of
-# a name that it does not know gets none, and is causal.
+# While a graph is captured transformers writes a mask of tokens x tokens, with which sdpa takes a slower kernel. An attention
+# of a name that it does not know gets none, and is causal.
 _WITHOUT_MASK = "sdpa_without_mask"
 
 

@@ -60,7 +60,7 @@ MAKES = {
     "rank 8": mofasgd(),
     "explore": mofasgd(explore=8),
     "hook": mofasgd(capture="hook"),
-    "embedding, head": mofasgd(include=["embed", "head"]),
+    "embedding, head": mofasgd(include=["embed", "head.weight"]),
     "int8": mofasgd(weights="int8"),
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
 }

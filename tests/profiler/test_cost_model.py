@@ -12,9 +12,10 @@ from ds_mofa.profiler.setting import RunSetting
 
 ROOT = Path(__file__).parents[2]
 cost = runpy.run_path(str(ROOT / "profiling/cost_model.py"))
-MODELS = {name: cost["Model"].read(ROOT / f"configs/models/{name}.json") for name in ("llama-3.1-8b", "llama-3.2-1b")}
+NAMES = ("llama-3.1-8b", "llama-3.2-1b", "llama-3.2-3b")
+MODELS = {name: cost["Model"].read(ROOT / f"configs/models/{name}.json") for name in NAMES}
 EIGHT = MODELS["llama-3.1-8b"]
-FILES = ("speed_llama-3.1-8b_*", "once_*", "scatter_*", "strips_*", "ranks_*", "room_*", "llama-3.2-1b_*")
+FILES = ("speed_llama-3.1-8b_*", "once_*", "scatter_*", "strips_*", "ranks_*", "room_*", "llama-3.2-1b_*", "graphed_*")
 ROWS = [
     row
     for name in FILES

@@ -56,9 +56,9 @@ def test_70b_on_two_gpus_is_what_was_measured():
 
 
 def of_today() -> list[dict]:
-    """Of mixtures of experts and of large vocabularies."""
+    """Of mixtures of experts, of large vocabularies and of matrices in eight bits."""
     folder = ROOT / "profiling/results/benchmarks"
-    paths = [*folder.glob("moe_*.jsonl"), *folder.glob("qwen3.5-9b_*.jsonl")]
+    paths = [*folder.glob("moe_*.jsonl"), *folder.glob("qwen3.5-9b_*.jsonl"), *folder.glob("int8_*.jsonl")]
     return [json.loads(line) for path in sorted(paths) for line in path.read_text().splitlines()]
 
 
