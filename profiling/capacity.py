@@ -32,11 +32,14 @@ CARDS = {"16 GiB": 16 << 30, "24 GiB": 24 << 30, "40 GiB": 40 << 30, "80 GiB": 8
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 WAYS: dict[str, dict[str, Any]] = {
     "plain loop": {"backend": "torch"},
+    "plain loop, eight bits": {"backend": "torch", "weights": "int8"},
     "ZeRO-2": {"zero": 2},
     "ZeRO-2, optimizer offloaded": {"zero": 2, "offload": "optimizer"},
     "ZeRO-3": {"zero": 3},
     "ZeRO-3, optimizer offloaded": {"zero": 3, "offload": "optimizer"},
     "ZeRO-3, parameters too": {"zero": 3, "offload": "param"},
+    "FSDP2": {"backend": "fsdp2"},
+    "FSDP2, eight bits": {"backend": "fsdp2", "weights": "int8"},
 }
 
 
@@ -73,8 +76,12 @@ def smallest(setting: RunSetting, way: Mapping[str, Any]) -> dict[str, str]:
     :data:`GPUS` does.
     """
     found = dict.fromkeys(CARDS, "-")
-    for gpus in GPUS if "zero" in way else GPUS[:1]:
-        need, host = needs(setting.but(**way, gpus=gpus))
+    for gpus in GPUS[:1] if way.get("backend") == "torch" else GPUS:
+        try:
+            run = setting.but(**way, gpus=gpus)
+        except SettingError:  # AdamW's weights have sixteen
+            break
+        need, host = needs(run)
         for card, size in CARDS.items():
             if found[card] == "-" and need <= size:
                 found[card] = f"{gpus} ({host / 1e9:.0f})" if host else str(gpus)

@@ -19,6 +19,7 @@ from ds_mofa.capture.autograd import plain_linear, wanted
 from ds_mofa.capture.held import holds, leaf_in, own_weight, refuse_replaced, replace_forward
 from ds_mofa.capture.sink import Gathered, Sink
 from ds_mofa.capture.sketch import Sketch
+from ds_mofa.kernels import fp8
 from ds_mofa.kernels.int8 import whole
 from ds_mofa.parameters import Matrix
 
@@ -30,9 +31,16 @@ class SketchedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Sink, gathered: Gathered | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
         ctx.sketch, ctx.gathered, ctx.has_bias = sketch, gathered, bias is not None
-        y = plain_linear(x, _as(whole(weight), x.dtype), None if bias is None else _as(bias, x.dtype))
+        W, b = _as(whole(weight), x.dtype), None if bias is None else _as(bias, x.dtype)
+        if sketch.fp8:
+            y, scales = fp8.product(x, W)
+            ctx.save_for_backward(x, weight, scales)
+            if b is not None:
+                y += b
+        else:
+            ctx.save_for_backward(x, weight)
+            y = plain_linear(x, W, b)
         if not torch.compiler.is_compiling() and y._is_view():  # as it is with a bias: no view may be written in place
             y = torch.ops.aten._unsafe_view(y, y.shape)
         return y
@@ -44,15 +52,15 @@ class SketchedLinear(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor):
-    x, weight = ctx.saved_tensors
+    x, weight, *scales = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     dx = dw = db = None
     if need_x:
         if ctx.gathered is None:
-            dx = dy @ _as(whole(weight), dy.dtype)
+            dx = _input_gradient(dy, whole(weight), *scales)
         else:
             with ctx.gathered(weight) as gathered:
-                dx = dy @ _as(gathered, dy.dtype)
+                dx = _input_gradient(dy, gathered, *scales)
     if need_weight:
         sketch = ctx.sketch
         if torch.compiler.is_compiling():
@@ -69,6 +77,11 @@ def _backward(ctx, dy: Tensor):
     if ctx.has_bias and need_bias:
         db = dy.reshape(-1, dy.shape[-1]).sum(0)
     return dx, dw, db, None, None
+
+
+def _input_gradient(dy: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    weight = _as(weight, dy.dtype)
+    return dy @ weight if scales is None else fp8.input_gradient(dy, weight, scales)
 
 
 _backward_once = once_differentiable(_backward)

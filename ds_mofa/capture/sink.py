@@ -38,11 +38,13 @@ class Sink(Protocol):
         leaf: set by a capture: from ``param`` to the tensor whose gradient the module's backward accumulates, where a
             backend puts another in its place for forward and backward.
         grad: what ``param.grad`` is while it has a gradient; None where ``.grad`` stays None.
+        fp8: whether the module's products are to be taken in floats of eight bits, where a capture can.
     """
 
     param: nn.Parameter | None
     leaf: Callable[[Tensor], Tensor | None] | None
     grad: Tensor | None
+    fp8: bool
 
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
         """Add G = dy^T x. x: (..., n), dy: (..., m), of one dtype."""

@@ -30,6 +30,7 @@ class Sketch:
         begin: with a ``grad``: lets ``param.grad`` say so.
         filled: with a ``grad``: whether Y and Z hold anything.
         unmarked: they do, and ``.grad`` could not be made to say so.
+        fp8: see :class:`ds_mofa.capture.sink.Sink`.
     """
 
     __slots__ = (
@@ -44,6 +45,7 @@ class Sketch:
         "begin",
         "filled",
         "unmarked",
+        "fp8",
         "key",
         "_queue",
         "_addresses",
@@ -57,7 +59,7 @@ class Sketch:
         self.arrived: Callable[[Tensor], Arrived] | None = None
         self.grad: Tensor | None = None
         self.begin: Begin | None = None
-        self.filled = self.unmarked = False
+        self.filled = self.unmarked = self.fp8 = False
         self.key = compiled.key_of(self)
         self._queue = queue
         self._addresses = Y.data_ptr(), Z.data_ptr(), U.data_ptr(), V.data_ptr()

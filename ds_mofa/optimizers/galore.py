@@ -44,6 +44,7 @@ class GaLore(MatrixOptimizer):
             include: Sequence[str] = (),
             exclude: Sequence[str] = (),
             fused_head: bool = False,
+            fp8: bool = False,
             update_bytes: float = 2e9,
             seed: int = 0,
             adamw_lr: float | None = None,

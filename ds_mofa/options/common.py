@@ -39,6 +39,9 @@ class CommonOptions(Checked):
         fused_head: compute the loss of a Hugging Face causal language model in its output head, by chunks of tokens
             (:mod:`ds_mofa.capture.head`): in training no tensor holds all logits, and the output's ``logits`` are None.
             A head that ``include`` makes a matrix has no weight gradient either, only sketches.
+        fp8: multiply forward and dX of the linears in floats of eight bits (:mod:`ds_mofa.kernels.fp8`); sketches are of the
+            activations and gradients themselves. For bf16, weights or autocast; on GPUs from compute capability 8.9 on. What
+            ``include`` names, and linears of a side that is no multiple of 16, are multiplied as without.
         update_bytes: most bytes of temporaries of the factor update, on each rank, > 0: it works on so many matrices at
             a time, one at least. With the default all 224 matrices of LLaMA-8B at rank 32 are one batch on one GPU.
             Half of it takes half the memory and twice the kernel launches, and may round otherwise.
@@ -55,6 +58,7 @@ class CommonOptions(Checked):
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     fused_head: bool = False
+    fp8: bool = False
     update_bytes: float = 2e9
     seed: int = 0
 
@@ -66,9 +70,14 @@ class CommonOptions(Checked):
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
         check_flag("fused_head", self.fused_head)
+        check_flag("fp8", self.fp8)
         check_number("update_bytes", self.update_bytes, low=0, open_low=True)
         check_integer("seed", self.seed, low=0, high=2**31)
         super().__post_init__()
+        if self.fp8 and self.capture == "hook":
+            raise OptionError(
+                "fp8 is of linears that are captured, and capture='hook' captures none: leave one of them out"
+            )
         if self.weights == "int8" and self.master_weights:
             raise OptionError(
                 "weights='int8' keeps a matrix in one byte a weight, and master_weights in four more: leave one of them out"

@@ -40,6 +40,7 @@ class Matrix:
         index: position among all of these.
         transposed: the weight is n x m of a linear map from m to n, as in the Conv1D of transformers' GPT-2.
         stack: E, where the parameter is (E, m, n), as experts are; None where it is (m, n).
+        included: the option ``include`` names it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Matrix:
     index: int
     transposed: bool = False
     stack: int | None = None
+    included: bool = False
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -198,6 +200,7 @@ def split_parameters(
                         index=len(split.matrices),
                         transposed=any(map(is_transposed, modules)),
                         stack=stack[0] if stack else None,
+                        included=any(re.search(pattern, names[param]) for pattern in options.include),
                     )
                 )
             split.matrix_groups.append(

@@ -70,6 +70,7 @@ def _settings(options: OptimizerOptions, rates: Sequence[float], adamw_rates: Se
     if adamw_rates:
         words.append(f"lr of AdamW {_rates(adamw_rates)}")
     words += [f"{name} {getattr(options, name)}" for name in ("explore", "balance") if hasattr(options, name)]
+    words += ["products in fp8"] if options.fp8 else []
     return ", ".join(words)
 
 

@@ -105,3 +105,16 @@ def test_a_storage_that_is_resized_dies_and_is_born_again():
     assert all(one.born <= one.died < 1 << 62 and not of_fsdp2(one) for one in tracker.allocations)
     torch.empty(8).untyped_storage().resize_(0)  # no longer watched
     assert len(tracker.allocations) == 2
+
+
+def test_liger_kernels_operators_are_known_under_fsdp2_as_without():
+    """They spare activations, by as much: fully_shard makes new classes of the model's, of another file."""
+    spared = {}
+    for backend in ("torch", "fsdp2"):
+        kept = [
+            predict(RunSetting.parse(f"{backend}:MoFaSGD:r=4{word}", model_config=TINY, gpus=1, shape="256x1"))
+            for word in ("", ":liger=1")
+        ]
+        spared[backend] = kept[0]["allocated"] - kept[1]["allocated"]
+    assert spared["torch"] > 3e6
+    assert spared["fsdp2"] == pytest.approx(spared["torch"], rel=0.25)

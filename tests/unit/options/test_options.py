@@ -62,6 +62,7 @@ BAD = [
     ("weights", "int4", "'int8'"),
     ("weights", 8, "'int8'"),
     ("fused_head", "true", "true or false"),
+    ("fp8", 1, "true or false"),
     ("master_weights", "false", "true or false"),
     ("capture", "hooks", "'linear', 'hook'"),
     ("include", "lm_head", '["lm_head"]'),

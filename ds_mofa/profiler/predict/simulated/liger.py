@@ -39,7 +39,7 @@ def fused(model: nn.Module, loss: bool = True) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         replace = functools.partial(_replace, stack)
-        replace(sys.modules[type(model).__module__], "apply_rotary_pos_emb", _rotate)
+        replace(_home_of(model, "apply_rotary_pos_emb"), "apply_rotary_pos_emb", _rotate)
         if loss:
             replace(model, "forward", types.MethodType(_loss_only, model))
         for module in model.modules():
@@ -48,6 +48,12 @@ def fused(model: nn.Module, loss: bool = True) -> Iterator[None]:
             elif hasattr(module, "gate_proj"):
                 replace(module, "forward", types.MethodType(_gated, module))
         yield
+
+
+def _home_of(model: nn.Module, function: str) -> types.ModuleType:
+    """The file of the model's class: what fully_shard makes of it is a class of another file."""
+    files = [sys.modules[one.__module__] for one in type(model).__mro__]
+    return next(file for file in files if hasattr(file, function))
 
 
 def _replace(stack: contextlib.ExitStack, owner, name: str, value) -> None:
