@@ -109,8 +109,8 @@ def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
         apply_liger_kernel(model, {"fused_linear_cross_entropy": False} if setting.option("fused_head") else None)
     if setting.embed == "frozen":
         model.get_input_embeddings().weight.requires_grad_(False)
-    if setting.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if setting.checkpointing:  # a random state cannot be captured in a graph, and these models draw nothing
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": not setting.graphed})
     if setting.compiled:
         for layer in model.modules():
             if type(layer).__name__ in model._no_split_modules:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ds_mofa import GraphedMicroBatch, MoFaSGD
 
@@ -84,6 +85,21 @@ def test_fp32_is_the_eager_run_to_its_rounding():
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, weight in weights.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_checkpointed_it_is_the_eager_run(monkeypatch):
+    """As Hugging Face's models do, but for the random state, which cannot be captured."""
+    plain = Model.forward
+
+    def forward(self, ids):
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(lambda tokens: plain(self, tokens), ids, **how)
+
+    monkeypatch.setattr(Model, "forward", forward)
+    expected, _, _ = run(MAKES["rank 8"], graphed=False)
+    losses, _, micro_batch = run(MAKES["rank 8"], graphed=True)
+    assert len(micro_batch._graphs) == 1
+    assert losses == pytest.approx(expected, rel=2e-3)
 
 
 def test_each_shape_has_a_graph():

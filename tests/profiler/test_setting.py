@@ -23,6 +23,7 @@ RUNS = [
     "fsdp2:AdamW:weights=fp32:reshard=0:replicas=2:compiled=1",
     "fsdp2:MoFaSGD:r=32:offload=param",
     "ddp:MoFaSGD:r=8",
+    "torch:MoFaSGD:r=8:fp8=1:graphed=1",
 ]
 
 
