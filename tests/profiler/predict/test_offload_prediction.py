@@ -137,9 +137,13 @@ def test_adamw_leaves_only_weights_and_what_passes():
     assert off["host"] > moved and off["allocated"] < on["allocated"] - moved
 
 
+INCLUDED = ("--include", "embed_tokens", "lm_head", "--ways", *capacity.MORE)
+
+
 @pytest.mark.slow
-def test_the_table_of_capacities_is_what_the_command_prints(capsys):
-    capacity.main(["--model_configs", LLAMA, "--optimizers", "MoFaSGD"])
+@pytest.mark.parametrize("more", [(), INCLUDED], ids=["first", "eight bits"])
+def test_the_table_of_capacities_is_what_the_command_prints(capsys, more):
+    capacity.main(["--model_configs", LLAMA, "--optimizers", "MoFaSGD", *more])
     printed = capsys.readouterr().out
     assert printed.count("\n") == 2 + 5
     table = (ROOT / "docs/memory.md").read_text()
