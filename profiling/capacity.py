@@ -3,7 +3,7 @@
     python profiling/capacity.py
     python profiling/capacity.py --model_configs configs/models/llama-3.1-8b.json --tokens 4096
     python profiling/capacity.py --model_configs configs/models/qwen3-30b-a3b.json --include embed_tokens lm_head
-    python profiling/capacity.py --model_configs configs/models/llama-3.1-8b.json --optimizers MoFaSGD --ways FSDP2 "FSDP2, int8"
+    python profiling/capacity.py --model_configs configs/models/llama-3.1-8b.json --ways FSDP2 "FSDP2, int8"
 
 Prints, for each model, optimizer and size of card, the smallest number of GPUs and in brackets the host memory that each
 needs, in GB. One sequence a micro-batch, two micro-batches a step, activations checkpointed, small buckets; liger-kernel's
