@@ -98,7 +98,7 @@ class GraphedMicroBatch:
         """Put gradients where the graphs add to them, and forget graphs of weights that lie elsewhere now."""
         places = [param.data_ptr() for param in self._params]
         if places != self._places:
-            self._graphs, self._gradients, self._places = {}, {}, places
+            self._graphs, self._seen, self._gradients, self._places = {}, {}, {}, places
         fresh = []
         for param, gradient in self._gradients.items():
             if param.grad is None:
