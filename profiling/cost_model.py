@@ -168,7 +168,8 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine) -> list[
     gather = Part("gather", 2 * working / gpus, 0.0, working * away, 1)
     gather = _timed(gather, send(gather.sent))
 
-    held = model.elements / (gpus if stage == 3 else 1)
+    shards = gpus if stage == 3 else gpus // setting.replicas if setting.sharded else 1
+    held = model.elements / shards
     written = 2 * BF16 * held
     seconds = written / (machine.write * machine.copy)
     if explore:  # on every rank, of all matrices: the columns of the update joined, the signs drawn and drawn again
@@ -177,7 +178,7 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine) -> list[
     apply = _timed(Part("apply", written, 2 * (r + 2 * explore) * held), max(launched("apply"), seconds))
 
     if stage is None:
-        adamw = _timed(Part("AdamW", 7 * BF16 * model.adamw), machine.adamw * model.adamw)
+        adamw = _timed(Part("AdamW", 7 * BF16 * model.adamw / shards), machine.adamw * model.adamw / shards)
     else:
         part = model.adamw / gpus
         sent = BF16 * model.adamw * away
@@ -211,13 +212,15 @@ def micro_batch(model: Model, setting: RunSetting, machine: Machine) -> list[Par
     """The kernels of one micro-batch's forward and backward: with sketches, or with weight gradients, as AdamW's."""
     tokens = setting.seq
     head = model.vocabulary * model.width
-    products = (4 * model.elements + 6 * head) * tokens
-    attention = 7 * tokens**2 * model.width * model.layers
+    again = 1 if setting.checkpointing else 0  # forward of the layers
+    products = ((4 + 2 * again) * model.elements + 6 * head) * tokens
+    attention = (7 + 2 * again) * tokens**2 * model.width * model.layers
     parts = [
         _timed(Part("products", flops=products), products / machine.gemm),
         _timed(Part("attention", flops=attention), attention / machine.attention),
     ]
     elementwise = model.layers * (machine.per_token * model.width * tokens + machine.per_kernel * KERNELS)
+    elementwise *= 1 + again / 3
     parts.append(_timed(Part("elementwise", elementwise * machine.copy), elementwise))
     if setting.entry is None:
         flops = 2 * model.elements * tokens
