@@ -25,6 +25,7 @@ from launch.deepspeed_json import (
 from launch.engines import Engine, chosen_engine
 from launch.errors import UserError
 from launch.fsdp import check_fsdp
+from launch.graphs import settle_graphs
 from launch.json_files import read_json
 from launch.named_optimizer import named_optimizer, refuse_names
 from launch.plugins import import_plugins
@@ -138,6 +139,13 @@ class TrainingArguments(SFTConfig):
             'the JSON\'s "type" (ds_mofa/optimizers/registry.py).'
         },
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "In one process on a GPU: capture forward and backward in a CUDA graph for each shape of a batch, so that "
+            "the GPU does not wait for the host. Batches are padded to multiples of 128 tokens."
+        },
+    )
     override_checkpoint: bool = field(
         default=False,
         metadata={
@@ -202,7 +210,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
         parser.error(f"unknown options: {' '.join(unknown)}{f'; did you mean {close[0]}?' if close else ''}")
-    model_args, data_args, training_args, _ = groups  # the last were read before: launch/profile.py
+    model_args, data_args, training_args, profile_args = groups
     training_args.engine = engine
     if engine is Engine.DEEPSPEED:
         check_agreement(config, config_path, training_args)
@@ -212,6 +220,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     check_model_arguments(model_args)
     check_data_arguments(data_args, training_args)
     check_liger(training_args)
+    if training_args.cuda_graphs:
+        settle_graphs(training_args, profiled=profile_args.profile_memory)
     return model_args, data_args, training_args
 
 

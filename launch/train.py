@@ -46,6 +46,7 @@ from launch.distributed import from_first_rank, join_ranks, leave_ranks
 from launch.eight_bits import keep_in_eight_bits
 from launch.engines import chosen_engine
 from launch.errors import RankError, UserError
+from launch.graphs import check_model
 from launch.lengths import check_lengths
 from launch.models import load_model
 from launch.named_optimizer import trainer_s_optimizer
@@ -74,9 +75,12 @@ def main(argv: list[str]) -> None:
         train_data, eval_data = load_data(data_args, tokenizer, args.max_length)
     check_lengths(args, train_data, eval_data)
     model = load_model(model_args, args, tokenizer)
+    check_model(args, model)
     keep_in_eight_bits(model, args)
     check_output(args, model)
     say(args, banner(model_args, args, model, tokenizer_description, train_data, eval_data))
+    if args.cuda_graphs and args.device.type != "cuda":
+        say(args, "cuda_graphs: there is no GPU, so nothing is captured")
     trainer = FineTuner(
         model=model,
         args=args,

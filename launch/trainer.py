@@ -13,6 +13,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from ds_mofa import GraphedMicroBatch
 from ds_mofa.backends.deepspeed.registration import optimizer_of
 from ds_mofa.optimizers.base import MatrixOptimizer
 from launch.checkpoints import is_ours, remove_old, seal, unseal
@@ -52,6 +53,7 @@ class FineTuner(SFTTrainer):
         self._reported = 0  # step of the last diagnostics that were logged
         self._began = 0  # step that this start has begun to train at
         self._saved = 0  # step of the last checkpoint, or the same
+        self._micro_batch: GraphedMicroBatch | None = None
         self._eval_sums = torch.zeros(2, dtype=torch.float64)  # (summed loss, tokens) of this rank's evaluation
 
     def get_train_dataloader(self):
@@ -113,10 +115,35 @@ class FineTuner(SFTTrainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self._interval_start is None:
             self._interval_start = time.perf_counter()
-        return super().training_step(*args, **kwargs)
+        if not self.args.cuda_graphs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = dict(self._prepare_inputs(inputs))
+        if self._micro_batch is None:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # in Accelerate's
+            self._micro_batch = GraphedMicroBatch(self._scaled_loss, optimizer)
+        items, share = None, 1 / self.current_gradient_accumulation_steps
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # of all micro-batches of the step
+            items, share = torch.as_tensor(num_items_in_batch, device=self.args.device), 1.0
+        loss = self._micro_batch(inputs, items, share)
+        self._count_tokens(inputs)
+        return loss
+
+    def _scaled_loss(self, inputs: dict, items: torch.Tensor | None, share: float) -> torch.Tensor:
+        """The model's own loss, by its share in the step's."""
+        with self.compute_loss_context_manager():
+            loss = Trainer.compute_loss(self, self.model, {**inputs, "use_cache": False}, num_items_in_batch=items)
+        return loss * share
+
+    def _count_tokens(self, inputs: dict) -> None:
+        """As TRL does where it computes the loss."""
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].size(1)
+        tokens = torch.as_tensor(tokens, device=self.args.device)
+        self._total_train_tokens += self.accelerator.gather_for_metrics(tokens).sum().item()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs or not self.loss_is_in_head(model):
@@ -124,10 +151,7 @@ class FineTuner(SFTTrainer):
         # TRL computes loss, entropy and accuracy around the head; HF's Trainer takes the loss that the model gives.
         inputs = {**inputs, "use_cache": False}
         loss = Trainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
-        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].size(1)
-        tokens = torch.as_tensor(tokens, device=loss.device)
-        self._total_train_tokens += self.accelerator.gather_for_metrics(tokens).sum().item()
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self._count_tokens(inputs)
         return loss
 
     def loss_is_in_head(self, model) -> bool:
