@@ -44,6 +44,7 @@ class ProjectedGradient:
 
     param: nn.Parameter | None = None
     grad = None  # as ds_mofa.capture.sketch.Sketch has them: here the matrix's .grad stays None
+    fp8 = False
 
     def __init__(self, shape: tuple[int, int], projector: Callable[[], Tensor | None]):
         self.value: Tensor | None = None
