@@ -187,9 +187,11 @@ def test_factors_stay_orthonormal_and_exact_over_hundreds_of_steps(dtype):
         factors = update_factors(factors, *sketches(factors, G), beta=0.9, gamma=0.1)
         if step % 20 == 19:
             _assert_is_truncated_svd(factors, M, TOLERANCE[dtype])
-            # Nothing adds up: what is there is the rounding of one step, 3 to 4.5 eps over six seeds.
-            assert departure_from_orthonormal(factors.U) < 8 * torch.finfo(dtype).eps
-            assert departure_from_orthonormal(factors.V) < 8 * torch.finfo(dtype).eps
+            # Nothing adds up: what is there is one step's rounding. In fp32, where the work is done in float64, that of the
+            # result, 0.6 eps over four seeds; in float64 also that of the work, 4 to 5.5.
+            bound = (1 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
+            assert departure_from_orthonormal(factors.U) < bound
+            assert departure_from_orthonormal(factors.V) < bound
 
 
 @pytest.mark.parametrize("rank", [1, 2, 6], ids="rank {}".format)
