@@ -6,6 +6,7 @@ accelerate launch --config_file fsdp2.yaml fsdp_on_cpu.py PROGRAM
 import runpy
 import sys
 
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 _made = AcceleratorState.__init__
@@ -21,3 +22,6 @@ AcceleratorState.__init__ = _told
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 print("trained under", PartialState().distributed_type)
+# Left open, gloo's threads may outlive the interpreter, which then aborts; NCCL has none.
+dist.barrier()
+dist.destroy_process_group()
