@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["stages_that_fit", "tile_that_fits", "triton_serves"]
+__all__ = ["launches_on", "stages_that_fit", "tile_that_fits", "triton_serves"]
 
 _LEAST = 16  # a side of a tile: tensor cores multiply no less
 
@@ -17,6 +17,13 @@ _LEAST = 16  # a side of a tile: tensor cores multiply no less
 def triton_serves(tensor: Tensor) -> bool:
     """Whether the Triton kernels take work on this tensor: it is on a GPU and not float64."""
     return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+
+
+def launches_on(tensor: Tensor) -> bool:
+    """:func:`triton_serves`, of work that is done now. What is traced is the compiler's to fuse, and tensors of other classes may
+    have no memory.
+    """
+    return triton_serves(tensor) and type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 
 
 @functools.cache

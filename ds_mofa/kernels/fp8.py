@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
-from ds_mofa.kernels import triton_serves
+from ds_mofa.kernels import launches_on
 
 __all__ = ["FP8", "columns", "input_gradient", "product", "refusal", "rows", "serves"]
 
@@ -82,7 +82,7 @@ def rows(values: Tensor, channels: Tensor | None = None) -> tuple[Tensor, Tensor
     Returns:
         (t, k) and (t,) fp32. A row with a NaN or an infinity becomes NaN.
     """
-    if triton_serves(values) and type(values) is Tensor and not torch.compiler.is_compiling():
+    if launches_on(values):
         from ds_mofa.kernels import _fp8
 
         return _fp8.rows(values.contiguous(), channels)
@@ -95,7 +95,7 @@ def rows(values: Tensor, channels: Tensor | None = None) -> tuple[Tensor, Tensor
 
 def columns(weight: Tensor, scales: Tensor) -> Tensor:
     """(W / s)^T in e4m3, (n, m) contiguous, of W (m, n) bf16 and s (m,)."""
-    if triton_serves(weight) and type(weight) is Tensor and not torch.compiler.is_compiling():
+    if launches_on(weight):
         from ds_mofa.kernels import _fp8
 
         return _fp8.columns(weight.contiguous(), scales)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ds_mofa.kernels import triton_serves
+from ds_mofa.kernels import launches_on
 
 __all__ = ["CHUNK", "GROUP", "WIDE_DTYPES", "Int8Weight", "exponents_of", "nearest", "quantized", "whole", "widened"]
 
@@ -38,8 +38,7 @@ def widened(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
         exponents: uint8 (..., n / 32).
         dtype: one of :data:`WIDE_DTYPES`.
     """
-    # What is traced, with tensors of a class without memory, is the compiler's to fuse.
-    if triton_serves(codes) and dtype != torch.float64 and type(codes) is Tensor and not torch.compiler.is_compiling():
+    if launches_on(codes) and dtype != torch.float64:
         from ds_mofa.kernels import _int8
 
         return _int8.widen(codes, exponents, dtype)
@@ -56,9 +55,8 @@ def quantized(values: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tenso
     """
     groups = values.float().unflatten(-1, (-1, GROUP))
     exponents = exponents_of(groups.abs().amax(-1))
-    steps = groups * ((254 - exponents).clamp_min(0) << 23).view(torch.float32).unsqueeze(
-        -1
-    )  # over a power of two: exact
+    inverse = ((254 - exponents).clamp_min(0) << 23).view(torch.float32)
+    steps = groups * inverse.unsqueeze(-1)  # by a power of two: exact
     if bits is None:
         codes = steps.round()
     else:
