@@ -7,7 +7,7 @@ are two thin products each, and replace the weight-gradient GEMM. Where the modu
 for the gradient itself, G is computed and goes the way of every gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: F401  what TorchScript finds in nn.Linear's forward
@@ -21,9 +21,10 @@ from ds_mofa.capture.sink import Gathered, Sink
 from ds_mofa.capture.sketch import Sketch
 from ds_mofa.kernels import fp8
 from ds_mofa.kernels.int8 import whole
+from ds_mofa.options import OptionError
 from ds_mofa.parameters import Matrix
 
-__all__ = ["LinearCapture", "SketchedLinear"]
+__all__ = ["LinearCapture", "SketchedLinear", "multiply_in_eight_bits"]
 
 
 class SketchedLinear(torch.autograd.Function):
@@ -117,6 +118,33 @@ class LinearCapture:
         refuse_replaced(module, nn.Linear.forward)
         sink.leaf = leaf_in(module)
         return replace_forward(module, _forward_of(module, sink, gathered))
+
+
+def multiply_in_eight_bits(
+    matrices: Sequence[Matrix], sinks: Sequence[Sink], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Have the products of these matrices taken in floats of eight bits (:mod:`ds_mofa.kernels.fp8`): of those that plain
+    linears hold, of sides that the device multiplies, and that ``include`` does not name.
+
+    Args:
+        sinks: of the matrices, before they are attached.
+        device, dtype: of the weights.
+
+    Raises:
+        OptionError: there is none, or the device or the dtype forbids it.
+    """
+    unable = fp8.refusal(device, dtype)
+    linear = LinearCapture()
+    for matrix, sink in zip(matrices, sinks):
+        held = any(linear.serves(module, matrix) for module in matrix.modules)
+        sink.fp8 = held and not matrix.included and fp8.serves(*matrix.shape)
+    if unable is None and not any(sink.fp8 for sink in sinks):
+        unable = (
+            "it is of nn.Linear with sides that are multiples of 16, which `include` does not name, and this model's matrices "
+            "have none"
+        )
+    if unable is not None:
+        raise OptionError(f"fp8: {unable}. Leave it out")
 
 
 def _forward_of(module: nn.Module, sink: Sink, gathered: Gathered | None):

@@ -20,8 +20,8 @@ def triton_serves(tensor: Tensor) -> bool:
 
 
 def launches_on(tensor: Tensor) -> bool:
-    """:func:`triton_serves`, of work that is done now. What is traced is the compiler's to fuse, and tensors of other classes may
-    have no memory.
+    """:func:`triton_serves`, of work that is done now: what is traced is the compiler's to fuse, and tensors of other classes
+    may have no memory.
     """
     return triton_serves(tensor) and type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 

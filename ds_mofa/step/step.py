@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ds_mofa.capture.attach import attach
 from ds_mofa.capture.head import FusedHead
+from ds_mofa.capture.linear import multiply_in_eight_bits
 from ds_mofa.capture.queue import Queue
 from ds_mofa.capture.sketch import Sketch
-from ds_mofa.kernels import fp8
 from ds_mofa.kernels.random_bits import Rounding
 from ds_mofa.kernels.shard import Shard, runs
-from ds_mofa.options import OptimizerOptions, OptionError
+from ds_mofa.options import OptimizerOptions
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition.layout import FactorSegment, SketchSegment
 from ds_mofa.partition.subbatches import Part
@@ -131,14 +131,12 @@ class MatrixStep:
         views = [
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
         ]
-        unable = fp8.refusal(self._device, compute) if options.fp8 else None
-        if unable is not None:
-            raise OptionError(f"fp8: {unable}. Leave it out")
         self._queue = Queue.serving(self.working, self.sketches, self.rule.columns)
         self.captured = [Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
         for matrix, sketch in zip(self.members, self.captured):
             sketch.arrived = backend.arrival(matrix)
-            sketch.fp8 = options.fp8 and matrix.stack is None and not matrix.included and fp8.serves(*matrix.shape)
+        if options.fp8:
+            multiply_in_eight_bits(self.members, self.captured, self._device, compute)
         attachment = attach(self.members, self.captured, options.capture, backend.gathered)
         self._undo.callback(attachment.remove)
         if head is not None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from ds_mofa import GaLore, MoFaSGD, OptionError
 from ds_mofa.kernels import fp8
@@ -162,6 +163,20 @@ def test_galore_has_it_too():
 def test_where_it_cannot_be_it_is_refused(options, dtype, message):
     with pytest.raises(OptionError, match=message):
         MoFaSGD(model(dtype=dtype), lr=1e-3, rank=4, fp8=True, **options)
+
+
+@pytest.mark.parametrize("kind", ["uneven", "included", "not a linear"])
+def test_a_model_without_a_linear_for_it_is_refused(kind):
+    """It would be asked for, and do nothing."""
+    net = {
+        "uneven": lambda: nn.Sequential(nn.Linear(40, 24)),
+        "included": lambda: nn.Sequential(nn.Linear(32, 32)),
+        "not a linear": lambda: nn.Sequential(Conv1D(32, 48), nn.ReLU()),
+    }[kind]().bfloat16()
+    options = {"include": ["0.weight"]} if kind == "included" else {}
+    with pytest.raises(OptionError, match="this model's matrices have none. Leave it out"):
+        MoFaSGD(net, lr=1e-3, rank=4, fp8=True, **options)
+    MoFaSGD(net, lr=1e-3, rank=4, **options)  # the model is as it was
 
 
 def test_the_table_says_so(capsys):
