@@ -20,6 +20,7 @@ from launch.checkpoints import is_ours, remove_old, seal, unseal
 from launch.cpu_fsdp import offer_fsdp_on_cpu
 from launch.encoding import IGNORED
 from launch.engines import Engine
+from launch.errors import UserError
 from launch.fsdp import FULL, state_dict_type, written_as
 from launch.lengths import check_batches
 from launch.output import writing
@@ -54,6 +55,7 @@ class FineTuner(SFTTrainer):
         self._began = 0  # step that this start has begun to train at
         self._saved = 0  # step of the last checkpoint, or the same
         self._micro_batch: GraphedMicroBatch | None = None
+        self._uncounted: torch.Tensor | None = None  # tokens since the last log, (), on the device
         self._eval_sums = torch.zeros(2, dtype=torch.float64)  # (summed loss, tokens) of this rank's evaluation
 
     def get_train_dataloader(self):
@@ -123,6 +125,11 @@ class FineTuner(SFTTrainer):
         model.train()
         inputs = dict(self._prepare_inputs(inputs))
         if self._micro_batch is None:
+            if self.aux_loss_enabled:
+                raise UserError(
+                    "--cuda_graphs: the router's auxiliary loss is weighed outside the model. Set router_aux_loss_coef to 0, "
+                    "or leave --cuda_graphs out."
+                )
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # in Accelerate's
             self._micro_batch = GraphedMicroBatch(self._scaled_loss, optimizer)
         items, share = None, 1 / self.current_gradient_accumulation_steps
@@ -139,11 +146,18 @@ class FineTuner(SFTTrainer):
         return loss * share
 
     def _count_tokens(self, inputs: dict) -> None:
-        """As TRL does where it computes the loss."""
+        """As TRL does where it computes the loss; but the host learns of it when it logs, and waits for no micro-batch."""
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].size(1)
         tokens = torch.as_tensor(tokens, device=self.args.device)
-        self._total_train_tokens += self.accelerator.gather_for_metrics(tokens).sum().item()
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        came = self.accelerator.gather_for_metrics(tokens).sum()
+        self._uncounted = came if self._uncounted is None else self._uncounted + came
+
+    def _settle_tokens(self) -> None:
+        """Let TRL's count have what came since the last log."""
+        if self._uncounted is not None:
+            self._total_train_tokens += int(self._uncounted)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self._uncounted = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs or not self.loss_is_in_head(model):
@@ -262,6 +276,7 @@ class FineTuner(SFTTrainer):
             self._interval_start += time.perf_counter() - start
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._settle_tokens()
         if "eval_loss" in logs:
             # The same dictionary is what evaluate() returns.
             logs["eval_loss"] = self.mean_eval_loss()

@@ -17,6 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's first import folder is its own; this makes it the repository's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ds_mofa.kernels.int8 import GROUP
 from ds_mofa.profiler.setting import RunSetting
 from profiling.cost_model import BF16, ETHERNET_400, H200, Machine, Model, Part, micro_batch, optimizer_step, total
 
@@ -24,7 +25,7 @@ __all__ = ["EXPOSED", "seconds_of_micro_batch", "seconds_of_step", "sharded_part
 
 EXPOSED = 0.75  # of the messages' time
 _NODE = 8  # GPUs
-_EIGHT_BITS = 33 / 32  # bytes a weight
+_EIGHT_BITS = 1 + 1 / GROUP  # bytes a weight
 
 
 def sharded_parts(model: Model, setting: RunSetting, inside: Machine, across: Machine) -> list[Part]:

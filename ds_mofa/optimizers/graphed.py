@@ -50,9 +50,8 @@ class GraphedMicroBatch:
 
     def __init__(self, function: Callable[..., Tensor], optimizer: torch.optim.Optimizer):
         self._function, self._optimizer = function, optimizer
-        self._params = [param for group in optimizer.param_groups for param in group["params"]]
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several or any(local_part(param) is not param for param in self._params):
+        if several or any(local_part(param) is not param for param in self._params()):
             raise RuntimeError(
                 "GraphedMicroBatch serves one process and whole weights: gathering weights and sending gradients is not "
                 "captured. Use torch.compile for several processes"
@@ -68,18 +67,19 @@ class GraphedMicroBatch:
         """Forward and backward of one micro-batch.
 
         Returns:
-            What ``function`` has returned, detached.
+            What ``function`` has returned, detached, (); later calls leave it as it is.
 
         Raises:
             RuntimeError: it cannot be captured.
             LostError: another optimizer has taken the matrices over.
         """
-        if isinstance(self._optimizer, MatrixOptimizer) and self._optimizer.matrices is not None:
+        if isinstance(self._optimizer, MatrixOptimizer):
             self._optimizer.matrices.claim.check()  # of another's sketches a graph would know nothing
         leaves, tree = tree_flatten((args, kwargs))
-        if not self._params[0].is_cuda:
+        params = self._params()
+        if not params[0].is_cuda:
             return self._run(leaves, tree)
-        self._settle()
+        self._settle(params)
         key = tree, tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         if key not in self._graphs:
             if self._seen.setdefault(key, 0) < self.WARM:
@@ -88,17 +88,20 @@ class GraphedMicroBatch:
             self._graphs[key] = self._captured(leaves, tree)
         return self._graphs[key].replay(leaves)
 
+    def _params(self) -> list[Tensor]:
+        return [param for group in self._optimizer.param_groups for param in group["params"]]
+
     def _run(self, leaves: list[Any], tree: TreeSpec) -> Tensor:
         args, kwargs = tree_unflatten(leaves, tree)
         loss = self._function(*args, **kwargs)
         loss.backward()
         return loss.detach()
 
-    def _settle(self) -> None:
-        """Put gradients where the graphs add to them, and forget graphs of weights that lie elsewhere now."""
-        places = [param.data_ptr() for param in self._params]
+    def _settle(self, params: list[Tensor]) -> None:
+        """Put gradients where the graphs add to them, and forget graphs of weights that lie elsewhere now, or were others."""
+        places = [param.data_ptr() for param in params]
         if places != self._places:
-            self._graphs, self._seen, self._gradients, self._places = {}, {}, {}, places
+            self._graphs, self._seen, self._gradients, self._places, self._pool = {}, {}, {}, places, None
         fresh = []
         for param, gradient in self._gradients.items():
             if param.grad is None:
@@ -119,7 +122,7 @@ class GraphedMicroBatch:
         with torch.cuda.stream(self._stream):
             loss = self._run(leaves, tree)
         current.wait_stream(self._stream)
-        for param in self._params:
+        for param in self._params():
             if param.grad is not None:
                 self._gradients.setdefault(param, param.grad)
         return loss

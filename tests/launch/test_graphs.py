@@ -60,6 +60,15 @@ def test_training_is_what_it_is_without(tmp_path, checkpointing):
         torch.testing.assert_close(graphed.state_dict()[name], weight, rtol=1e-4, atol=1e-5)
 
 
+def test_a_router_s_loss_is_refused(tmp_path, monkeypatch):
+    """TRL weighs it outside of the model, and it would be left out."""
+    monkeypatch.setattr(
+        FineTuner, "aux_loss_enabled", property(lambda self: True, lambda self, value: None), raising=False
+    )
+    with pytest.raises(UserError, match="router_aux_loss_coef to 0"):
+        trained(tmp_path, cuda_graphs=True)
+
+
 BASE = ["--model_config", "configs/models/llama-tiny.json", "--train_file", "train.txt", "--cuda_graphs"]
 NAMED = [*BASE, "--optimizer", "MoFaSGD"]
 REFUSED = {
