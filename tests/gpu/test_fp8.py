@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
 
 from ds_mofa import MoFaSGD
 from ds_mofa.kernels import fp8
+from tests.autoencoding import losses_by_device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,21 +61,6 @@ def test_the_products_are_those_of_a_cpu(t, m, n):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_run_is_that_of_the_cpu(compiled):
-    losses = {}
-    for device in ("cpu", "cuda"):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256, bias=False)).to(
-            device, torch.bfloat16
-        )
-        optimizer = MoFaSGD(model, lr=5e-4, rank=8, explore=8, fp8=True)
-        forward = torch.compile(model) if compiled and device == "cuda" else model
-        x = torch.randn(128, 256, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
-        losses[device] = []
-        for _ in range(10):
-            loss = (forward(x) - x).float().square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[device].append(loss.item())
+    losses = losses_by_device(lambda model: MoFaSGD(model, lr=5e-4, rank=8, explore=8, fp8=True), compiled=compiled)
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
     assert losses["cuda"][-1] < 0.9 * losses["cuda"][0]

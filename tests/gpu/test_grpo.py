@@ -10,17 +10,15 @@ from transformers import AutoConfig, LlamaForCausalLM
 import ds_mofa
 from launch.tokenizer import byte_tokenizer
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+from tests.grpo import trainer_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
-
-
-def small_letters(completion_ids, **_) -> list[float]:
-    return [sum(97 <= one < 123 for one in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +36,8 @@ def saved(tmp_path_factory) -> Path:
 def trained(folder: Path, out: Path, optimizer):
     """The trainer after ``STEPS`` steps, where the weights lay before, and the peak of the last step in bytes."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
-    settings = trl.GRPOConfig(
-        output_dir=str(out), bf16=True, per_device_train_batch_size=8, num_generations=8, max_completion_length=32,
-        max_steps=STEPS, beta=0.001, logging_steps=1, report_to=[], save_strategy="no", gradient_checkpointing=False,
-        lr_scheduler_type="constant", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = trl.GRPOTrainer(
-        model=model,
-        reward_funcs=small_letters,
-        args=settings,
-        train_dataset=datasets.Dataset.from_list([{"prompt": f"{i} "} for i in range(16)]),
-        processing_class=byte_tokenizer(),
-        optimizers=(optimizer(model), None),
-    )
+    options = {"bf16": True, "per_device_train_batch_size": 8, "max_completion_length": 32, "max_steps": STEPS}
+    trainer = trainer_of(model, optimizer(model), out, **options)
     places = {name: param.data_ptr() for name, param in model.named_parameters()}
     torch.cuda.reset_peak_memory_stats()
     trainer.train()

@@ -9,6 +9,7 @@ from ds_mofa.kernels.int8 import Int8Weight, widened
 from ds_mofa.kernels.random_bits import Rounding
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.weights.write import write_updates
+from tests.autoencoding import losses_by_device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,23 +91,14 @@ def test_what_is_no_number_says_so():
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_run_is_that_of_the_cpu(compiled):
     """Losses to the noise of a rounding here and there, and no weight is ever whole in sixteen bits for long."""
-    losses = {}
-    for device in ("cpu", "cuda"):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256, bias=False)).to(
-            device, torch.bfloat16
-        )
-        optimizer = MoFaSGD(model, lr=5e-4, rank=8, explore=8, weights="int8")
-        forward = torch.compile(model) if compiled and device == "cuda" else model
-        x = torch.randn(128, 256).to(device, torch.bfloat16)
-        losses[device] = []
-        for _ in range(10):
-            loss = (forward(x) - x).float().square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[device].append(loss.item())
-        assert all(isinstance(model[i].weight, Int8Weight) for i in (0, 2))
+    models = []
+
+    def make(model):
+        models.append(model)
+        return MoFaSGD(model, lr=5e-4, rank=8, explore=8, weights="int8")
+
+    losses = losses_by_device(make, compiled=compiled)
+    assert all(isinstance(model[i].weight, Int8Weight) for model in models for i in (0, 2))
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.01)
     assert losses["cuda"][-1] < 0.9 * losses["cuda"][0]
 

@@ -9,15 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ds_mofa
 from launch.tokenizer import byte_tokenizer
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+from tests.grpo import trainer_of
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def letters(completion_ids, **_) -> list[float]:
-    """The share of small letters among an answer's bytes."""
-    return [sum(97 <= one < 123 for one in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +26,15 @@ def trained(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder)
     start = copy.deepcopy(model)
-    settings = trl.GRPOConfig(
-        output_dir=str(folder / "out"), use_cpu=True, bf16=False, per_device_train_batch_size=32, num_generations=8,
-        max_completion_length=8, max_steps=40, beta=0.001, logging_steps=1, report_to=[], save_strategy="no",
-        lr_scheduler_type="constant", gradient_checkpointing=False, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = trl.GRPOTrainer(
-        model=model,
-        reward_funcs=letters,
-        args=settings,
-        train_dataset=datasets.Dataset.from_list([{"prompt": f"{i} "} for i in range(16)]),
-        processing_class=tokenizer,
-        optimizers=(ds_mofa.MoFaSGD(model, lr=1e-3, rank=8, explore=8), None),
-    )
+    optimizer = ds_mofa.MoFaSGD(model, lr=1e-3, rank=8, explore=8)
+    options = {
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 32,
+        "max_completion_length": 8,
+        "max_steps": 40,
+    }
+    trainer = trainer_of(model, optimizer, folder / "out", **options)
     addresses = {name: param.data_ptr() for name, param in model.named_parameters()}
     trainer.train()
     return trainer, start, addresses

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ds_mofa import GaLore, MoFaSGD, OptionError
 from ds_mofa.kernels import fp8
+from tests import autoencoding
 
 
 def model(bias=True, dtype=torch.bfloat16):
@@ -54,13 +55,7 @@ def test_it_learns_as_without():
     for eight in (False, True):
         net = model()
         optimizer = MoFaSGD(net, lr=1e-3, rank=8, explore=8, fp8=eight)
-        x, losses[eight] = batch(64), []
-        for _ in range(40):
-            loss = (net(x) - x).float().square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[eight].append(loss.item())
+        losses[eight] = autoencoding.losses(net, optimizer, batch(64), 40)
     assert losses[False][-1] < 0.7 * losses[False][0]
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
     assert losses[True] != losses[False]
