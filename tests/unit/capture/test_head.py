@@ -14,6 +14,7 @@ from ds_mofa import MoFaSGD, OptionError
 from ds_mofa.capture import head
 from ds_mofa.capture.head import FusedLoss, peak_bytes
 from ds_mofa.capture.sketch import Sketch
+from ds_mofa.kernels import cross_entropy
 from tests.live_bytes import LiveBytes
 from tests.unit.dense_reference import relative_error
 
@@ -25,7 +26,7 @@ MATRIX = {"include": ["lm_head"]}
 def small_chunks(monkeypatch):
     """Chunks of 5 or 6 tokens in bf16, whose softmax is taken for 2 at a time."""
     monkeypatch.setattr(head, "LOGITS_BYTES", 6 * 2 * M)
-    monkeypatch.setattr(head, "BLOCK_BYTES", 2 * 4 * M)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 2 * 4 * M)
 
 
 def problem(dtype, bias=False, tokens=N):
@@ -133,10 +134,15 @@ def test_the_first_gradient_is_the_one_that_was_computed():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("matrix", [False, True], ids=["adamw", "matrix"])
-def test_no_more_bytes_than_stated(monkeypatch, matrix, dtype):
+@pytest.mark.parametrize("kernel", [False, True], ids=["blocks", "kernel"])
+def test_no_more_bytes_than_stated(monkeypatch, kernel, matrix, dtype):
+    """By a kernel the softmax takes none, whatever is behind the operator here."""
     tokens, m, n = 300, 2000, 96
+    if not kernel:
+        monkeypatch.setattr(head, "cross_entropy", cross_entropy.in_blocks)
     monkeypatch.setattr(head, "LOGITS_BYTES", 1 << 17)
-    monkeypatch.setattr(head, "BLOCK_BYTES", 1 << 16)
+    for module in (head, cross_entropy):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 16)
     x = torch.randn(tokens, n).to(dtype).requires_grad_()
     weight = torch.randn(m, n).to(dtype).requires_grad_()
     targets = torch.randint(m, (tokens,))
@@ -145,7 +151,9 @@ def test_no_more_bytes_than_stated(monkeypatch, matrix, dtype):
     with LiveBytes() as live:
         FusedLoss.apply(x, weight, None, targets, torch.tensor(tokens), -100, own).backward()
     size = weight.element_size()
-    bound = peak_bytes(tokens, m, n, itemsize=size, weight_gradient=0 if matrix else size, rank=4 if matrix else 0)
+    bound = peak_bytes(
+        tokens, m, n, itemsize=size, weight_gradient=0 if matrix else size, rank=4 if matrix else 0, kernel=kernel
+    )
     assert live.peak <= bound
     assert live.peak > 0.7 * bound, "the bound says nothing"
     if matrix:
