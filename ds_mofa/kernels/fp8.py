@@ -116,6 +116,8 @@ def _power(exponents: Tensor) -> Tensor:
 
 def _scaled(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor) -> Tensor:
     """a b^T times the scales of both's rows, bf16: (t, p) of (t, k) and (p, k)."""
+    if not a.is_cuda:  # torch 2.11 multiplies these on GPUs alone
+        return (a.float() @ b.float().mT * a_scales.unsqueeze(-1) * b_scales).bfloat16()
     by_row = ScalingType.RowWise
     scales = a_scales.unsqueeze(-1), by_row, b_scales.unsqueeze(0), by_row
     return scaled_mm(a, b.mT, *scales, output_dtype=torch.bfloat16, use_fast_accum=True)
