@@ -13,7 +13,8 @@ reduce_bucket_size), ``contiguous`` and ``overlap`` (0 or 1: its contiguous_grad
 3 gathers a decoder layer at a time rather than a linear), ``prefetch`` (its stage3_prefetch_bucket_size), ``offload``
 (optimizer or param: its offload_optimizer to the host, or that and offload_param). Of all: ``r`` (rank), ``compiled`` (1:
 each decoder layer by torch.compile), ``graphed`` (1: a micro-batch is one CUDA graph; on one GPU), ``checkpointing`` (1),
-``liger`` (1: liger-kernel's fused norms, SwiGLU, rotary embedding and loss, as HF's ``use_liger_kernel``), ``head`` (matrix:
+``liger`` (1: liger-kernel's fused norms, SwiGLU, rotary embedding and, where it is not graphed, loss, as HF's
+``use_liger_kernel``), ``head`` (matrix:
 the output head is one of the matrices), ``embed`` (frozen: the embedding stays as it is), ``card`` (GiB: run out of memory
 where a GPU of that size would), and every option of the optimizer by its name, such as ``explore``, of which two have shorter
 ones: ``head_loss`` (fused: ``fused_head`` instead of liger-kernel's loss) and ``adamw`` (8bit: ``adamw_states``). A shape is

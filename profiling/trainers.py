@@ -106,7 +106,8 @@ def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kind)
     if setting.liger:
-        apply_liger_kernel(model, {"fused_linear_cross_entropy": False} if setting.option("fused_head") else None)
+        others = setting.option("fused_head") or setting.graphed  # its loss waits for the device, which no graph can
+        apply_liger_kernel(model, {"fused_linear_cross_entropy": False} if others else None)
     if setting.embed == "frozen":
         model.get_input_embeddings().weight.requires_grad_(False)
     if setting.checkpointing:  # a random state cannot be captured in a graph, and these models draw nothing

@@ -20,7 +20,7 @@ from ds_mofa.optimizers import binding
 from ds_mofa.optimizers.absentees import Absentees
 from ds_mofa.optimizers.eight_bits import check_still_kept, keep_in_eight_bits
 from ds_mofa.optimizers.gradient import Gradients
-from ds_mofa.optimizers.rest import adamw_of, fuse
+from ds_mofa.optimizers.rest import adamw_of, beside, fuse
 from ds_mofa.optimizers.stateful import Stateful
 from ds_mofa.options import OptimizerOptions, OptionError
 from ds_mofa.parameters import Frozen, Split, split_parameters
@@ -254,15 +254,16 @@ class MatrixOptimizer(Stateful):
             self._check()
             self._clip = self._gradients.clip()
         if self.matrices.finite:
-            if self.adamw is not None:
-                with phase("AdamW"), self.adamw_lr():
-                    self.adamw.step()
-            clip = self._clip
-            self._forget_clip()  # whatever a report's receiver may raise
-            if self._gradients is None:
-                self.matrices.update(self._matrix_groups, clip)
-            else:
-                self._write(clip)
+            with contextlib.ExitStack() as joined:
+                if self.adamw is not None:
+                    with beside(self.adamw, joined), phase("AdamW"), self.adamw_lr():
+                        self.adamw.step()
+                clip = self._clip
+                self._forget_clip()  # whatever a report's receiver may raise
+                if self._gradients is None:
+                    self.matrices.update(self._matrix_groups, clip)
+                else:
+                    self._write(clip)
         else:
             self.matrices.discard()
         self._forget_clip()

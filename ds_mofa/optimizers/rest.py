@@ -1,6 +1,8 @@
 """The AdamW of a plain loop, which trains what is no matrix."""
 
-from collections.abc import Iterable
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from ds_mofa.adamw.eight_bit import AdamW8bit
 from ds_mofa.optimizers.binding import say
 from ds_mofa.options import OptimizerOptions
 
-__all__ = ["adamw_of", "fuse"]
+__all__ = ["adamw_of", "beside", "fuse"]
 
 
 def fuse(groups: Iterable[dict[str, Any]], device: torch.device) -> None:
@@ -32,3 +34,28 @@ def adamw_of(groups: list[dict[str, Any]], options: OptimizerOptions, device: to
         eps=options.adamw_eps,
         fused=True if device.type == "cuda" else None,  # a third of the time of the default there
     )
+
+
+@contextlib.contextmanager
+def beside(adamw: torch.optim.Optimizer, joined: contextlib.ExitStack) -> Iterator[None]:
+    """Within: what is launched runs beside what the current stream gets next, until ``joined`` ends.
+
+    AdamW waits for the device's memory and the factors for their small products, so each leaves the other room. Only for
+    torch's fused one, which needs no memory of its own, and from its second step on: the first makes the moments, which are to
+    come from the same blocks as all else.
+    """
+    fused = type(adamw) is torch.optim.AdamW and all(group.get("fused") for group in adamw.param_groups)
+    device = next((param.device for group in adamw.param_groups for param in group["params"]), None)
+    if not (fused and adamw.state and device is not None and device.type == "cuda"):
+        yield
+        return
+    own, current = _stream(device), torch.cuda.current_stream(device)
+    own.wait_stream(current)
+    joined.callback(current.wait_stream, own)
+    with torch.cuda.stream(own):
+        yield
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
