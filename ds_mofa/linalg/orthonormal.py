@@ -241,7 +241,7 @@ def _project_out(U: Tensor, Y: Tensor) -> Tensor:
     return Y - U @ (U.mT @ Y)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for ever: a CUDA graph may read them
 def _generic_columns(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(m, k, generator=generator, dtype=torch.float64, device="cpu")

@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.parameters import local_part
+from ds_mofa.step.captured import CapturedUpdate
 
 __all__ = ["GraphedMicroBatch"]
 
@@ -35,7 +36,8 @@ class GraphedMicroBatch:
     stays as it was captured: whether the model trains, its hooks, what is frozen.
 
     The graphs share their memory, and have it as long as this object lives: as much as an eager micro-batch takes. On a CPU
-    every call runs eagerly. The step is taken outside, for it depends on numbers of the host, such as the rate.
+    every call runs eagerly. The step is taken outside, for it depends on numbers of the host, such as the rate; MoFaSGD's norm
+    and factor update become graphs in the same memory, and take another fp32 copy of the sketches.
 
     Args:
         function: from the arguments of a call to the scalar to differentiate. It may not wait for the device, as ``.item()``
@@ -62,6 +64,7 @@ class GraphedMicroBatch:
         self._places: list[int] = []
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._update: CapturedUpdate | None = None  # who drops it has steps run eagerly
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch.
@@ -101,7 +104,8 @@ class GraphedMicroBatch:
         """Put gradients where the graphs add to them, and forget graphs of weights that lie elsewhere now, or were others."""
         places = [param.data_ptr() for param in params]
         if places != self._places:
-            self._graphs, self._seen, self._gradients, self._places, self._pool = {}, {}, {}, places, None
+            self._graphs, self._seen, self._gradients, self._places = {}, {}, {}, places
+            self._pool = self._update = None
         fresh = []
         for param, gradient in self._gradients.items():
             if param.grad is None:
@@ -142,6 +146,8 @@ class GraphedMicroBatch:
                 "this micro-batch cannot be captured in a CUDA graph: something in it waits for the device (.item(), a "
                 "boolean mask, a copy to the host) or copies from the host. Leave it out, or train without GraphedMicroBatch"
             ) from error
+        if self._pool is None and self._stream is not None and isinstance(self._optimizer, MatrixOptimizer):
+            self._update = self._optimizer.matrices.capture_in(graph.pool(), self._stream)
         self._pool = graph.pool()
         return _Graph(graph, inputs, loss)
 

@@ -52,6 +52,7 @@ class MoFaSGDRule(Rule):
     name = "MoFaSGD"
     can_fail = True
     norm_reads_state = True
+    capturable = True
 
     def __init__(self, options: Options):
         super().__init__(options.rank, options.seed, signs=options.explore)

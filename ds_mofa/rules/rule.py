@@ -48,6 +48,8 @@ class Rule(abc.ABC):
         can_fail: :meth:`update` may raise a ``torch.linalg.LinAlgError``, which skips the step on every rank. Every
             field then needs a slot.
         norm_reads_state: :meth:`squared_norms` needs ``batch.state``.
+        capturable: from the second step on, on a GPU, :meth:`squared_norms` and :meth:`update` are the same kernels in every
+            step, and read nothing of the host but a clip factor that is no tensor; ``batch.memo`` is not used.
         diagnostics_every: optimizer steps between two reports of :meth:`measures`; 0 for none.
         summaries: how many numbers :meth:`summary` returns.
         redraws: test matrices of some step may still be in the working copies when a state is saved; a load draws them
@@ -57,6 +59,7 @@ class Rule(abc.ABC):
     name: ClassVar[str]
     can_fail: ClassVar[bool] = False
     norm_reads_state: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
     redraws: ClassVar[bool] = False
     diagnostics_every: int = 0
     summaries: int = 0

@@ -181,6 +181,15 @@ class RuleDriver:
                     if slot is not None:
                         value.copy_(slot)
 
+    @property
+    def measured(self) -> Any:
+        """What :meth:`squared_norm` has kept for :meth:`update`."""
+        return self._measured
+
+    def recall(self, measured: Any) -> None:
+        """Take what was :attr:`measured` for that of the last :meth:`squared_norm`."""
+        self._measured, self._came = measured, None
+
     def forget(self) -> None:
         """Drop what :meth:`squared_norm` has kept for :meth:`update`, and what that has for :meth:`publish`."""
         self._measured = self._came = None

@@ -21,6 +21,7 @@ from ds_mofa.capture.head import FusedHead
 from ds_mofa.capture.linear import multiply_in_eight_bits
 from ds_mofa.capture.queue import Queue
 from ds_mofa.capture.sketch import Sketch
+from ds_mofa.kernels import triton_serves
 from ds_mofa.kernels.random_bits import Rounding
 from ds_mofa.kernels.shard import Shard, runs
 from ds_mofa.options import OptimizerOptions
@@ -32,6 +33,7 @@ from ds_mofa.rules.diagnostics import Report, by_parameter
 from ds_mofa.rules.rule import Rule
 from ds_mofa.step import claims
 from ds_mofa.step.backend import Backend
+from ds_mofa.step.captured import CapturedUpdate
 from ds_mofa.step.driver import RuleDriver
 from ds_mofa.step.owner import Owner
 from ds_mofa.step.state import packed, unpack
@@ -114,6 +116,7 @@ class MatrixStep:
         self.sketches = torch.zeros(self.layout.numel, dtype=exact, device=self._device)
         self.working = torch.zeros(self.layout.numel, dtype=compute, device=self._device)
         self._pending: SketchSegment | None = None
+        self._graphs: Callable[[], CapturedUpdate | None] = lambda: None
         self._norm: Tensor | None = None
         self._finite: bool | None = None
         self._owned: Tensor | None = None  # indices of this process's matrices, in the order of its pieces
@@ -177,12 +180,15 @@ class MatrixStep:
         self.sketches.zero_()
         if beside:
             reduced.add_(self._reduced)
-        self._pending = reduced
+        graphs = self._graphs()
+        self._pending = reduced if graphs is None else graphs.take(reduced)
         self.measure()
 
     def measure(self) -> None:
         """Take the norm of the pending gradients. Collective."""
-        norm = self.exchange.sum(self.driver.squared_norm(self._reduced, self.steps)).sqrt()
+        graphs = self._ready_graphs()
+        square = (self.driver if graphs is None else graphs).squared_norm(self._reduced, self.steps)
+        norm = self.exchange.sum(square).sqrt()
         self._norm, self._finite = torch.where(norm < _LARGEST_NORM, norm, math.inf), None
 
     @property
@@ -247,20 +253,11 @@ class MatrixStep:
             groups: the matrix param groups, for ``lr`` and ``weight_decay``.
             clip: factor on the gradient, <= 1, from clipping by the global norm.
         """
-        with phase("factor update"), full_fp32():
-            new = self._updated(self._reduced, clip)
-            self.driver.publish(new)
-        self._pending = None
-        with phase("gather"):
-            self.exchange.all_gather(self.working, self.layout.segment)
-            if self.driver.failed(self.steps):
-                self._roll_back()
-                self.discard(_NO_FACTORS)
-                return
-            assert new is not None  # else the owner's update has failed, and every rank has seen it
-            report = self._report(new, clip) if self._reports_now() else None
-            self.driver.forget()
-            self.driver.commit(new)
+        moved, report = self._advance(clip)
+        if not moved:
+            self.discard(_NO_FACTORS)
+            return
+        self.driver.forget()
         self.steps += 1
         with phase("apply"):
             self._apply(groups)
@@ -270,6 +267,33 @@ class MatrixStep:
             self.report = report
             if self.on_report is not None:
                 self.on_report(report)
+
+    def _advance(self, clip: float | Tensor) -> tuple[bool, Report | None]:
+        """State and working copies by the pending sketches. Collective.
+
+        Returns:
+            Whether they have moved, the same on every rank, and a report if one is due.
+        """
+        graphs = self._ready_graphs()
+        with phase("factor update"), full_fp32():
+            if graphs is not None and not self._reports_now() and graphs.update(self.steps, clip):
+                self._pending = None
+                return True, None
+            new = self._updated(self._reduced, clip)
+            self.driver.publish(new)
+        self._pending = None
+        with phase("gather"):
+            self.exchange.all_gather(self.working, self.layout.segment)
+            if self.driver.failed(self.steps):
+                self._roll_back()
+                return False, None
+            assert new is not None  # else the owner's update has failed, and every rank has seen it
+            report = self._report(new, clip) if self._reports_now() else None
+            self.driver.commit(new)
+        graphs = self._graphs()
+        if graphs is not None:
+            graphs.ran_eagerly(self.steps)
+        return True, report
 
     def discard(self, reason: str = _NO_NUMBER) -> None:
         """Skip this step: state and weights stay as they are."""
@@ -288,6 +312,23 @@ class MatrixStep:
         if self._queue is not None:
             self._queue.clear()
         self.sketches.zero_()
+
+    def capture_in(self, pool: Any, stream: torch.cuda.Stream) -> CapturedUpdate | None:
+        """Take norm and factor update as CUDA graphs from now on, as long as the caller keeps what is returned.
+
+        Args:
+            pool: of graphs that run before and after a step, and not beside it.
+            stream: on which they were captured.
+
+        Returns:
+            None where that cannot be: with several processes, on the host, or by a rule that asks the host.
+        """
+        alone = self.exchange.world_size == 1 and self.backend.host is None
+        if not (alone and self.rule.capturable and triton_serves(self.working)):
+            return None
+        graphs = CapturedUpdate(self.driver, pool, stream)
+        self._graphs = weakref.ref(graphs)
+        return graphs
 
     def on_detach(self, undo: Callable[[], Any]) -> None:
         """Have something else undone as well when the model is put back. ``undo`` must not keep this object alive."""
@@ -351,6 +392,10 @@ class MatrixStep:
         """What the last :meth:`reduce` has given, and nothing has used or discarded yet."""
         assert self._pending is not None
         return self._pending
+
+    def _ready_graphs(self) -> CapturedUpdate | None:
+        graphs = self._graphs()
+        return graphs if graphs is not None and graphs.ready(self._reduced, self.steps) else None
 
     def _updated(self, pending: SketchSegment, clip: float | Tensor) -> FactorSegment | None:
         """Have the rule turn the pending sketches into factors, in their memory.

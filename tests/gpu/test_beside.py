@@ -22,7 +22,7 @@ def after_one_another(adamw, joined):
 def trained(steps=6):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(VOCABULARY, 256), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 64)).cuda()
-    optimizer = MoFaSGD(net, lr=1e-2, rank=8, adamw_lr=1e-3)
+    optimizer = MoFaSGD(net, lr=1e-3, rank=8)
     streams = []
     optimizer.adamw.register_step_post_hook(lambda *_: streams.append(torch.cuda.current_stream()))
     losses = []

@@ -1,5 +1,7 @@
 """Micro-batches as CUDA graphs: the eager run, whatever becomes of ``.grad`` between steps."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,49 @@ def test_it_is_the_eager_run(make, set_to_none):
     assert losses[-1] < 0.9 * losses[0]
     for name, weight in weights.items():
         torch.testing.assert_close(found[name].float(), weight.float(), rtol=0.02, atol=2e-3)
+
+
+def steps(optimizer, micro_batch, model, count, norms):
+    """Some of a run's, with a norm that is clipped far below its own."""
+    for _ in range(count):
+        for ids in batches():
+            micro_batch(ids, MICRO_BATCHES)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("options", [{}, {"explore": 8}, {"explore": 8, "balance": 0.5}, {"rank": 40}], ids=str)
+def test_norm_and_update_are_graphs_too(options):
+    """Through a loaded state and reports, until the graphs are gone, and after."""
+    found = {}
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        model = Model().cuda()
+        optimizer = mofasgd(diagnostics_every=4, **options)(model)
+        reports, norms = [], []
+        optimizer.matrices.on_report = lambda report, reports=reports: reports.append(report.values)
+        micro_batch = GraphedMicroBatch(lambda ids, count, model=model: model(ids) / count, optimizer)
+        if not graphed:
+            micro_batch.WARM = 1000
+        steps(optimizer, micro_batch, model, 5, norms)
+        update = micro_batch._update
+        assert (update is not None and update._norm is not None and update._update is not None) == graphed
+        state = copy.deepcopy(optimizer.state_dict())
+        steps(optimizer, micro_batch, model, 2, norms)
+        optimizer.load_state_dict(state)
+        steps(optimizer, micro_batch, model, 3, norms)
+        del micro_batch, update
+        assert optimizer.matrices._graphs() is None
+        steps(
+            optimizer, GraphedMicroBatch(lambda ids, count, model=model: model(ids) / count, optimizer), model, 1, norms
+        )
+        found[graphed] = torch.stack(norms), torch.stack(reports), [param.detach() for param in model.parameters()]
+    (norms, reports, weights), (expected, others, before) = found[True], found[False]
+    torch.testing.assert_close(norms, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(reports, others, rtol=1e-3, atol=1e-4)
+    for weight, other in zip(weights, before, strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-5)
 
 
 def test_fp32_is_the_eager_run_to_its_rounding():
