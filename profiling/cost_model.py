@@ -30,6 +30,8 @@ KERNELS = 140  # of one layer's forward and backward
 LAUNCHES = {"reduce": 100, "factor update": 470, "apply": 100}  # the update's are of one sub-batch
 # Besides, of exploring: counted as operations (of four shapes on one rank), not measured as the others.
 EXPLORING = {"reduce": 10, "factor update": 350, "apply": 90}
+# Kernels of the graphs that norm and update are where micro-batches are graphs, and besides, of exploring.
+CAPTURED = {"reduce": (54, 16), "factor update": (290, 160)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +85,18 @@ class Machine:
         gemm64: FLOP/s of float64 products of tall matrices.
         write: share of ``copy`` that the write to W reaches.
         capture: share of ``copy`` that the sketch kernels reach; ``sketching`` their FLOP/s.
-        per_token: seconds of elementwise kernels per token, layer and unit of width.
+        per_token: seconds of elementwise kernels per token, layer and unit of width; ``per_logit`` of the loss, per logit.
         per_kernel: seconds that a kernel takes however little it has to do; HF's layers have 140 of them each.
         adamw: seconds of fused AdamW per parameter, weights and states in bf16.
         zero_adamw: seconds per parameter of a rank's partition of DeepSpeed's whole AdamW step, fp32 states;
             ``zero_floor`` what it takes with none, ``zero3_floor`` in stage 3.
         svd: seconds per core and r^3; ``svd_floor`` what a batch takes however small.
-        launch: seconds in which the host launches one of the step's operations.
+        launch: seconds in which the host launches one of the step's operations; ``node`` after which a kernel of a graph follows
+            the one before, where both are small.
+        gemm8: FLOP/s of products in e4m3 inside a step; ``round8`` the share of ``copy`` that rounding to it reaches.
+        fused: what is left of ``per_token`` where liger-kernel or torch.compile has fused the layers, and of ``per_logit`` by
+            a fused loss.
+        write8: seconds in which a weight of eight bits is written.
         network: bytes/s per GPU and direction; ``latency`` seconds per message and log2(GPUs).
     """
 
@@ -100,7 +107,8 @@ class Machine:
     write: float = 0.79
     capture: float = 0.7
     sketching: float = 300e12
-    per_token: float = 17e-6 / (32 * 4096)
+    per_token: float = 15e-6 / (32 * 4096)
+    per_logit: float = 15e-12
     per_kernel: float = 1.2e-6
     adamw: float = 7.5e-3 / 1.05e9
     zero_adamw: float = 30e-12
@@ -109,6 +117,11 @@ class Machine:
     svd: float = 28.3e-3 / (224 * 128**3)
     svd_floor: float = 1e-3
     launch: float = 20e-6
+    node: float = 3.5e-6
+    gemm8: float = 1530e12
+    round8: float = 0.86
+    fused: float = 0.15
+    write8: float = 3.9e-12
     network: float = 380e9
     latency: float = 20e-6
 
@@ -129,12 +142,14 @@ class Part:
     seconds: float = 0.0
 
 
-def optimizer_step(model: Model, setting: RunSetting, machine: Machine) -> list[Part]:
+def optimizer_step(model: Model, setting: RunSetting, machine: Machine, captured: bool | None = None) -> list[Part]:
     """The parts of one optimizer step of MoFaSGD on each rank; without ZeRO all is in bf16.
 
-    Of the k columns beside its rank, which ``explore`` adds, the costs are counted alone: nothing of them has been
-    measured.
+    Args:
+        captured: norm and update are CUDA graphs; by default where micro-batches are. The costs of ``explore`` are measured
+            there alone, and counted elsewhere.
     """
+    model, captured = trained(model, setting), setting.graphed if captured is None else captured
     rank, gpus, stage, explore = setting.rank, setting.gpus, setting.zero, sketch_columns(setting) - setting.rank
     r, share = rank, rank * model.sides / gpus  # elements of this rank's factors
     beside = explore * model.sides / gpus  # and of the directions that it finds beside them
@@ -146,23 +161,32 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine) -> list[
     def launched(part: str) -> float:
         return (LAUNCHES[part] + (EXPLORING[part] if explore else 0)) * machine.launch
 
+    def replayed(part: str) -> float:
+        kernels, exploring = CAPTURED[part]
+        return (kernels + (exploring if explore else 0)) * machine.node
+
     flat = (rank + explore) * model.sides * FP32
     grams = 6 * FP32 + 4 * FP64  # U and Y read, [U Y] written and read in float64, per element of the factors
     gram_flops = 8 * r * share
     reduce_bytes = 3 * flat + grams * share
     reduce = Part("reduce", reduce_bytes, gram_flops, flat * away, 1)
     seconds = reduce_bytes / machine.copy + gram_flops / machine.gemm64
-    reduce = _timed(reduce, max(launched("reduce"), seconds) + send(reduce.sent))
+    seconds = seconds + replayed("reduce") if captured else max(launched("reduce"), seconds)
+    reduce = _timed(reduce, seconds + send(reduce.sent))
 
-    moved = 200 * share + (110 * share + 230 * beside if explore else 0)  # docs/cost_model.md counts them
-    flops = 20 * r * share + 6 * (r + 2 * explore) * beside + (6 * r * share if explore else 0)
+    moved, flops = 200 * share, 20 * r * share  # docs/cost_model.md counts them
+    if explore and captured:
+        moved, flops = moved + 74 * share + 86 * beside, flops + 2 * r * share + (12 * r + 6 * explore) * beside
+    elif explore:
+        moved, flops = moved + 110 * share + 230 * beside, flops + 6 * r * share + 6 * (r + 2 * explore) * beside
     cores = len(model.matrices) / gpus
     svd = machine.svd_floor + machine.svd * cores * r**3
     if explore:  # two of k x k a matrix, where the core is 2 r x 2 r
         svd += machine.svd_floor + machine.svd * 2 * cores * (explore / 2) ** 3
     update = Part("factor update", moved, flops)
+    seconds = moved / machine.copy + flops / machine.gemm64 + svd
     host = sub_batches(model, setting) * (launched("factor update") + svd_launches(rank) * machine.launch)
-    update = _timed(update, max(host, moved / machine.copy + flops / machine.gemm64 + svd))
+    update = _timed(update, seconds + replayed("factor update") if captured else max(host, seconds))
 
     working = (rank + explore) * model.sides * BF16
     gather = Part("gather", 2 * working / gpus, 0.0, working * away, 1)
@@ -170,8 +194,8 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine) -> list[
 
     shards = gpus if stage == 3 else gpus // setting.replicas if setting.sharded else 1
     held = model.elements / shards
-    written = 2 * BF16 * held
-    seconds = written / (machine.write * machine.copy)
+    written = 2 * (1 if setting.weights == "int8" else BF16) * held
+    seconds = machine.write8 * held if setting.weights == "int8" else written / (machine.write * machine.copy)
     if explore:  # on every rank, of all matrices: the columns of the update joined, the signs drawn and drawn again
         columns = (4 * (r + 2 * explore) + 25 * explore) * model.sides
         written, seconds = written + columns, seconds + columns / machine.copy
@@ -186,6 +210,14 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine) -> list[
         seconds = floor + machine.zero_adamw * part + send(sent)
         adamw = _timed(Part("AdamW", 34 * part, 0.0, sent, 1), seconds)
     return [reduce, adamw, update, gather, apply]
+
+
+def trained(model: Model, setting: RunSetting) -> Model:
+    """The model with its output head and embedding among the matrices where the setting says so."""
+    table = (model.vocabulary, model.width)
+    tables = (setting.head == "matrix") + any("embed" in pattern for pattern in setting.option("include", ()))
+    adamw = model.adamw - tables * model.vocabulary * model.width
+    return dataclasses.replace(model, matrices=(*model.matrices, *[table] * tables), adamw=adamw)
 
 
 def sketch_columns(setting: RunSetting) -> int:
@@ -213,14 +245,25 @@ def micro_batch(model: Model, setting: RunSetting, machine: Machine) -> list[Par
     tokens = setting.seq
     head = model.vocabulary * model.width
     again = 1 if setting.checkpointing else 0  # forward of the layers
-    products = ((4 + 2 * again) * model.elements + 6 * head) * tokens
+    of_layers = (4 + 2 * again) * model.elements * tokens
+    of_head = (4 if setting.head == "matrix" else 6) * head * tokens
     attention = (7 + 2 * again) * tokens**2 * model.width * model.layers
+    seconds = of_layers / (machine.gemm8 if setting.option("fp8") else machine.gemm) + of_head / machine.gemm
     parts = [
-        _timed(Part("products", flops=products), products / machine.gemm),
+        _timed(Part("products", flops=of_layers + of_head), seconds),
         _timed(Part("attention", flops=attention), attention / machine.attention),
     ]
-    elementwise = model.layers * (machine.per_token * model.width * tokens + machine.per_kernel * KERNELS)
+    if setting.option("fp8"):  # activations, output gradients and weights, the latter by rows and by columns
+        rounded = 3 * (tokens * model.sides + (2 + again) * model.elements)
+        parts.append(_timed(Part("rounding", rounded), rounded / (machine.round8 * machine.copy)))
+    if setting.weights == "int8":
+        widened = 3 * (2 + again) * model.elements
+        parts.append(_timed(Part("widening", widened), widened / machine.copy))
+    per_token = machine.per_token * (machine.fused if setting.liger or setting.compiled else 1)
+    elementwise = model.layers * (per_token * model.width * tokens + machine.per_kernel * KERNELS)
     elementwise *= 1 + again / 3
+    loss = machine.per_logit * (machine.fused if setting.liger or setting.option("fused_head") else 1)
+    elementwise += loss * model.vocabulary * tokens
     parts.append(_timed(Part("elementwise", elementwise * machine.copy), elementwise))
     if setting.entry is None:
         flops = 2 * model.elements * tokens
@@ -228,8 +271,9 @@ def micro_batch(model: Model, setting: RunSetting, machine: Machine) -> list[Par
         seconds = flops / machine.gemm + accumulated / machine.copy
         parts.append(_timed(Part("weight gradients", accumulated, flops), seconds))
     else:
-        read = 2 * BF16 * tokens * model.sides  # activations and output gradients, once for each pair of products
-        flops = 4 * sketch_columns(setting) * tokens * model.sides
+        sides = model.sides + (model.vocabulary + model.width if setting.head == "matrix" else 0)
+        read = 2 * BF16 * tokens * sides  # activations and output gradients, once for each pair of products
+        flops = 4 * sketch_columns(setting) * tokens * sides
         seconds = read / (machine.capture * machine.copy) + flops / machine.sketching
         parts.append(_timed(Part("capture", read, flops), seconds))
     return parts
