@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_mofa.capture import head
+from ds_mofa.kernels.cross_entropy import in_blocks
 from ds_mofa.profiler.measure.inventory import inventory, sizes
 from ds_mofa.profiler.predict import predict, prediction
 from ds_mofa.profiler.predict.always import always
@@ -55,20 +57,37 @@ def test_70b_on_two_gpus_is_what_was_measured():
     assert found["allocated"] == pytest.approx(96.72e9, rel=0.001)
 
 
-def of_today() -> list[dict]:
-    """Of mixtures of experts, of large vocabularies and of matrices in eight bits."""
+def rows_of(*names: str) -> list[dict]:
+    """Of these files, but for graphs, whose memory is not predicted."""
     folder = ROOT / "profiling/results/benchmarks"
-    paths = [*folder.glob("moe_*.jsonl"), *folder.glob("qwen3.5-9b_*.jsonl"), *folder.glob("int8_*.jsonl")]
-    return [json.loads(line) for path in sorted(paths) for line in path.read_text().splitlines()]
+    paths = sorted(path for name in names for path in folder.glob(f"{name}.jsonl"))
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [row for row in rows if "graphed" not in row["run"]]
+
+
+def predicted(row: dict) -> dict:
+    config = str(ROOT / f"configs/models/{row['model']}.json")
+    return predict(RunSetting.parse(row["run"], model_config=config, shape=row["shape"], gpus=row["gpus"]), process=0)
+
+
+def name_of(row: dict) -> str:
+    return f"{row['model']}-{row['run']}-{row['shape']}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", of_today(), ids=lambda row: f"{row['model']}-{row['run']}-{row['shape']}")
-def test_the_peak_of_the_models_of_today_is_what_was_measured(row):
-    """To 1 %: Qwen3.5's is 0.9 % off, of transformers' own code of its linear attention; the others 0.3 % and less."""
-    config = str(ROOT / f"configs/models/{row['model']}.json")
-    found = predict(RunSetting.parse(row["run"], model_config=config, shape=row["shape"], gpus=row["gpus"]), process=0)
-    assert found["allocated"] == pytest.approx(row["peak_allocated_gb"] * 1e9, rel=0.01)
+@pytest.mark.parametrize("row", rows_of("moe_*", "qwen3.5-9b_*", "int8_*"), ids=name_of)
+def test_the_peak_of_the_models_of_today_is_what_was_measured(row, monkeypatch):
+    """To 1 %: Qwen3.5's is 0.9 % off, of transformers' own code of its linear attention; the others 0.3 % and less. The fused
+    head's softmax was no kernel yet.
+    """
+    monkeypatch.setattr(head, "cross_entropy", in_blocks)
+    assert predicted(row)["allocated"] == pytest.approx(row["peak_allocated_gb"] * 1e9, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", rows_of("head-kernel_*"), ids=name_of)
+def test_the_peak_with_a_fused_head_is_what_was_measured(row):
+    assert predicted(row)["allocated"] == pytest.approx(row["peak_allocated_gb"] * 1e9, rel=0.003)
 
 
 # A prediction of 8B takes half a minute where liger-kernel or a head of many chunks is played through.
