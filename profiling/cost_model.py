@@ -91,8 +91,8 @@ class Machine:
         zero_adamw: seconds per parameter of a rank's partition of DeepSpeed's whole AdamW step, fp32 states;
             ``zero_floor`` what it takes with none, ``zero3_floor`` in stage 3.
         svd: seconds per core and r^3; ``svd_floor`` what a batch takes however small.
-        launch: seconds in which the host launches one of the step's operations; ``node`` after which a kernel of a graph follows
-            the one before, where both are small.
+        launch: seconds in which the host launches one of the step's operations; ``node`` after which a small kernel of a graph
+            follows the one before.
         gemm8: FLOP/s of products in e4m3 inside a step; ``round8`` the share of ``copy`` that rounding to it reaches.
         fused: what is left of ``per_token`` where liger-kernel or torch.compile has fused the layers, and of ``per_logit`` by
             a fused loss.

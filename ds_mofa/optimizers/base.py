@@ -337,6 +337,11 @@ class MatrixOptimizer(Stateful):
             self._matrices.drop_pending()
         self._clip = 1.0
 
+    def replayed(self) -> None:
+        """A CUDA graph has added to the sketches of the matrices that have a gradient, and no hook of a backward has run."""
+        if self._gradients is not None:
+            self._gradients.replayed()
+
     def detach(self) -> None:
         """Give the model back as it was before this optimizer, for another one, or to export it."""
         self.zero_grad()

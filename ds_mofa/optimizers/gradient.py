@@ -247,6 +247,13 @@ class Gradients:
         if grad is not None:
             sketch.add_gradient(grad)
 
+    def replayed(self) -> None:
+        """Something was added to the sketches of all whose ``.grad`` is the mark, without :meth:`begin`."""
+        self._fresh = True
+        for param, sketch in zip(self._params, self._step.captured):
+            if param.grad is sketch.grad:
+                sketch.filled = True
+
     def _open(self, index: int) -> Tensor | None:
         """Let ``.grad`` be the mark, and return what it was in its place. What was let go is dropped."""
         sketch, param = self._step.captured[index], self._params[index]

@@ -89,7 +89,10 @@ class GraphedMicroBatch:
                 self._seen[key] += 1
                 return self._beside(leaves, tree)
             self._graphs[key] = self._captured(leaves, tree)
-        return self._graphs[key].replay(leaves)
+        loss = self._graphs[key].replay(leaves)
+        if isinstance(self._optimizer, MatrixOptimizer):
+            self._optimizer.replayed()
+        return loss
 
     def _params(self) -> list[Tensor]:
         return [param for group in self._optimizer.param_groups for param in group["params"]]

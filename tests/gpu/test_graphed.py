@@ -124,6 +124,30 @@ def test_norm_and_update_are_graphs_too(options):
         torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-5)
 
 
+def test_a_norm_between_micro_batches_leaves_out_none():
+    """What is replayed after it belongs to the same step, and what a model's own zero_grad drops to none."""
+    found = {}
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        model = Model().cuda()
+        optimizer = MAKES["explore"](model)
+        micro_batch = GraphedMicroBatch(lambda ids, count, model=model: model(ids) / count, optimizer)
+        if not graphed:
+            micro_batch.WARM = 1000
+        for step in range(STEPS):
+            if step % 3 == 2:
+                micro_batch(batches()[0], MICRO_BATCHES)
+                model.zero_grad()
+            for ids in batches():
+                micro_batch(ids, MICRO_BATCHES)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+            optimizer.step()
+            optimizer.zero_grad()
+        found[graphed] = [param.detach() for param in model.parameters()]
+    for weight, other in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-5)
+
+
 def test_fp32_is_the_eager_run_to_its_rounding():
     expected, weights, _ = run(MAKES["explore"], graphed=False, dtype=torch.float32)
     losses, found, _ = run(MAKES["explore"], graphed=True, dtype=torch.float32)
