@@ -23,7 +23,8 @@ TOKENSxMICRO_BATCHES, batch 1. Weights are random, bf16; attention is sdpa; the 
 A run's process builds its model once and takes the shapes in their order, after --warmup steps of each.
 
 Prints a line of JSON for each result and then a table, and writes results.csv and results.jsonl, with hardware, versions
-and date. With --predict each has what profiling/predict.py says of it too.
+and date. With --predict each has what profiling/predict.py says of it too; with --timeline there is a picture of one step of
+each, a lane for each kind of kernel.
 """
 
 import argparse
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps to measure; the median counts")
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one run")
     parser.add_argument("--predict", action="store_true", help="predict each result's memory, while the run goes on")
+    parser.add_argument("--timeline", action="store_true", help="a picture of one step of each result, NAME.png")
     parser.add_argument("--output_dir", default="out/throughput")
     args = parser.parse_args(argv)
     try:
@@ -116,6 +118,8 @@ def measure(setting: RunSetting, args: argparse.Namespace, out: Path) -> list[di
     command = [*launcher(setting), str(WORKER), "--run", run, "--shapes", *args.shapes]
     command += ["--model_config", args.model_config, "--gpus", str(setting.gpus)]
     command += ["--warmup", str(args.warmup), "--steps", str(args.steps), "--result", str(result_file.resolve())]
+    if args.timeline:
+        command += ["--timelines", str(out.resolve())]
     predicted: dict[str, dict[str, Any]] = {}
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())

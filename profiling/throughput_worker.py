@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--result", required=True)
+    parser.add_argument("--timelines", type=Path, help="folder for a picture of one step of each shape")
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)))
     args = parser.parse_args(argv)
 
@@ -102,6 +103,15 @@ def measure(trainer: Trainer, setting: RunSetting, args: argparse.Namespace, dev
     energy = (joules(args.local_rank) - energy) / (args.steps * micro_batches * tokens) if cuda else 0.0
     memory = memory_used(args.local_rank) if cuda else {}
     parts = look_inside(trainer, batches) if cuda else {}
+    if cuda and (args.timelines is not None or torch.distributed.is_initialized()):
+        kernels = kernels_of_a_step(trainer, batches)
+        if torch.distributed.is_initialized():
+            parts |= collective_times(kernels)
+        if args.timelines is not None and args.local_rank == 0:
+            from profiling.timeline import draw_timeline  # matplotlib, of the extra "profile"
+
+            name = f"{setting.run}:{setting.shape}".replace(":", "_").replace("=", "")
+            draw_timeline(kernels, args.timelines / f"{name}.png", f"{setting.run}, {setting.shape}")
     return {
         "micro_batch_ms": round(micro, 2),
         "step_ms": round(step, 2),
@@ -192,19 +202,18 @@ def look_inside(trainer: Trainer, batches: Tensor) -> dict[str, float]:
         "micro_batch_gpu_ms": round(sum(kernel.device_time for kernel in kernels) / 1e3, 2),
         "micro_batch_kernels": len(kernels),
         **{f"{name.replace(' ', '_').lower()}_ms": round(ms, 2) for name, ms in phases.milliseconds().items()},
-        **(collectives(trainer, batches) if torch.distributed.is_initialized() else {}),
     }
 
 
-def collectives(trainer: Trainer, batches: Tensor) -> dict[str, float]:
-    """Of one more step as a whole, its micro-batches and its update: see :func:`collective_times`."""
+def kernels_of_a_step(trainer: Trainer, batches: Tensor) -> list[Any]:
+    """Of one more step as a whole, its micro-batches and its update."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for ids in batches:
             trainer.accumulate(ids)
         trainer.step()
         torch.cuda.synchronize()
-    return collective_times(e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 class PhaseTimes:
