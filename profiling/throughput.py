@@ -30,6 +30,7 @@ each, a lane for each kind of kernel.
 import argparse
 import csv
 import datetime
+import importlib.util
 import json
 import subprocess
 import sys
@@ -82,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = [setting_of(run, args) for run in args.runs]
     except SettingError as error:
         sys.exit(f"throughput.py: error: {error}")
+    if args.timeline and importlib.util.find_spec("matplotlib") is None:
+        sys.exit(
+            "throughput.py: error: --timeline draws by matplotlib: pip install 'ds_mofa[profile]', or leave it out"
+        )
 
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)

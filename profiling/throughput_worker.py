@@ -25,6 +25,7 @@ from ds_mofa.profiler.measure.flops import flops_per_token, peak_flops
 from ds_mofa.profiler.setting import RunSetting
 from profiling.collectives import collective_times
 from profiling.engine_trainers import make_trainer
+from profiling.timeline import draw_timeline
 from profiling.trainers import Trainer
 
 __all__ = ["clock", "freeze_garbage", "measure"]
@@ -108,8 +109,6 @@ def measure(trainer: Trainer, setting: RunSetting, args: argparse.Namespace, dev
         if torch.distributed.is_initialized():
             parts |= collective_times(kernels)
         if args.timelines is not None and args.local_rank == 0:
-            from profiling.timeline import draw_timeline  # matplotlib, of the extra "profile"
-
             name = f"{setting.run}:{setting.shape}".replace(":", "_").replace("=", "")
             draw_timeline(kernels, args.timelines / f"{name}.png", f"{setting.run}, {setting.shape}")
     return {

@@ -5,10 +5,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from ds_mofa.profiler.report.drawing import WIDE, save_png
 from ds_mofa.profiler.report.styles import HIGHLIGHTED
 
 __all__ = ["KINDS", "draw_timeline", "kind_of", "lanes"]
@@ -54,18 +50,21 @@ def draw_timeline(kernels: Iterable[Any], path: Path, title: str) -> Path:
     Raises:
         ValueError: there are no kernels.
     """
+    from matplotlib.figure import Figure  # of the extra "profile"
+
     found = lanes(kernels)
     end = max(begin + length for spans in found.values() for begin, length in spans)
-    figure = Figure(figsize=(WIDE, 1.6 + 0.5 * len(found)), layout="constrained")
+    figure = Figure(figsize=(9.2, 1.6 + 0.5 * len(found)), layout="constrained")
     whole, close = figure.subplots(2, 1)
     figure.suptitle(title, fontsize=10)
     _draw(whole, found, 0.0, end)
     _draw(close, found, end * (1 - _ZOOM), end)
     close.set_xlabel("milliseconds from the first kernel of the step; below, its end")
-    return save_png(figure, path)
+    figure.savefig(path, dpi=130, facecolor="white")
+    return path
 
 
-def _draw(axes: Axes, found: dict[str, Sequence[tuple[float, float]]], first: float, last: float) -> None:
+def _draw(axes: Any, found: dict[str, Sequence[tuple[float, float]]], first: float, last: float) -> None:
     for row, spans in enumerate(found.values()):
         color = HIGHLIGHTED[row % len(HIGHLIGHTED)].color
         axes.broken_barh([span for span in spans if sum(span) >= first], (row - 0.4, 0.8), color=color)
