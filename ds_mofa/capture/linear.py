@@ -37,8 +37,8 @@ class SketchedLinear(torch.autograd.Function):
         if sketch.fp8:
             y, scales = fp8.product(x, W)
             ctx.save_for_backward(x, weight, scales)
-            if b is not None:
-                y += b
+            if b is not None:  # not in place where torch 2.11 traces it, which then finds no gradient
+                y = y + b if torch.compiler.is_compiling() else y.add_(b)
         else:
             ctx.save_for_backward(x, weight)
             y = plain_linear(x, W, b)
