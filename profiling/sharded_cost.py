@@ -19,7 +19,18 @@ if __name__ == "__main__":  # a script's first import folder is its own; this ma
 
 from ds_mofa.kernels.int8 import GROUP
 from ds_mofa.profiler.setting import RunSetting
-from profiling.cost_model import BF16, ETHERNET_400, H200, Machine, Model, Part, micro_batch, optimizer_step, total
+from profiling.cost_model import (
+    BF16,
+    ETHERNET_400,
+    H200,
+    Machine,
+    Model,
+    Part,
+    micro_batch,
+    optimizer_step,
+    total,
+    trained,
+)
 
 __all__ = ["EXPOSED", "seconds_of_micro_batch", "seconds_of_step", "sharded_parts"]
 
@@ -38,9 +49,10 @@ def sharded_parts(model: Model, setting: RunSetting, inside: Machine, across: Ma
     """
     shards, replicas = setting.gpus // setting.replicas, setting.replicas
     away = (shards - 1) / shards
-    weights = (_EIGHT_BITS if setting.weights == "int8" else BF16) * model.elements + BF16 * model.adamw
+    own = trained(model, setting)  # an output head that is a matrix has no gradient to send
+    weights = (_EIGHT_BITS if setting.weights == "int8" else BF16) * own.elements + BF16 * own.adamw
     gathers = 2 if setting.reshard else 1
-    gradients = BF16 * (model.adamw + (model.elements if setting.entry is None else 0))
+    gradients = BF16 * (own.adamw + (own.elements if setting.entry is None else 0))
 
     moved = gathers * 2 * weights * (1 + 1 / shards) + 2 * gradients  # into NCCL's buffers and out of them
     sent = (gathers * weights + gradients) * away
