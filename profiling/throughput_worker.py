@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def measure(trainer: Trainer, setting: RunSetting, args: argparse.Namespace, dev
     memory = memory_used(args.local_rank) if cuda else {}
     parts = look_inside(trainer, batches) if cuda else {}
     if cuda and (args.timelines is not None or torch.distributed.is_initialized()):
-        kernels = kernels_of_a_step(trainer, batches)
+        kernels = kernels_of(lambda: take_step(trainer, batches))
         if torch.distributed.is_initialized():
             parts |= collective_times(kernels)
         if args.timelines is not None and args.local_rank == 0:
@@ -190,11 +190,7 @@ def look_inside(trainer: Trainer, batches: Tensor) -> dict[str, float]:
     phases = PhaseTimes()
     for ids in batches[:-1]:
         trainer.accumulate(ids)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        trainer.accumulate(batches[-1])
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = kernels_of(lambda: trainer.accumulate(batches[-1]))
     with listening(phases):
         trainer.step()
     return {
@@ -204,13 +200,17 @@ def look_inside(trainer: Trainer, batches: Tensor) -> dict[str, float]:
     }
 
 
-def kernels_of_a_step(trainer: Trainer, batches: Tensor) -> list[Any]:
-    """Of one more step as a whole, its micro-batches and its update."""
+def take_step(trainer: Trainer, batches: Tensor) -> None:
+    for ids in batches:
+        trainer.accumulate(ids)
+    trainer.step()
+
+
+def kernels_of(work: Callable[[], Any]) -> list[Any]:
+    """The profiler's events of what runs on the GPU for ``work``, from first to last."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for ids in batches:
-            trainer.accumulate(ids)
-        trainer.step()
+        work()
         torch.cuda.synchronize()
     return [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 

@@ -34,8 +34,13 @@ def lanes(kernels: Iterable[Any]) -> dict[str, list[tuple[float, float]]]:
 
     Args:
         kernels: events of ``torch.profiler`` on one CUDA device: ``name`` and ``time_range`` in microseconds.
+
+    Raises:
+        ValueError: there are none.
     """
     events = list(kernels)
+    if not events:
+        raise ValueError("the timeline is empty: profile a step that runs on a GPU")
     start = min(event.time_range.start for event in events)
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in (*KINDS, _OTHERS)}
     for event in events:

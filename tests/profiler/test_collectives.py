@@ -1,14 +1,9 @@
 """Times of collectives, from spans whose sums are known."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from profiling.collectives import collective_times
-
-
-def kernel(name: str, start: float, end: float) -> SimpleNamespace:
-    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))
+from tests.kernel_events import kernel
 
 
 @pytest.mark.parametrize(

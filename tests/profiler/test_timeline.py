@@ -1,14 +1,9 @@
 """The picture of a step: every kernel in its lane, at its time."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from profiling.timeline import draw_timeline, kind_of, lanes
-
-
-def kernel(name: str, start: float, end: float) -> SimpleNamespace:
-    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))
+from tests.kernel_events import kernel
 
 
 @pytest.mark.parametrize(
