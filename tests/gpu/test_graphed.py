@@ -35,18 +35,20 @@ def batches(tokens=TOKENS):
     return [torch.randint(100, (2, tokens), generator=generator).cuda() for _ in range(MICRO_BATCHES)]
 
 
-def run(make, *, graphed: bool, dtype=torch.bfloat16, set_to_none=True, lengths=(TOKENS,) * STEPS):
+def run(
+    make, *, graphed: bool, dtype=torch.bfloat16, set_to_none=True, lengths=(TOKENS,) * STEPS, compiled: bool = False
+):
     torch.manual_seed(0)
     model = Model().to("cuda", dtype)
-    optimizer = make(model)
-    micro_batch = GraphedMicroBatch(lambda ids, count: model(ids) / count, optimizer)
+    optimizer, forward = make(model), torch.compile(model) if compiled else model
+    micro_batch = micro_batch_of(forward, optimizer)
     losses = []
     for tokens in lengths:
         for ids in batches(tokens):
             if graphed:
                 losses.append(micro_batch(ids, MICRO_BATCHES))
             else:
-                loss = model(ids) / MICRO_BATCHES
+                loss = forward(ids) / MICRO_BATCHES
                 loss.backward()
                 losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -81,6 +83,21 @@ def test_it_is_the_eager_run(make, set_to_none):
         torch.testing.assert_close(found[name].float(), weight.float(), rtol=0.02, atol=2e-3)
 
 
+def micro_batch_of(model, optimizer):
+    return GraphedMicroBatch(lambda ids, count: model(ids) / count, optimizer)
+
+
+def built(make, *, graphed: bool):
+    """In fp32: a model, its optimizer and a micro-batch, which runs eagerly for ever where it is not to be a graph."""
+    torch.manual_seed(0)
+    model = Model().cuda()
+    optimizer = make(model)
+    micro_batch = micro_batch_of(model, optimizer)
+    if not graphed:
+        micro_batch.WARM = 1000
+    return model, optimizer, micro_batch
+
+
 def steps(optimizer, micro_batch, model, count, norms):
     """Some of a run's, with a norm that is clipped far below its own."""
     for _ in range(count):
@@ -96,14 +113,9 @@ def test_norm_and_update_are_graphs_too(options):
     """Through a loaded state and reports, until the graphs are gone, and after."""
     found = {}
     for graphed in (False, True):
-        torch.manual_seed(0)
-        model = Model().cuda()
-        optimizer = mofasgd(diagnostics_every=4, **options)(model)
+        model, optimizer, micro_batch = built(mofasgd(diagnostics_every=4, **options), graphed=graphed)
         reports, norms = [], []
-        optimizer.matrices.on_report = lambda report, reports=reports: reports.append(report.values)
-        micro_batch = GraphedMicroBatch(lambda ids, count, model=model: model(ids) / count, optimizer)
-        if not graphed:
-            micro_batch.WARM = 1000
+        optimizer.matrices.on_report = reports.append
         steps(optimizer, micro_batch, model, 5, norms)
         update = micro_batch._update
         assert (update is not None and update._norm is not None and update._update is not None) == graphed
@@ -113,10 +125,9 @@ def test_norm_and_update_are_graphs_too(options):
         steps(optimizer, micro_batch, model, 3, norms)
         del micro_batch, update
         assert optimizer.matrices._graphs() is None
-        steps(
-            optimizer, GraphedMicroBatch(lambda ids, count, model=model: model(ids) / count, optimizer), model, 1, norms
-        )
-        found[graphed] = torch.stack(norms), torch.stack(reports), [param.detach() for param in model.parameters()]
+        steps(optimizer, micro_batch_of(model, optimizer), model, 1, norms)
+        reported = torch.stack([report.values for report in reports])
+        found[graphed] = torch.stack(norms), reported, [param.detach() for param in model.parameters()]
     (norms, reports, weights), (expected, others, before) = found[True], found[False]
     torch.testing.assert_close(norms, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(reports, others, rtol=1e-3, atol=1e-4)
@@ -128,12 +139,7 @@ def test_a_norm_between_micro_batches_leaves_out_none():
     """What is replayed after it belongs to the same step, and what a model's own zero_grad drops to none."""
     found = {}
     for graphed in (False, True):
-        torch.manual_seed(0)
-        model = Model().cuda()
-        optimizer = MAKES["explore"](model)
-        micro_batch = GraphedMicroBatch(lambda ids, count, model=model: model(ids) / count, optimizer)
-        if not graphed:
-            micro_batch.WARM = 1000
+        model, optimizer, micro_batch = built(MAKES["explore"], graphed=graphed)
         for step in range(STEPS):
             if step % 3 == 2:
                 micro_batch(batches()[0], MICRO_BATCHES)
@@ -173,27 +179,10 @@ def test_checkpointed_it_is_the_eager_run(monkeypatch):
 
 def test_a_compiled_model_in_a_graph_is_the_compiled_run():
     """What the compiler has fused, and no host that launches it."""
-    found = {}
-    for graphed in (False, True):
-        torch.manual_seed(0)
-        model = Model().to("cuda", torch.bfloat16)
-        optimizer, forward = MAKES["explore"](model), torch.compile(model)
-        micro_batch = GraphedMicroBatch(lambda ids: forward(ids) / MICRO_BATCHES, optimizer)
-        losses = []
-        for _ in range(STEPS):
-            for ids in batches():
-                if graphed:
-                    losses.append(micro_batch(ids))
-                else:
-                    loss = forward(ids) / MICRO_BATCHES
-                    loss.backward()
-                    losses.append(loss.detach())
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        assert len(micro_batch._graphs) == graphed
-        found[graphed] = torch.stack(losses).tolist()
-    assert found[True] == pytest.approx(found[False], rel=2e-3)
+    expected, _, without = run(MAKES["explore"], graphed=False, compiled=True)
+    losses, _, micro_batch = run(MAKES["explore"], graphed=True, compiled=True)
+    assert (len(without._graphs), len(micro_batch._graphs)) == (0, 1)
+    assert losses == pytest.approx(expected, rel=2e-3)
 
 
 def test_each_shape_has_a_graph():

@@ -39,42 +39,44 @@ def test_it_is_the_loop_without_it():
     assert not found.requires_grad
 
 
+def trained(between, *, replayed):
+    """Weights after three steps of two backwards, the first or the second of which is a graph's replay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).double()
+    optimizer = MoFaSGD(model, lr=1e-2, rank=4, adjust_lr_fn="adamw")
+    sketches = optimizer.matrices.captured
+
+    def backward(number):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(number)).double()
+        (model(x) - x).square().mean().backward()
+
+    def replay(number):
+        if not replayed:
+            return backward(number)
+        for sketch in sketches:  # where a graph's first call has put it
+            sketch.param.grad = sketch.grad
+        with mock.patch.object(type(sketches[0]), "open"):  # behind the back of what says that something was added
+            backward(number)
+        optimizer.replayed()
+
+    for step in range(3):
+        if between == "norm":
+            backward(10 * step)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+            replay(10 * step + 1)
+        else:
+            replay(10 * step)
+            model.zero_grad()
+            backward(10 * step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [param.detach() for param in model.parameters()]
+
+
 @pytest.mark.parametrize("between", ["norm", "dropped"])
 def test_what_a_replay_adds_is_seen(between):
     """After a norm was taken in the middle of a step, and where it is let go without the optimizer."""
-    found = {}
-    for replayed in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).double()
-        optimizer = MoFaSGD(model, lr=1e-2, rank=4, adjust_lr_fn="adamw")
-
-        def backward(number, model=model):
-            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(number)).double()
-            (model(x) - x).square().mean().backward()
-
-        def replay(number, model=model, optimizer=optimizer, backward=backward, replayed=replayed):
-            sketches = optimizer.matrices.captured
-            if not replayed:
-                return backward(number)
-            for sketch in sketches:  # where a graph's first call has put it
-                sketch.param.grad = sketch.grad
-            with mock.patch.object(type(sketches[0]), "open"):  # behind the back of what says that something was added
-                backward(number)
-            optimizer.replayed()
-
-        for step in range(3):
-            if between == "norm":
-                backward(10 * step)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e3)
-                replay(10 * step + 1)
-            else:
-                replay(10 * step)
-                model.zero_grad()
-                backward(10 * step + 1)
-            optimizer.step()
-            optimizer.zero_grad()
-        found[replayed] = [param.detach().clone() for param in model.parameters()]
-    for one, other in zip(found[False], found[True], strict=True):
+    for one, other in zip(trained(between, replayed=False), trained(between, replayed=True), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
