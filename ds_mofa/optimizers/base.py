@@ -338,7 +338,9 @@ class MatrixOptimizer(Stateful):
         self._clip = 1.0
 
     def replayed(self) -> None:
-        """A CUDA graph has added to the sketches of the matrices that have a gradient, and no hook of a backward has run."""
+        """Say that a CUDA graph has added to the sketches of the matrices that have a gradient: no hook of a backward has run.
+        :class:`ds_mofa.GraphedMicroBatch` does; after each replay of a graph of your own do it too.
+        """
         if self._gradients is not None:
             self._gradients.replayed()
 

@@ -43,6 +43,10 @@ def beside(adamw: torch.optim.Optimizer, joined: contextlib.ExitStack) -> Iterat
     AdamW waits for the device's memory and the factors for their small products, so each leaves the other room. Only for
     torch's fused one, which needs no memory of its own, and from its second step on: the first makes the moments, which are to
     come from the same blocks as all else.
+
+    Args:
+        adamw: whose step is taken within.
+        joined: from its end on, the current stream waits for it.
     """
     fused = type(adamw) is torch.optim.AdamW and all(group.get("fused") for group in adamw.param_groups)
     device = next((param.device for group in adamw.param_groups for param in group["params"]), None)

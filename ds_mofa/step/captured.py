@@ -57,7 +57,7 @@ class CapturedUpdate:
         self._warm |= step > 0
 
     def squared_norm(self, pending: SketchSegment, step: int) -> Tensor:
-        """:meth:`RuleDriver.squared_norm` of what was taken."""
+        """:meth:`RuleDriver.squared_norm` of what was taken, 0-dim, until another graph of the pool is replayed."""
         if self._norm is None:
 
             def measure() -> None:
@@ -74,6 +74,10 @@ class CapturedUpdate:
     def update(self, step: int, clip: float | Tensor) -> bool:
         """:meth:`RuleDriver.update` from what was taken, :meth:`RuleDriver.publish` and :meth:`RuleDriver.commit`, after
         :meth:`squared_norm`.
+
+        Args:
+            step: optimizer steps before this one.
+            clip: factor on the gradient, <= 1; a tensor has one element.
 
         Returns:
             False where that cannot be captured: nothing has changed.
