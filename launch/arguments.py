@@ -142,8 +142,8 @@ class TrainingArguments(SFTConfig):
     cuda_graphs: bool = field(
         default=False,
         metadata={
-            "help": "In one process on a GPU: capture forward and backward in a CUDA graph for each shape of a batch, so that "
-            "the GPU does not wait for the host. Batches are padded to multiples of 128 tokens."
+            "help": "With the whole model on each GPU: capture forward and backward in a CUDA graph for each shape of a batch, "
+            "so that the GPU does not wait for the host. Batches are padded to multiples of 128 tokens."
         },
     )
     override_checkpoint: bool = field(

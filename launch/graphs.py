@@ -23,7 +23,7 @@ def settle_graphs(args: Any, *, profiled: bool) -> None:
         UserError: what the command asks for besides cannot be captured.
     """
     wanted = {
-        "one process without --deepspeed and --fsdp (`--gpus 1`)": args.engine is Engine.ONE,
+        "the whole model on each GPU: leave --deepspeed and --fsdp out": args.engine in (Engine.ONE, Engine.DDP),
         "rows of one length: leave --packing and --padding_free out": not (args.packing or args.padding_free),
         "the model's own loss: leave --loss_type and --label_smoothing_factor out": args.loss_type == "nll"
         and not args.label_smoothing_factor,

@@ -135,7 +135,8 @@ class FineTuner(SFTTrainer):
         items, share = None, 1 / self.current_gradient_accumulation_steps
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # of all micro-batches of the step
             items, share = torch.as_tensor(num_items_in_batch, device=self.args.device), 1.0
-        loss = self._micro_batch(inputs, items, share)
+        with nullcontext() if self.accelerator.sync_gradients else self._micro_batch.no_sync():
+            loss = self._micro_batch(inputs, items, share)
         self._count_tokens(inputs)
         return loss
 

@@ -22,9 +22,12 @@ def make_trainer(setting: RunSetting, device: torch.device) -> Trainer:
         from profiling.deepspeed_trainer import DeepSpeedTrainer  # no other run needs DeepSpeed
 
         return DeepSpeedTrainer(setting, device)
-    if setting.backend != "torch":
-        return FSDP2Trainer(setting, device) if setting.sharded else DDPTrainer(setting, device)
-    trainer = LoRATrainer(setting, device) if setting.optimizer == "LoRA" else TorchTrainer(setting, device)
+    kinds = {
+        "torch": LoRATrainer if setting.optimizer == "LoRA" else TorchTrainer,
+        "ddp": DDPTrainer,
+        "fsdp2": FSDP2Trainer,
+    }
+    trainer = kinds[setting.backend](setting, device)
     if setting.graphed:
         trainer.graph()
     return trainer

@@ -1,5 +1,6 @@
 """Torch's own loops on several ranks: DDP, and FSDP2 with its shards on some or all of them (HSDP)."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -34,19 +35,25 @@ class _RanksTrainer(TorchTrainer):
 class DDPTrainer(_RanksTrainer):
     """Gradients are views of DDP's buckets, and are reduced with the last micro-batch.
 
-    They are set to zero and not to None, or autograd would allocate all of them once more in the micro-batches before.
+    They are set to zero and not to None, or autograd would allocate all of them once more in the micro-batches before. Where a
+    micro-batch is a graph there is no DDP: what has captured it takes the mean.
     """
 
     def __init__(self, setting: RunSetting, device: torch.device):
         join(device)
         super().__init__(setting, device)
-        ids = [device] if device.type == "cuda" else None
-        self.model = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+        if not setting.graphed:
+            ids = [device] if device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
         self._count = 0
 
     def accumulate(self, ids: Tensor) -> Tensor:
         self._count = (self._count + 1) % self.micro_batches
-        self.model.require_backward_grad_sync = self._count == 0  # what its no_sync() sets
+        last = self._count == 0
+        if self._graphed is not None:
+            with contextlib.nullcontext() if last else self._graphed.no_sync():
+                return super().accumulate(ids)
+        self.model.require_backward_grad_sync = last  # what its no_sync() sets
         return super().accumulate(ids)
 
     def step(self) -> None:

@@ -12,7 +12,7 @@ layers stay gathered between forward and backward), ``replicas`` (HSDP: on how m
 reduce_bucket_size), ``contiguous`` and ``overlap`` (0 or 1: its contiguous_gradients and overlap_comm), ``leaf`` (1: stage
 3 gathers a decoder layer at a time rather than a linear), ``prefetch`` (its stage3_prefetch_bucket_size), ``offload``
 (optimizer or param: its offload_optimizer to the host, or that and offload_param). Of all: ``r`` (rank), ``compiled`` (1:
-each decoder layer by torch.compile), ``graphed`` (1: a micro-batch is one CUDA graph; on one GPU), ``checkpointing`` (1),
+each decoder layer by torch.compile), ``graphed`` (1: a micro-batch is one CUDA graph; of torch and ddp), ``checkpointing`` (1),
 ``liger`` (1: liger-kernel's fused norms, SwiGLU, rotary embedding and, where it is not graphed, loss, as HF's
 ``use_liger_kernel``), ``head`` (matrix:
 the output head is one of the matrices), ``embed`` (frozen: the embedding stays as it is), ``card`` (GiB: run out of memory

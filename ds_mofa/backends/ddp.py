@@ -7,7 +7,6 @@ reduce-scatter and the all-gather, and the state is whole everywhere, for HF's T
 """
 
 import functools
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
@@ -21,6 +20,7 @@ from ds_mofa.options import OptionError
 from ds_mofa.parameters import Matrix
 from ds_mofa.partition.exchange import Exchange
 from ds_mofa.partition.layout import SketchSegment
+from ds_mofa.partition.replicas import wrappers_of
 from ds_mofa.step.backend import ENGINES, Backend, Engine, in_several_processes, replaced, whole_matrix
 
 __all__ = ["Replicas", "WholeModels"]
@@ -75,8 +75,8 @@ class Replicas(Backend):
         if most - least > _TOLERANCE * most:
             raise RuntimeError(
                 "the processes have different gradients of the parameters that AdamW trains, so nobody adds them up, and the "
-                "models would drift apart: wrap the model in DistributedDataParallel after the optimizer is built, or "
-                "reduce the gradients of optimizer.adamw_groups before each step"
+                "models would drift apart: wrap the model in DistributedDataParallel after the optimizer is built, reduce the "
+                "gradients of optimizer.adamw_groups before each step, or take the last micro-batch outside of no_sync()"
             )
 
 
@@ -136,9 +136,7 @@ def _take_back(reference: "weakref.ref[nn.Module]", before: list[str] | None, na
 def _refuse_wrapped(matrices: Sequence[Matrix]) -> None:
     """A DDP that reduces matrices was made before the optimizer, or around a module that holds the model."""
     ours = {matrix.param: matrix.name for matrix in matrices}
-    for found in gc.get_objects():
-        if not issubclass(type(found), DistributedDataParallel):
-            continue
+    for found in wrappers_of(ours):
         for name, param in found.module.named_parameters():
             if param in ours and name not in found.parameters_to_ignore:
                 raise OptionError(

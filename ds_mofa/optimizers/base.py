@@ -102,11 +102,11 @@ class MatrixOptimizer(Stateful):
         claims.release(taken, to=f"another {title}")
         if parsed.weights == "int8":
             binding.say(f"ds_mofa: {keep_in_eight_bits(model, split.matrices)}")
-        self._plain = True
+        self.plain = True
         self._head = FusedHead(model) if parsed.fused_head else None
         adamw = adamw_of(split.adamw_groups, parsed, taken[0].device) if split.adamw_groups else None
         self._assemble(split, parsed, adamw)
-        self._model, self._process_group = weakref.ref(model), process_group
+        self._model, self.process_group = weakref.ref(model), process_group
         self._take_back = binding.announce(model, split.matrices)
         if binding.settled(taken):
             self.bind()
@@ -140,7 +140,7 @@ class MatrixOptimizer(Stateful):
             members.append(dataclasses.replace(matrix, param=param))
         if self.options.weights == "int8":
             check_still_kept(members)
-        backend = binding.connect(model, members, self._process_group)
+        backend = binding.connect(model, members, self.process_group)
         if isinstance(self.adamw, AdamW8bit):
             self.adamw.check_whole()
         split.matrices[:] = members
@@ -205,7 +205,7 @@ class MatrixOptimizer(Stateful):
         self._built = False
         super().__init__(split.matrix_groups, {"lr": options.lr, "weight_decay": options.weight_decay})
         self.adamw, self._built = adamw, True
-        if not self._plain:  # else when it is bound: it refers to the parameters
+        if not self.plain:  # else when it is bound: it refers to the parameters
             self._absentees = Absentees(split, self.adamw_groups)
 
     # ------------------------------------------------------------------ what schedulers and users see

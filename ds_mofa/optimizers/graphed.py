@@ -3,18 +3,25 @@
 At a thousand tokens a GPU waits for its host. A graph holds kernels and addresses, and none of the Python that launched them.
 So its gradients lie where they lay when it was captured, whatever ``zero_grad`` makes of ``.grad``; the matrices' sketches
 always lie in one place.
+
+Several processes that each hold the whole model send nothing while they compute: the gradients of what is no matrix are added
+up when a micro-batch is over, and the sketches in the step. So a graph holds no collective.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.parameters import local_part
+from ds_mofa.partition.replicas import Replicated, wrappers_of
+from ds_mofa.step.backend import in_several_processes
 from ds_mofa.step.captured import CapturedUpdate
 
 __all__ = ["GraphedMicroBatch"]
@@ -39,25 +46,45 @@ class GraphedMicroBatch:
     every call runs eagerly. The step is taken outside, for it depends on numbers of the host, such as the rate; MoFaSGD's norm
     and factor update become graphs in the same memory, and take another fp32 copy of the sketches.
 
+    Several processes may each hold the whole model, wrapped in DistributedDataParallel or not. The first call gives all of them
+    the first one's weights, of which an optimizer of torch's knows those that it trains; buffers are to be the same already.
+    Each call leaves in ``.grad`` the mean over processes, as DistributedDataParallel does, which sends nothing itself here; put
+    all micro-batches of a step but the last into :meth:`no_sync`.
+
     Args:
         function: from the arguments of a call to the scalar to differentiate. It may not wait for the device, as ``.item()``
             or a boolean mask does.
         optimizer: the one that steps; any of torch's will do.
+        process_group: the processes that see different data; by default the optimizer's, if it has one, or all.
 
     Raises:
-        RuntimeError: there are several processes, or the model is sharded.
+        RuntimeError: the weights are sharded, or DeepSpeed's.
     """
 
     WARM = 3
 
-    def __init__(self, function: Callable[..., Tensor], optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ):
         self._function, self._optimizer = function, optimizer
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several or any(local_part(param) is not param for param in self._params()):
+        engine = isinstance(optimizer, MatrixOptimizer) and not optimizer.plain
+        if engine or any(local_part(param) is not param for param in self._params()):
             raise RuntimeError(
-                "GraphedMicroBatch serves one process and whole weights: gathering weights and sending gradients is not "
-                "captured. Use torch.compile for several processes"
+                "GraphedMicroBatch serves whole weights in a plain loop: gathering weights, as FSDP2 does, or DeepSpeed's "
+                "sending of gradients is not captured. Where the model fits, leave it whole on every process"
             )
+        if process_group is None and isinstance(optimizer, MatrixOptimizer):
+            process_group = optimizer.process_group
+        self._replicated = Replicated(process_group) if in_several_processes(process_group) else None
+        self._alike = False  # whether all processes have been given the same weights
+        self._sends = True
+        self._wrappers: list[DistributedDataParallel] | None = None
+        # The thread that watches NCCL asks CUDA for things that a whole process may not ask for while it captures.
+        self._mode = "global" if self._replicated is None else "thread_local"
         self._graphs: dict[_Key, _Graph] = {}
         self._seen: dict[_Key, int] = {}
         self._gradients: dict[Tensor, Tensor] = {}
@@ -79,7 +106,25 @@ class GraphedMicroBatch:
         if isinstance(self._optimizer, MatrixOptimizer):
             self._optimizer.matrices.claim.check()  # of another's sketches a graph would know nothing
         leaves, tree = tree_flatten((args, kwargs))
+        loss = self._computed(leaves, tree)
+        if self._replicated is not None and self._sends:
+            self._replicated.average(self._reduced_here())
+        return loss
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within: calls leave each process's own gradients in ``.grad``. The first call after it puts in the mean of all."""
+        before, self._sends = self._sends, False
+        try:
+            yield
+        finally:
+            self._sends = before
+
+    def _computed(self, leaves: list[Any], tree: TreeSpec) -> Tensor:
         params = self._params()
+        if self._replicated is not None and not self._alike:
+            self._replicated.broadcast([*self._reduced_here(), *self._frozen()])
+            self._alike = True
         if not params[0].is_cuda:
             return self._run(leaves, tree)
         self._settle(params)
@@ -97,11 +142,33 @@ class GraphedMicroBatch:
     def _params(self) -> list[Tensor]:
         return [param for group in self._optimizer.param_groups for param in group["params"]]
 
+    def _reduced_here(self) -> list[Tensor]:
+        """What is no matrix, of which the optimizer itself takes the mean."""
+        optimizer = self._optimizer
+        groups = optimizer.adamw_groups if isinstance(optimizer, MatrixOptimizer) else optimizer.param_groups
+        return [param for group in groups for param in group["params"] if param.requires_grad]
+
+    def _frozen(self) -> list[Tensor]:
+        return (
+            [frozen.param for frozen in self._optimizer.split.frozen]
+            if isinstance(self._optimizer, MatrixOptimizer)
+            else []
+        )
+
     def _run(self, leaves: list[Any], tree: TreeSpec) -> Tensor:
         args, kwargs = tree_unflatten(leaves, tree)
-        loss = self._function(*args, **kwargs)
-        loss.backward()
+        with contextlib.ExitStack() as silent:
+            for wrapper in self._wrapped():
+                silent.enter_context(wrapper.no_sync())
+            loss = self._function(*args, **kwargs)
+            loss.backward()
         return loss.detach()
+
+    def _wrapped(self) -> list[DistributedDataParallel]:
+        """What would send gradients in the middle of a backward; known from the first call on."""
+        if self._wrappers is None:
+            self._wrappers = [] if self._replicated is None else wrappers_of(set(self._params()))
+        return self._wrappers
 
     def _settle(self, params: list[Tensor]) -> None:
         """Put gradients where the graphs add to them, and forget graphs of weights that lie elsewhere now, or were others."""
@@ -138,7 +205,7 @@ class GraphedMicroBatch:
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self._mode):
                 loss = self._run(inputs, tree)
         except torch.OutOfMemoryError:
             raise

@@ -36,7 +36,7 @@ class Stateful(torch.optim.Optimizer):
     adamw: torch.optim.Optimizer | None
 
     _built: bool = False
-    _plain = False  # whether a plain loop has it, which may ask for its state before it is bound
+    plain = False  # whether a plain loop has it, which may ask for its state before it is bound
     _matrices: MatrixStep | None = None
     _matrix_groups: list[dict[str, Any]]
 
@@ -61,7 +61,7 @@ class Stateful(torch.optim.Optimizer):
         """By parameter, for whoever asks what there is. Never empty: torch.distributed.checkpoint steps an optimizer that has
         no state. Reading it makes AdamW's moments. Collective where the optimizer has still to be bound.
         """
-        if not self._built or not self._plain:  # under construction, or a backend's
+        if not self._built or not self.plain:  # under construction, or a backend's
             return self.__dict__.setdefault("_no_state", defaultdict(dict))
         ours = {matrix.param: torch_state.placeholders(self.matrices) for matrix in self.matrices.members}
         return {**ours, **torch_state.made_moments(self.adamw)}

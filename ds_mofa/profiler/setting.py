@@ -286,9 +286,9 @@ class RunSetting:
             raise SettingError("adamw_states is '8bit' with offload: ds_mofa refuses that. Leave one of them out")
         if self.backend == "torch" and self.gpus > 1:
             raise SettingError("several GPUs without ZeRO, FSDP2 or DDP: give the backend ddp, fsdp2 or zero0 to zero3")
-        if self.graphed and self.backend != "torch":
+        if self.graphed and self.backend not in ("torch", "ddp"):
             raise SettingError(
-                f"graphed with {self.backend}: a graph is of one GPU without an engine. Give the backend torch"
+                f"graphed with {self.backend}: a graph is of whole weights without an engine. Give the backend torch or ddp"
             )
         if self.zero == 0 and self.states == "bf16":
             raise SettingError("bf16 states at ZeRO stage 0: DeepSpeed keeps fp32 ones there. Use stage 1 or 2")

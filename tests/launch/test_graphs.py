@@ -72,8 +72,12 @@ def test_a_router_s_loss_is_refused(tmp_path, monkeypatch):
 BASE = ["--model_config", "configs/models/llama-tiny.json", "--train_file", "train.txt", "--cuda_graphs"]
 NAMED = [*BASE, "--optimizer", "MoFaSGD"]
 REFUSED = {
-    "an engine": ([*BASE, "--deepspeed", "configs/zero2_adamw.json"], {"RANK": "0"}, "one process without --deepspeed"),
-    "ranks": (NAMED, {"RANK": "0"}, r"one process without --deepspeed and --fsdp \(`--gpus 1`\)"),
+    "an engine": (
+        [*BASE, "--deepspeed", "configs/zero2_adamw.json"],
+        {"RANK": "0"},
+        "leave --deepspeed and --fsdp out",
+    ),
+    "shards": ([*NAMED, "--fsdp"], {"RANK": "0"}, "leave --deepspeed and --fsdp out"),
     "packed rows": ([*NAMED, "--packing"], {}, "leave --packing and --padding_free out"),
     "another loss": ([*NAMED, "--loss_type", "dft"], {}, "leave --loss_type"),
     "a profile": ([*NAMED, "--profile_memory"], {}, "no --profile_memory"),

@@ -59,6 +59,25 @@ def test_the_banner_names_engine_and_ranks(ran):
     assert ran.ranks[0]["answer loss"] == pytest.approx(losses_in(output)[1], abs=0.006)
 
 
+def as_graphs() -> dict:
+    """With --cuda_graphs and without, two micro-batches a step. On a CPU nothing is captured."""
+    make_inputs()
+    words = ["--gradient_accumulation_steps", "2", "--max_steps", "3"]
+    found = {}
+    for name, more in (("graphed", ["--cuda_graphs"]), ("plain", [])):
+        run = command(*words, *more, "--output_dir", name, engine="ddp")
+        found[name] = saved_model(name)
+        found[f"{name} losses"] = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", run["output"])]
+    return found
+
+
+@on_ranks(as_graphs)
+def test_ddp_with_cuda_graphs_is_ddp(ran):
+    result = ran.ranks[0]
+    assert distance(result["graphed"], result["plain"]) < 1e-5
+    assert result["graphed losses"] == pytest.approx(result["plain losses"], rel=1e-3)
+
+
 def stopped(engine: str, before: str) -> dict:
     """The same run, of which rank 1 gets SIGTERM half way; then resumed, under the memory profiler. Under FSDP2 the
     checkpoint is sharded.

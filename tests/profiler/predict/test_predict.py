@@ -289,7 +289,7 @@ def test_one_micro_batch_needs_no_gradients_at_the_loss():
         ({"offload": "nvme", "zero": 3}, "offload is 'nvme'"),
         ({"offload": "optimizer"}, "ZeRO stages 1 to 3"),
         ({"offload": "param", "zero": 2}, "needs stage 3"),
-        ({"graphed": True, "zero": 2}, "graphed with zero2: a graph is of one GPU without an engine"),
+        ({"graphed": True, "zero": 2}, "graphed with zero2: a graph is of whole weights without an engine"),
         ({"graphed": True}, "a graph keeps its micro-batch's memory, which is not counted. Predict it without graphed"),
         ({"model_config": "missing.json"}, "missing.json: no model shape"),
     ],

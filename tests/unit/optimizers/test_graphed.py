@@ -78,14 +78,3 @@ def test_what_a_replay_adds_is_seen(between):
     """After a norm was taken in the middle of a step, and where it is let go without the optimizer."""
     for one, other in zip(trained(between, replayed=False), trained(between, replayed=True), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
-
-
-def test_several_processes_are_refused():
-    model = nn.Linear(4, 4)
-    optimizer = torch.optim.SGD(model.parameters())
-    with (
-        mock.patch("torch.distributed.is_initialized", return_value=True),
-        mock.patch("torch.distributed.get_world_size", return_value=2),
-        pytest.raises(RuntimeError, match="one process"),
-    ):
-        GraphedMicroBatch(model, optimizer)

@@ -1,0 +1,86 @@
+"""Micro-batches as CUDA graphs on several GPUs: DistributedDataParallel's run, and replicas of the same bits."""
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ds_mofa import GraphedMicroBatch
+from tests.gpu.test_graphed import MICRO_BATCHES, STEPS, TOKENS, Model, mofasgd
+
+RANKS = min(torch.cuda.device_count(), 4)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(RANKS < 2, reason="needs two CUDA devices")]
+LENGTHS = [(TOKENS,) * MICRO_BATCHES] * STEPS
+UNEQUAL = [*LENGTHS, (TOKENS, 2 * TOKENS, TOKENS), *LENGTHS]  # on odd ranks: another graph than their neighbours'
+MAKES = {
+    "rank 8": mofasgd(),
+    "explore": mofasgd(explore=8),
+    "embedding, head": mofasgd(include=["embed", "head.weight"]),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
+}
+
+
+def trained(make, *, graphed: bool, wrapped: bool, dtype: torch.dtype) -> dict:
+    """On a rank's own batches, and from its own weights."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    model = Model().to("cuda", dtype)
+    optimizer = make(model)
+    whole = DistributedDataParallel(model, device_ids=[rank]) if wrapped else model
+    micro_batch = GraphedMicroBatch(lambda ids: whole(ids) / MICRO_BATCHES, optimizer)
+    generator = torch.Generator().manual_seed(10 + rank)
+    norms = []
+    for lengths in UNEQUAL if rank % 2 else [*LENGTHS, *LENGTHS[:1], *LENGTHS]:
+        for i, tokens in enumerate(lengths):
+            ids = torch.randint(100, (2, tokens), generator=generator).cuda()
+            if not graphed:
+                (whole(ids) / MICRO_BATCHES).backward()
+            elif i < MICRO_BATCHES - 1:
+                with micro_batch.no_sync():
+                    micro_batch(ids)
+            else:
+                micro_batch(ids)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)))
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: weight.float().cpu() for name, weight in model.state_dict().items()}
+    return {"weights": copy.deepcopy(weights), "norms": norms, "graphs": len(micro_batch._graphs)}
+
+
+def work(rank: int, make: str, dtype: torch.dtype, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29531")}
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=RANKS, device_id=torch.device("cuda", rank))
+    found = {
+        "ddp": trained(MAKES[make], graphed=False, wrapped=True, dtype=dtype),
+        "wrapped": trained(MAKES[make], graphed=True, wrapped=True, dtype=dtype),
+        "bare": trained(MAKES[make], graphed=True, wrapped=False, dtype=dtype),
+    }
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", MAKES)
+def test_it_is_the_run_under_ddp(tmp_path, make, dtype):
+    torch.multiprocessing.spawn(work, (make, dtype, str(tmp_path)), nprocs=RANKS)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    for kind in ("ddp", "wrapped", "bare"):
+        for other in ranks[1:]:
+            assert other[kind]["norms"] == ranks[0][kind]["norms"], kind
+            assert all(
+                torch.equal(one, ranks[0][kind]["weights"][name]) for name, one in other[kind]["weights"].items()
+            )
+    exact = dtype == torch.float32
+    for kind in ("wrapped", "bare"):
+        found, expected = ranks[0][kind], ranks[0]["ddp"]
+        assert found["graphs"] == 1
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3 if exact else 0.05)
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(
+                found["weights"][name], weight, rtol=1e-3 if exact else 0.05, atol=1e-4 if exact else 1e-2
+            )
