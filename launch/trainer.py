@@ -1,5 +1,6 @@
 """TRL's trainer, with speed, memory and perplexity in its logs."""
 
+import functools
 import math
 import resource
 import shutil
@@ -67,6 +68,9 @@ class FineTuner(SFTTrainer):
         if self.args.engine is Engine.FSDP2:
             offer_fsdp_on_cpu()
         super().create_accelerator_and_postprocess()
+        if self.args.cuda_graphs:  # GraphedMicroBatch does DistributedDataParallel's part, which cannot be captured
+            without = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.accelerator.prepare_model = without
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """HF's, and what the checkpoint puts in force instead of what the command says is said, or put back."""

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ds_mofa.optimizers.base import MatrixOptimizer
@@ -46,10 +45,10 @@ class GraphedMicroBatch:
     every call runs eagerly. The step is taken outside, for it depends on numbers of the host, such as the rate; MoFaSGD's norm
     and factor update become graphs in the same memory, and take another fp32 copy of the sketches.
 
-    Several processes may each hold the whole model, wrapped in DistributedDataParallel or not. The first call gives all of them
-    the first one's weights, of which an optimizer of torch's knows those that it trains; buffers are to be the same already.
-    Each call leaves in ``.grad`` the mean over processes, as DistributedDataParallel does, which sends nothing itself here; put
-    all micro-batches of a step but the last into :meth:`no_sync`.
+    Several processes may each hold the whole model, without DistributedDataParallel, whose part this takes: the first call
+    gives all of them the first one's weights, of which an optimizer of torch's knows those that it trains (buffers are to be
+    the same already), and each call leaves in ``.grad`` the mean over processes. Put all micro-batches of a step but the last
+    into :meth:`no_sync`.
 
     Args:
         function: from the arguments of a call to the scalar to differentiate. It may not wait for the device, as ``.item()``
@@ -58,7 +57,7 @@ class GraphedMicroBatch:
         process_group: the processes that see different data; by default the optimizer's, if it has one, or all.
 
     Raises:
-        RuntimeError: the weights are sharded, or DeepSpeed's.
+        RuntimeError: the weights are sharded, or DeepSpeed's; at the first call, DistributedDataParallel wraps them.
     """
 
     WARM = 3
@@ -82,7 +81,6 @@ class GraphedMicroBatch:
         self._replicated = Replicated(process_group) if in_several_processes(process_group) else None
         self._alike = False  # whether all processes have been given the same weights
         self._sends = True
-        self._wrappers: list[DistributedDataParallel] | None = None
         # The thread that watches NCCL asks CUDA for things that a whole process may not ask for while it captures.
         self._mode = "global" if self._replicated is None else "thread_local"
         self._graphs: dict[_Key, _Graph] = {}
@@ -123,8 +121,7 @@ class GraphedMicroBatch:
     def _computed(self, leaves: list[Any], tree: TreeSpec) -> Tensor:
         params = self._params()
         if self._replicated is not None and not self._alike:
-            self._replicated.broadcast([*self._reduced_here(), *self._frozen()])
-            self._alike = True
+            self._begin(self._replicated)
         if not params[0].is_cuda:
             return self._run(leaves, tree)
         self._settle(params)
@@ -142,6 +139,16 @@ class GraphedMicroBatch:
     def _params(self) -> list[Tensor]:
         return [param for group in self._optimizer.param_groups for param in group["params"]]
 
+    def _begin(self, replicated: Replicated) -> None:
+        if wrappers_of(set(self._params())):
+            raise RuntimeError(
+                "DistributedDataParallel wraps what GraphedMicroBatch is to capture: it has autograd add gradients up on the "
+                "stream on which it was built, where nothing can be captured. Leave it out: the processes' gradients are "
+                "averaged here, see no_sync()"
+            )
+        replicated.broadcast([*self._reduced_here(), *self._frozen()])
+        self._alike = True
+
     def _reduced_here(self) -> list[Tensor]:
         """What is no matrix, of which the optimizer itself takes the mean."""
         optimizer = self._optimizer
@@ -157,18 +164,9 @@ class GraphedMicroBatch:
 
     def _run(self, leaves: list[Any], tree: TreeSpec) -> Tensor:
         args, kwargs = tree_unflatten(leaves, tree)
-        with contextlib.ExitStack() as silent:
-            for wrapper in self._wrapped():
-                silent.enter_context(wrapper.no_sync())
-            loss = self._function(*args, **kwargs)
-            loss.backward()
+        loss = self._function(*args, **kwargs)
+        loss.backward()
         return loss.detach()
-
-    def _wrapped(self) -> list[DistributedDataParallel]:
-        """What would send gradients in the middle of a backward; known from the first call on."""
-        if self._wrappers is None:
-            self._wrappers = [] if self._replicated is None else wrappers_of(set(self._params()))
-        return self._wrappers
 
     def _settle(self, params: list[Tensor]) -> None:
         """Put gradients where the graphs add to them, and forget graphs of weights that lie elsewhere now, or were others."""

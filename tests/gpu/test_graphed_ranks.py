@@ -24,13 +24,13 @@ MAKES = {
 }
 
 
-def trained(make, *, graphed: bool, wrapped: bool, dtype: torch.dtype) -> dict:
+def trained(make, *, graphed: bool, dtype: torch.dtype) -> dict:
     """On a rank's own batches, and from its own weights."""
     rank = dist.get_rank()
     torch.manual_seed(rank)
     model = Model().to("cuda", dtype)
     optimizer = make(model)
-    whole = DistributedDataParallel(model, device_ids=[rank]) if wrapped else model
+    whole = model if graphed else DistributedDataParallel(model, device_ids=[rank])
     micro_batch = GraphedMicroBatch(lambda ids: whole(ids) / MICRO_BATCHES, optimizer)
     generator = torch.Generator().manual_seed(10 + rank)
     norms = []
@@ -51,36 +51,35 @@ def trained(make, *, graphed: bool, wrapped: bool, dtype: torch.dtype) -> dict:
     return {"weights": copy.deepcopy(weights), "norms": norms, "graphs": len(micro_batch._graphs)}
 
 
-def work(rank: int, make: str, dtype: torch.dtype, folder: str) -> None:
+def work(rank: int, dtype: torch.dtype, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29531")}
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", rank=rank, world_size=RANKS, device_id=torch.device("cuda", rank))
-    found = {
-        "ddp": trained(MAKES[make], graphed=False, wrapped=True, dtype=dtype),
-        "wrapped": trained(MAKES[make], graphed=True, wrapped=True, dtype=dtype),
-        "bare": trained(MAKES[make], graphed=True, wrapped=False, dtype=dtype),
-    }
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    for name, make in MAKES.items():
+        found = {kind: trained(make, graphed=kind == "graphed", dtype=dtype) for kind in ("ddp", "graphed")}
+        torch.save(found, Path(folder) / f"{name}.{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def ran(request, tmp_path_factory):
+    """A folder of all that ranks have made, and of what dtype it is."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=RANKS)
+    return folder, request.param
+
+
 @pytest.mark.parametrize("make", MAKES)
-def test_it_is_the_run_under_ddp(tmp_path, make, dtype):
-    torch.multiprocessing.spawn(work, (make, dtype, str(tmp_path)), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
-    for kind in ("ddp", "wrapped", "bare"):
-        for other in ranks[1:]:
-            assert other[kind]["norms"] == ranks[0][kind]["norms"], kind
-            assert all(
-                torch.equal(one, ranks[0][kind]["weights"][name]) for name, one in other[kind]["weights"].items()
-            )
-    exact = dtype == torch.float32
-    for kind in ("wrapped", "bare"):
-        found, expected = ranks[0][kind], ranks[0]["ddp"]
-        assert found["graphs"] == 1
-        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3 if exact else 0.05)
-        for name, weight in expected["weights"].items():
-            torch.testing.assert_close(
-                found["weights"][name], weight, rtol=1e-3 if exact else 0.05, atol=1e-4 if exact else 1e-2
-            )
+def test_it_is_the_run_under_ddp(ran, make):
+    folder, dtype = ran
+    first, *others = [torch.load(folder / f"{make}.{rank}.pt") for rank in range(RANKS)]
+    assert first["graphed"]["graphs"] == 1 and first["ddp"]["graphs"] == 0
+    for kind, found in first.items():
+        for other in others:
+            assert other[kind]["norms"] == found["norms"], kind
+            assert all(torch.equal(one, found["weights"][name]) for name, one in other[kind]["weights"].items())
+    near, bound = (1e-3, 1e-4) if dtype == torch.float32 else (0.05, 1e-2)
+    found, expected = first["graphed"], first["ddp"]
+    assert found["norms"] == pytest.approx(expected["norms"], rel=near)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=near, atol=bound)

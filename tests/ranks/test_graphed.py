@@ -23,7 +23,7 @@ class Looped(nn.Module):
     """A model whose forward is forward and backward of a micro-batch.
 
     Args:
-        model: or what wraps it.
+        model: of layers.
         micro: micro-batches of a step.
         silent: whether the last one of them alone sends anything.
     """
@@ -53,12 +53,10 @@ class Looped(nn.Module):
         return train(self, self.micro_batch._optimizer, data=data, **how)
 
 
-def fp32(capture: str, wrapped: bool, silent: bool) -> dict:
+def fp32(capture: str, silent: bool) -> dict:
     """Each rank begins with weights of its own, of which those of the first count."""
     model = toy(Layers, seed=dist.get_rank())
-    optimizer = mofasgd(model, capture=capture)
-    looped = Looped(DistributedDataParallel(model) if wrapped else model, optimizer, 3, silent)
-    return looped.train_on(plenty, clipping(model))
+    return Looped(model, mofasgd(model, capture=capture), 3, silent).train_on(plenty, clipping(model))
 
 
 def used_by_one_rank() -> dict:
@@ -103,7 +101,7 @@ def sent() -> dict:
     """What a step of three micro-batches sends, of the second step."""
     model = layers()
     optimizer = mofasgd(model)
-    looped = Looped(DistributedDataParallel(model), optimizer, 3)
+    looped = Looped(model, optimizer, 3)
     found = []
     for batch in plenty(2):
         with Recorded() as recorded:
@@ -141,7 +139,7 @@ def refused(by: str) -> str:
     return str(raised.value)
 
 
-@on_ranks(fp32, pairwise=True, world=[2, 3], capture=["linear", "hook"], wrapped=[False, True], silent=[False, True])
+@on_ranks(fp32, pairwise=True, world=[2, 3], capture=["linear", "hook"], silent=[False, True])
 def test_it_agrees_with_the_dense_reference(ran):
     wanted = dense(Layers, data=plenty, clip=TIGHT)
     assert_same(ran, wanted)
@@ -174,7 +172,6 @@ def test_torch_s_optimizers_have_the_mean_too(ran):
 
 @on_ranks(sent)
 def test_a_step_sends_sketches_and_the_rest_once(ran):
-    """DistributedDataParallel, around the model, sends nothing."""
     for result in ran.ranks:
         assert sum(result["sums"]) == pytest.approx(result["sketches"] + result["rest"] + result["flags"], abs=8), (
             result
@@ -185,6 +182,21 @@ def test_a_step_sends_sketches_and_the_rest_once(ran):
 @on_ranks(never_sent)
 def test_a_step_after_no_sync_alone_is_refused(ran):
     assert all("wrap the model" in message for message in ran.ranks)
+
+
+def wrapped() -> str:
+    model = layers()
+    optimizer = mofasgd(model)
+    looped = Looped(DistributedDataParallel(model), optimizer, 1)
+    (part,) = micro_batches(plenty(1)[0], dist.get_rank(), dist.get_world_size(), 1)
+    with pytest.raises(RuntimeError, match="Leave it out: the processes' gradients are averaged here") as raised:
+        looped(*part)
+    return str(raised.value)
+
+
+@on_ranks(wrapped)
+def test_what_would_send_gradients_too_is_refused(ran):
+    assert all("DistributedDataParallel" in message for message in ran.ranks)
 
 
 @on_ranks(refused, by=["fsdp2", "deepspeed"])
