@@ -51,8 +51,8 @@ def launch(
     keys = keys_of(rounding, numbers, device) if rounding.stochastic else codes
     R = max(16, triton.next_power_of_2(r))
     row = R * U.element_size()
-    block_m, block_n = tile_that_fits(device, (32, 128), lambda rows, columns: (rows + columns) * row)
-    grid = (triton.cdiv(n, block_n), triton.cdiv(rows, block_m), B)
+    block_m, block_w = tile_that_fits(device, (64, 32), lambda rows, words: (rows + 4 * words) * row)
+    grid = (triton.cdiv(n // 4, block_w), triton.cdiv(rows, block_m), B)
     _write_kernel[grid](
         codes,
         exponents,
@@ -70,7 +70,7 @@ def launch(
         rounding.turn,
         R=R,
         BLOCK_M=block_m,
-        BLOCK_N=max(32, block_n),
+        BLOCK_W=block_w,
         STOCHASTIC=rounding.stochastic,
         num_warps=8,
     )
@@ -109,54 +109,82 @@ def _write_kernel(
     turn,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """Rows [first_row, first_row + rows) of each matrix."""
+    """Rows [first_row, first_row + rows) of each matrix, four neighbours as one word: arithmetic is what takes the time, and so
+    the fourth part of all that is the same for them. Eight words are a group.
+    """
     batch = tl.program_id(2).to(tl.int64)
+    words, groups = n // 4, n // 32
+    word = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    group = tl.program_id(0) * (BLOCK_W // 8) + tl.arange(0, BLOCK_W // 8)
+    k = tl.arange(0, R)
+    in_v = (k < r)[:, None] & (word < words)[None, :]
+    columns = V + batch * n * r + word[None, :] * (4 * r) + k[:, None]
+    v0 = tl.load(columns, mask=in_v, other=0.0)
+    v1 = tl.load(columns + r, mask=in_v, other=0.0)
+    v2 = tl.load(columns + 2 * r, mask=in_v, other=0.0)
+    v3 = tl.load(columns + 3 * r, mask=in_v, other=0.0)
+    c = tl.load(coefficients + batch * r + k, mask=k < r, other=0.0).to(tl.float32)
+    moving = _any(c)
+    key = tl.load(keys + batch).to(tl.uint32)
+    code_words = tl.load(codes + batch).to(tl.pointer_type(tl.int32))
+    group_bytes = tl.load(exponents + batch).to(tl.pointer_type(tl.uint8))
+
     own = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = first_row + own
-    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, R)
+    own_held = tl.where(moving, own < rows, False)[:, None]
+    held = own_held & (word < words)[None, :]
+    own = own.to(tl.int64)[:, None]
+    at = own * words + word[None, :]
+    old = tl.load(code_words + at, mask=held, other=0)
+    # A power of two: decay may go into it, and nothing is rounded once more.
+    scale = _scale(tl.load(group_bytes + own * groups + (word // 8)[None, :], mask=held, other=1)) * decay
     in_u = (row < m)[:, None] & (k < r)[None, :]
-    in_v = (k < r)[:, None] & (col < n)[None, :]
     u = tl.load(U + batch * m * r + row[:, None] * r + k[None, :], mask=in_u, other=0.0)
-    v = tl.load(V + batch * n * r + col[None, :] * r + k[:, None], mask=in_v, other=0.0)
-    c = tl.load(coefficients + batch * r + k, mask=k < r, other=0.0)
-    delta = _product((u.to(tl.float32) * c.to(tl.float32)[None, :]).to(u.dtype), v)
+    u = (u.to(tl.float32) * c[None, :]).to(u.dtype)
+    new0 = ((old << 24) >> 24).to(tl.float32) * scale - step_size * _product(u, v0)
+    new1 = ((old << 16) >> 24).to(tl.float32) * scale - step_size * _product(u, v1)
+    new2 = ((old << 8) >> 24).to(tl.float32) * scale - step_size * _product(u, v2)
+    new3 = (old >> 24).to(tl.float32) * scale - step_size * _product(u, v3)
 
-    moving = _any(c)
-    held = tl.where(moving, own < rows, False)[:, None] & (col < n)[None, :]
-    place = own.to(tl.int64)[:, None] * n + col[None, :]
-    code_at = tl.load(codes + batch).to(tl.pointer_type(tl.int8)) + place
-    group = tl.program_id(0) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
-    held_group = tl.where(moving, own < rows, False)[:, None] & (group < n // 32)[None, :]
-    group_place = own.to(tl.int64)[:, None] * (n // 32) + group[None, :]
-    exponent_at = tl.load(exponents + batch).to(tl.pointer_type(tl.uint8)) + group_place
-
-    old = tl.load(code_at, mask=held, other=0).to(tl.float32).reshape(BLOCK_M, BLOCK_N // 32, 32)
-    old = old * _scale(tl.load(exponent_at, mask=held_group, other=1))[:, :, None]
-    new = old * decay - step_size * delta.reshape(BLOCK_M, BLOCK_N // 32, 32)
-    # As integers, magnitudes are in the same order, and a NaN is above all.
-    largest = tl.max(new.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2)
+    most = tl.maximum(tl.maximum(_size(new0), _size(new1)), tl.maximum(_size(new2), _size(new3)))
+    largest = tl.max(most.reshape(BLOCK_M, BLOCK_W // 8, 8), axis=2)
     finite = largest < 0x7F800000
     exponent = tl.maximum(((largest + 0x1FFFF) >> 23) - 6, 1)
-    steps = new * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, :, None]
-    below = tl.floor(steps)
+    inverse = tl.where(finite, (254 - exponent) << 23, 0).to(tl.float32, bitcast=True)[:, :, None]
+    inverse = inverse.broadcast_to(BLOCK_M, BLOCK_W // 8, 8).reshape(BLOCK_M, BLOCK_W)
+    # n is even: two words of bits, each of two neighbours. Of their numbers 32 bits count.
+    pair = row.to(tl.uint32)[:, None] * (n // 2).to(tl.uint32) + (word * 2).to(tl.uint32)[None, :]
+    low, high = pair, pair
     if STOCHASTIC:
-        at = row.to(tl.int64)[:, None] * n + col[None, :]
-        word = _mix((at >> 1).to(tl.uint32) ^ tl.load(keys + batch).to(tl.uint32))
-        bits = (
-            _turned(tl.where((at & 1) == 1, word >> 16, word), turn).to(tl.float32).reshape(BLOCK_M, BLOCK_N // 32, 32)
-        )
-        up = bits < (steps - below) * 65536.0
+        low, high = _mix(pair ^ key), _mix((pair + 1) ^ key)
+    code = _code(new0 * inverse, low, turn, STOCHASTIC) & 0xFF
+    code |= (_code(new1 * inverse, low >> 16, turn, STOCHASTIC) & 0xFF) << 8
+    code |= (_code(new2 * inverse, high, turn, STOCHASTIC) & 0xFF) << 16
+    code |= _code(new3 * inverse, high >> 16, turn, STOCHASTIC) << 24
+    tl.store(code_words + at, tl.where(inverse == 0.0, 0, code), mask=held)
+    exponent = tl.where(finite, exponent, 255).to(tl.uint8)
+    tl.store(group_bytes + own * groups + group[None, :], exponent, mask=own_held & (group < groups)[None, :])
+
+
+@triton.jit
+def _size(x):
+    """Magnitudes as integers, which are in the same order; a NaN is above all."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _code(steps, bits, turn, STOCHASTIC: tl.constexpr):
+    """Up where 16 bits, a share of one, are below what is over a whole step; or to the nearest, to even."""
+    below = tl.floor(steps)
+    over = steps - below
+    if STOCHASTIC:
+        up = _turned(bits, turn).to(tl.float32) < over * 65536.0
     else:
-        over = steps - below
-        odd = (below.to(tl.int32) & 1) == 1
-        up = (over > 0.5) | ((over == 0.5) & odd)
-    code = tl.where(finite[:, :, None], below + tl.where(up, 1.0, 0.0), 0.0)
-    tl.store(code_at, code.to(tl.int8).reshape(BLOCK_M, BLOCK_N), mask=held)
-    tl.store(exponent_at, tl.where(finite, exponent, 255).to(tl.uint8), mask=held_group)
+        up = (over > 0.5) | ((over == 0.5) & ((below.to(tl.int32) & 1) == 1))
+    return below.to(tl.int32) + up.to(tl.int32)
 
 
 @triton.jit
