@@ -121,7 +121,7 @@ class Machine:
     gemm8: float = 1530e12
     round8: float = 0.86
     fused: float = 0.15
-    write8: float = 3.9e-12
+    write8: float = 2.83e-12
     network: float = 380e9
     latency: float = 20e-6
 
@@ -151,8 +151,12 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine, captured
     """
     model, captured = trained(model, setting), setting.graphed if captured is None else captured
     rank, gpus, stage, explore = setting.rank, setting.gpus, setting.zero, sketch_columns(setting) - setting.rank
-    r, share = rank, rank * model.sides / gpus  # elements of this rank's factors
-    beside = explore * model.sides / gpus  # and of the directions that it finds beside them
+    whole = (
+        setting.backend == "ddp"
+    )  # every process owns every matrix: an all-reduce of the sketches, and nothing to gather
+    owners = 1 if whole else gpus
+    r, share = rank, rank * model.sides / owners  # elements of this rank's factors
+    beside = explore * model.sides / owners  # and of the directions that it finds beside them
     away = (gpus - 1) / gpus
 
     def send(sent: float) -> float:
@@ -169,7 +173,7 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine, captured
     grams = 6 * FP32 + 4 * FP64  # U and Y read, [U Y] written and read in float64, per element of the factors
     gram_flops = 8 * r * share
     reduce_bytes = 3 * flat + grams * share
-    reduce = Part("reduce", reduce_bytes, gram_flops, flat * away, 1)
+    reduce = Part("reduce", reduce_bytes, gram_flops, flat * away * (2 if whole else 1), 1)
     seconds = reduce_bytes / machine.copy + gram_flops / machine.gemm64
     seconds = seconds + replayed("reduce") if captured else max(launched("reduce"), seconds)
     reduce = _timed(reduce, seconds + send(reduce.sent))
@@ -179,7 +183,7 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine, captured
         moved, flops = moved + 74 * share + 86 * beside, flops + 2 * r * share + (12 * r + 6 * explore) * beside
     elif explore:
         moved, flops = moved + 110 * share + 230 * beside, flops + 6 * r * share + 6 * (r + 2 * explore) * beside
-    cores = len(model.matrices) / gpus
+    cores = len(model.matrices) / owners
     svd = machine.svd_floor + machine.svd * cores * r**3
     if explore:  # two of k x k a matrix, where the core is 2 r x 2 r
         svd += machine.svd_floor + machine.svd * 2 * cores * (explore / 2) ** 3
@@ -189,8 +193,8 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine, captured
     update = _timed(update, seconds + replayed("factor update") if captured else max(host, seconds))
 
     working = (rank + explore) * model.sides * BF16
-    gather = Part("gather", 2 * working / gpus, 0.0, working * away, 1)
-    gather = _timed(gather, send(gather.sent))
+    gather = Part("gather") if whole else Part("gather", 2 * working / gpus, 0.0, working * away, 1)
+    gather = _timed(gather, send(gather.sent) if gather.messages else 0.0)
 
     shards = gpus if stage == 3 else gpus // setting.replicas if setting.sharded else 1
     held = model.elements / shards
@@ -230,7 +234,8 @@ def sub_batches(model: Model, setting: RunSetting) -> int:
     """How many times a rank launches the factor update; see the option ``update_bytes``. Of exploring as the measured runs
     had it, whose bound took the explored columns for the state's.
     """
-    layout = Layout([(shape, 0) for shape in model.matrices], sketch_columns(setting), setting.gpus)
+    owners = 1 if setting.backend == "ddp" else setting.gpus
+    layout = Layout([(shape, 0) for shape in model.matrices], sketch_columns(setting), owners)
     return len(split(layout.owned_by(0), setting.option("update_bytes")))
 
 

@@ -80,6 +80,6 @@ def test_it_is_the_run_under_ddp(ran, make):
             assert all(torch.equal(one, found["weights"][name]) for name, one in other[kind]["weights"].items())
     near, bound = (1e-3, 1e-4) if dtype == torch.float32 else (0.05, 1e-2)
     found, expected = first["graphed"], first["ddp"]
-    assert found["norms"] == pytest.approx(expected["norms"], rel=near)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=near, abs=1e-4)  # 12 at first, and 0 in the end
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, rtol=near, atol=bound)

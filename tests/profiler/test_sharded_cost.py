@@ -14,7 +14,9 @@ MODELS = {name: Model.read(ROOT / f"configs/models/{name}.json") for name in ("l
 
 
 def _measured(row: dict) -> bool:
-    """Eager, in bf16 or eight bits, and with tokens enough that no host is waited for."""
+    """Eager, in bf16 or eight bits, and with tokens enough that no host is waited for; those of ``sharded_*`` had one that
+    trained 70B beside them.
+    """
     run = row.get("run", "")
     left_out = (
         "compiled=1" in run or "weights=fp32" in run or "offload" in run or row.get("shape", "").startswith("1024x")
@@ -25,6 +27,7 @@ def _measured(row: dict) -> bool:
 ROWS = [
     row
     for path in sorted((ROOT / "profiling/results/benchmarks").glob("*.jsonl"))
+    if not path.name.startswith("sharded_")
     for row in map(json.loads, path.read_text().splitlines())
     if _measured(row)
 ]
