@@ -85,6 +85,17 @@ def test_the_peak_of_the_models_of_today_is_what_was_measured(row, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "row",
+    rows_of("sharded_*", "zero_*", "hsdp_*", "offload_llama-3.1-70b_*"),
+    ids=lambda row: f"{row['gpus']}-{name_of(row)}",
+)
+def test_the_peak_of_shards_on_two_and_four_gpus_is_what_was_measured(row):
+    near = 0.015 if "fp8" in row["run"] else 0.003
+    assert predicted(row)["allocated"] == pytest.approx(row["peak_allocated_gb"] * 1e9, rel=near)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("row", rows_of("head-kernel_*"), ids=name_of)
 def test_the_peak_with_a_fused_head_is_what_was_measured(row):
     assert predicted(row)["allocated"] == pytest.approx(row["peak_allocated_gb"] * 1e9, rel=0.003)
