@@ -100,6 +100,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--replicas", type=int, default=1, help="of each of FSDP2's shards: HSDP")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
+    parser.add_argument(
+        "--graphed", action="store_true", help="a micro-batch is one CUDA graph (GraphedMicroBatch); torch and ddp"
+    )
     parser.add_argument("--liger", action="store_true", help="liger-kernel's fused norms, rotary, SwiGLU and loss")
     parser.add_argument("--loss", default="model", choices=["model", "trl"], help="whose: TRL's SFTTrainer has its own")
     parser.add_argument("--bucket", type=int, default=100_000_000, help="DeepSpeed's reduce_bucket_size, elements")

@@ -47,8 +47,9 @@ def candidates(plan: Plan, process: int) -> list[Candidate]:
 
 
 def _other_candidates(plan: Plan) -> list[Candidate]:
-    """A plain loop, DDP (gradients are views of its buckets, which stay), FSDP2 (what it gathers and reduces in is in the
-    micro-batch), stage 0 (fp32 gradients at the step) and stage 3 (a flat buffer of gradient shards, one bucket).
+    """A plain loop, DDP (gradients are views of its buckets, which stay; so do those of CUDA graphs), FSDP2 (what it gathers
+    and reduces in is in the micro-batch), stage 0 (fp32 gradients at the step) and stage 3 (a flat buffer of gradient shards,
+    one bucket).
     """
     setting, batch, zero = plan.setting, plan.batch, plan.zero
     sizes = {p.name: gradient_bytes(plan, p) for p in plan.trained}
@@ -63,7 +64,8 @@ def _other_candidates(plan: Plan) -> list[Candidate]:
         if setting.zero == 3:
             gradients = whole // setting.gpus
         else:
-            gradients = whole if setting.micro_batches > 1 or setting.backend == "ddp" else complete
+            kept = setting.micro_batches > 1 or setting.backend == "ddp" or setting.graphed
+            gradients = whole if kept else complete
         extra = {"activations": moment.activations, "workspace": moment.workspace, "gradients": gradients}
         extra["communication buffers"] = moment.communication
         found.append(Candidate("backward" if moment.completed else "loss", {**extra, **fixed}))

@@ -21,6 +21,7 @@ from ds_mofa.profiler.predict.reserved.run import reserved
 from ds_mofa.profiler.predict.simulated.errors import PredictionError
 from ds_mofa.profiler.predict.simulated.micro_batch import MicroBatch, simulate
 from ds_mofa.profiler.predict.simulated.optimizer import OF_ADAMW
+from ds_mofa.profiler.predict.step_workspace import step_workspace
 from ds_mofa.profiler.predict.zero import zero_settings
 from ds_mofa.profiler.setting import RunSetting
 
@@ -36,7 +37,9 @@ def predict(setting: RunSetting, process: int | None = None) -> dict[str, Any]:
 
     Returns:
         ``allocated``, by PyTorch's allocator; ``total``, as NVML would see it; ``categories``, which add up to
-        ``total``; ``host``, what is offloaded to the host; ``when`` the peak is; ``setting``.
+        ``total``; ``host``, what is offloaded to the host; ``when`` the peak is; ``setting``. Where micro-batches are CUDA
+        graphs, with what these have for activations and temporaries, which PyTorch does not call allocated; graphs of
+        several shapes share most of it, and up to the smaller ones' comes to it.
 
     Raises:
         PredictionError: a setting that cannot be predicted.
@@ -49,6 +52,10 @@ def predict(setting: RunSetting, process: int | None = None) -> dict[str, Any]:
         categories[name] = categories.get(name, 0) + size
     allocated = sum(categories.values())
     categories["allocator slack"] = max(0, reserved(plan, there, process) - (allocated - CUBLAS))
+    if setting.graphed and plan.sketched:  # the graphs' memory serves no step, and theirs of the update reads a copy
+        copy = 4 * plan.layout.segment
+        categories["sketches"], allocated = categories["sketches"] + copy, allocated + copy
+        categories["allocator slack"] += step_workspace(plan)
     categories["CUDA context"] = CUDA_CONTEXT
     if setting.gpus > 1:
         categories["communication buffers"] = categories.get("communication buffers", 0) + NCCL
@@ -74,11 +81,6 @@ def plan_of(setting: RunSetting) -> Plan:
             f"{setting.run} cannot be predicted: which activations a compiled layer keeps is inductor's choice. Predict it "
             "without compiled, which takes more"
         )
-    if setting.graphed:
-        raise PredictionError(
-            f"{setting.run} cannot be predicted: a graph keeps its micro-batch's memory, which is not counted. Predict it "
-            "without graphed: it takes no less, and at most the step's temporaries more"
-        )
     path = Path(setting.model_config)
     changed = path.stat().st_mtime_ns if path.exists() else None
     return Plan(setting, _simulated(str(_one_micro_batch(setting)), changed), zero_settings(setting))
@@ -89,6 +91,8 @@ def _one_micro_batch(setting: RunSetting) -> RunSetting:
     name = setting.optimizer if setting.has_rank else "AdamW"
     alike = RunSetting.of(setting.model_config, name, rank=setting.rank if setting.has_rank else 8)
     kept = ["seq", "micro_batch", "checkpointing", "liger", "loss", "head", "embed"]
+    if setting.liger:  # whose loss waits for the device, which no graph can
+        kept.append("graphed")
     if setting.sharded:
         kept += ["backend", "gpus", "weights", "reshard", "replicas"]
     elif setting.weights == "int8":

@@ -13,6 +13,7 @@ from ds_mofa.profiler.measure.inventory import inventory, sizes
 from ds_mofa.profiler.predict import predict, prediction
 from ds_mofa.profiler.predict.always import always
 from ds_mofa.profiler.predict.prediction import plan_of
+from ds_mofa.profiler.predict.step_workspace import step_workspace
 from ds_mofa.profiler.predict.zero import zero_settings
 from ds_mofa.profiler.setting import RunSetting, SettingError
 from profiling import predict as command
@@ -99,6 +100,56 @@ def test_the_peak_of_shards_on_two_and_four_gpus_is_what_was_measured(row):
 @pytest.mark.parametrize("row", rows_of("head-kernel_*"), ids=name_of)
 def test_the_peak_with_a_fused_head_is_what_was_measured(row):
     assert predicted(row)["allocated"] == pytest.approx(row["peak_allocated_gb"] * 1e9, rel=0.003)
+
+
+def of_graphs() -> list:
+    """Rows of graphs with whether their process had another shape's before."""
+    folder, found = ROOT / "profiling/results/benchmarks", []
+    for name in ("captured_*", "shapes_*", "fastest*", "int8-words_*", "replicas_*"):
+        for path in sorted(folder.glob(f"{name}.jsonl")):
+            seen: set[str] = set()
+            for row in map(json.loads, path.read_text().splitlines()):
+                if "graphed" in row["run"] and "compiled" not in row["run"]:
+                    process = f"{row['model']}-{row['run']}"
+                    found.append(pytest.param(row, process in seen, id=f"{row['gpus']}-{name_of(row)}"))
+                    seen.add(process)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "after_another"), of_graphs())
+def test_what_graphs_take_is_what_was_measured(row, after_another):
+    """By NVML. Graphs of several shapes share most of their memory: the second and later ones' may take more."""
+    ratio = row["nvml_gb"] * 1e9 / predicted(row)["total"]
+    assert 0.93 < ratio < (1.16 if after_another else 1.10)
+
+
+def test_graphs_take_a_copy_of_the_sketches_and_leave_the_step_its_own_memory():
+    found, eager = (predict(RunSetting.of(TINY, "MoFaSGD", graphed=graphed)) for graphed in (True, False))
+    setting = RunSetting.of(TINY, "MoFaSGD")
+    copy = eager["categories"]["sketches"]
+    assert found["allocated"] - eager["allocated"] == copy
+    assert found["total"] - eager["total"] == copy + step_workspace(plan_of(setting))
+    with_adamw, without = (predict(RunSetting.of(TINY, "AdamW", graphed=graphed)) for graphed in (True, False))
+    assert with_adamw["total"] == without["total"]
+
+
+@pytest.mark.parametrize(("micro_batches", "same"), [(1, False), (2, True)])
+def test_gradients_of_graphs_stay(micro_batches, same):
+    with_graphs, without = (
+        predict(RunSetting.of(TINY, "AdamW", micro_batches=micro_batches, seq=64, graphed=graphed))
+        for graphed in (True, False)
+    )
+    assert (with_graphs["allocated"] == without["allocated"]) == same and with_graphs["allocated"] >= without[
+        "allocated"
+    ]
+
+
+def test_graphs_have_the_model_s_own_loss_where_liger_s_cannot_be():
+    """liger-kernel's waits for the device."""
+    runs = ({"liger": True}, {"liger": True, "graphed": True})
+    fused, own = (predict(RunSetting.of(TINY, "AdamW", seq=512, **run)) for run in runs)
+    assert own["allocated"] - fused["allocated"] > 2 * 512 * 262  # logits of all tokens
 
 
 # A prediction of 8B takes half a minute where liger-kernel or a head of many chunks is played through.
@@ -301,7 +352,7 @@ def test_one_micro_batch_needs_no_gradients_at_the_loss():
         ({"offload": "optimizer"}, "ZeRO stages 1 to 3"),
         ({"offload": "param", "zero": 2}, "needs stage 3"),
         ({"graphed": True, "zero": 2}, "graphed with zero2: a graph is of whole weights without an engine"),
-        ({"graphed": True}, "a graph keeps its micro-batch's memory, which is not counted. Predict it without graphed"),
+        ({"graphed": True, "compiled": True}, "which activations a compiled layer keeps is inductor's choice"),
         ({"model_config": "missing.json"}, "missing.json: no model shape"),
     ],
 )

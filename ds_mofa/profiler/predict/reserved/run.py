@@ -41,7 +41,7 @@ def reserved(plan: Plan, always: Mapping[str, int], process: int) -> int:
             shards = [on_a_rank(plan, [p]) for p in held]
             moments = [moment_bytes(size) if zero.eight_bit else each * size for size in shards for _ in range(2)]
         gradients = {p.name: gradient_bytes(plan, p) for p in held}
-        if setting.backend == "ddp":  # its buckets
+        if setting.backend == "ddp" and not setting.graphed:  # its buckets
             buffers, gradients = [*buffers, sum(gradients.values())], {}
         return reserved_by_plain_loop(batch, weights, gradients, moments, buffers, setting.micro_batches)
     if setting.zero in (1, 2):
