@@ -54,10 +54,12 @@ class GraphedMicroBatch:
         function: from the arguments of a call to the scalar to differentiate. It may not wait for the device, as ``.item()``
             or a boolean mask does.
         optimizer: the one that steps; any of torch's will do.
-        process_group: the processes that see different data; by default the optimizer's, if it has one, or all.
+        process_group: of an optimizer of torch's, the processes that see different data; by default all. ds_mofa's have their
+            own.
 
     Raises:
-        RuntimeError: the weights are sharded, or DeepSpeed's; at the first call, DistributedDataParallel wraps them.
+        RuntimeError: the weights are sharded, or DeepSpeed's, or a second process group is given; at the first call,
+            DistributedDataParallel wraps them.
     """
 
     WARM = 3
@@ -70,14 +72,20 @@ class GraphedMicroBatch:
         process_group: dist.ProcessGroup | None = None,
     ):
         self._function, self._optimizer = function, optimizer
-        engine = isinstance(optimizer, MatrixOptimizer) and not optimizer.plain
+        self._ours = ours = optimizer if isinstance(optimizer, MatrixOptimizer) else None
+        engine = ours is not None and not ours.plain
         if engine or any(local_part(param) is not param for param in self._params()):
             raise RuntimeError(
                 "GraphedMicroBatch serves whole weights in a plain loop: gathering weights, as FSDP2 does, or DeepSpeed's "
                 "sending of gradients is not captured. Where the model fits, leave it whole on every process"
             )
-        if process_group is None and isinstance(optimizer, MatrixOptimizer):
-            process_group = optimizer.process_group
+        if ours is not None:
+            if process_group is not None and process_group is not ours.process_group:
+                raise RuntimeError(
+                    f"process_group: the sketches are added up over {ours.options.title}'s. Give it to that, and leave it "
+                    "out here"
+                )
+            process_group = ours.process_group
         self._replicated = Replicated(process_group) if in_several_processes(process_group) else None
         self._alike = False  # whether all processes have been given the same weights
         self._sends = True
@@ -101,12 +109,12 @@ class GraphedMicroBatch:
             RuntimeError: it cannot be captured.
             LostError: another optimizer has taken the matrices over.
         """
-        if isinstance(self._optimizer, MatrixOptimizer):
-            self._optimizer.matrices.claim.check()  # of another's sketches a graph would know nothing
+        if self._ours is not None:
+            self._ours.matrices.claim.check()  # of another's sketches a graph would know nothing
         leaves, tree = tree_flatten((args, kwargs))
         loss = self._computed(leaves, tree)
         if self._replicated is not None and self._sends:
-            self._replicated.average(self._reduced_here())
+            self._replicated.average(self._averaged())
         return loss
 
     @contextlib.contextmanager
@@ -132,8 +140,8 @@ class GraphedMicroBatch:
                 return self._beside(leaves, tree)
             self._graphs[key] = self._captured(leaves, tree)
         loss = self._graphs[key].replay(leaves)
-        if isinstance(self._optimizer, MatrixOptimizer):
-            self._optimizer.replayed()
+        if self._ours is not None:
+            self._ours.replayed()
         return loss
 
     def _params(self) -> list[Tensor]:
@@ -146,21 +154,14 @@ class GraphedMicroBatch:
                 "stream on which it was built, where nothing can be captured. Leave it out: the processes' gradients are "
                 "averaged here, see no_sync()"
             )
-        replicated.broadcast([*self._reduced_here(), *self._frozen()])
+        frozen = [frozen.param for frozen in self._ours.split.frozen] if self._ours is not None else []
+        replicated.broadcast([*self._averaged(), *frozen])
         self._alike = True
 
-    def _reduced_here(self) -> list[Tensor]:
-        """What is no matrix, of which the optimizer itself takes the mean."""
-        optimizer = self._optimizer
-        groups = optimizer.adamw_groups if isinstance(optimizer, MatrixOptimizer) else optimizer.param_groups
+    def _averaged(self) -> list[Tensor]:
+        """What is no matrix, of whose sketches the optimizer itself takes the mean."""
+        groups = self._optimizer.param_groups if self._ours is None else self._ours.adamw_groups
         return [param for group in groups for param in group["params"] if param.requires_grad]
-
-    def _frozen(self) -> list[Tensor]:
-        return (
-            [frozen.param for frozen in self._optimizer.split.frozen]
-            if isinstance(self._optimizer, MatrixOptimizer)
-            else []
-        )
 
     def _run(self, leaves: list[Any], tree: TreeSpec) -> Tensor:
         args, kwargs = tree_unflatten(leaves, tree)
@@ -214,8 +215,8 @@ class GraphedMicroBatch:
                 "this micro-batch cannot be captured in a CUDA graph: something in it waits for the device (.item(), a "
                 "boolean mask, a copy to the host) or copies from the host. Leave it out, or train without GraphedMicroBatch"
             ) from error
-        if self._pool is None and self._stream is not None and isinstance(self._optimizer, MatrixOptimizer):
-            self._update = self._optimizer.matrices.capture_in(graph.pool(), self._stream)
+        if self._pool is None and self._stream is not None and self._ours is not None:
+            self._update = self._ours.matrices.capture_in(graph.pool(), self._stream)
         self._pool = graph.pool()
         return _Graph(graph, inputs, loss)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from comparing import assert_same, dense, equal
-from engines import built, clipping, layers, mofasgd, train, whole
+from engines import alone, built, clipping, layers, mofasgd, train, whole
 from launching import on_ranks
 from scenes.collectives import Recorded
 from torch import nn
@@ -127,6 +127,14 @@ def never_sent() -> str:
     return str(raised.value)
 
 
+def in_another_group() -> str:
+    model = layers()
+    optimizer = mofasgd(model)
+    with pytest.raises(RuntimeError, match="added up over MoFaSGD's") as raised:
+        GraphedMicroBatch(model, optimizer, process_group=alone())
+    return str(raised.value)
+
+
 def refused(by: str) -> str:
     with contextlib.ExitStack() as stack:
         if by == "fsdp2":
@@ -197,6 +205,11 @@ def wrapped() -> str:
 @on_ranks(wrapped)
 def test_what_would_send_gradients_too_is_refused(ran):
     assert all("DistributedDataParallel" in message for message in ran.ranks)
+
+
+@on_ranks(in_another_group)
+def test_another_process_group_than_the_optimizer_s_is_refused(ran):
+    assert all("leave it out here" in message for message in ran.ranks)
 
 
 @on_ranks(refused, by=["fsdp2", "deepspeed"])

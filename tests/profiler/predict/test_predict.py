@@ -119,8 +119,8 @@ def of_graphs() -> list:
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "after_another"), of_graphs())
 def test_what_graphs_take_is_what_was_measured(row, after_another):
-    """By NVML. Graphs of several shapes share most of their memory: the second and later ones' may take more. So did one of 8192
-    tokens, checkpointed, with logits of 4.2 GB.
+    """By NVML. Graphs of several shapes share most of their memory: the second and later ones' may take more. So did one of
+    8192 tokens, checkpointed, with logits of 4.2 GB.
     """
     ratio = row["nvml_gb"] * 1e9 / predicted(row)["total"]
     assert 0.93 < ratio < (1.16 if after_another or row["shape"] == "8192x2" else 1.10)
