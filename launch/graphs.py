@@ -22,9 +22,10 @@ def settle_graphs(args: Any, *, profiled: bool) -> None:
     Raises:
         UserError: what the command asks for besides cannot be captured.
     """
+    apart = args.padding_free or (args.packing and args.packing_strategy != "wrapped")  # examples kept apart in a row
     wanted = {
         "the whole model on each GPU: leave --deepspeed and --fsdp out": args.engine in (Engine.ONE, Engine.DDP),
-        "rows of one length: leave --packing and --padding_free out": not (args.packing or args.padding_free),
+        "rows of one length: leave --padding_free out, and --packing, or give --packing_strategy wrapped": not apart,
         "the model's own loss: leave --loss_type and --label_smoothing_factor out": args.loss_type == "nll"
         and not args.label_smoothing_factor,
         "no --profile_memory, whose hooks do not run in a graph": not profiled,

@@ -4,30 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_mofa import GraphedMicroBatch, MoFaSGD
+from tests.gpu.toys import MICRO_BATCHES, STEPS, TOKENS, Model, mofasgd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-WIDTH, TOKENS, MICRO_BATCHES, STEPS = 256, 128, 3, 8
-
-
-class Model(nn.Module):
-    """Linears with and without a bias, more than the queue takes at once, an embedding, and one linear that is used twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(100, WIDTH)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=i % 2 == 0) for i in range(20))
-        self.head = nn.Linear(WIDTH, 100)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for layer in (*self.layers, self.layers[0]):
-            x = x + torch.tanh(layer(x))
-        return nn.functional.cross_entropy(self.head(x).float().flatten(0, -2), ids.flatten())
 
 
 def batches(tokens=TOKENS):
@@ -55,10 +37,6 @@ def run(
         optimizer.step()
         optimizer.zero_grad(set_to_none=set_to_none)
     return torch.stack(losses).tolist(), model.state_dict(), micro_batch
-
-
-def mofasgd(**options):
-    return lambda model: MoFaSGD(model, lr=1e-3, **{"rank": 8, **options})
 
 
 MAKES = {

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_mofa import GraphedMicroBatch
-from tests.gpu.test_graphed import MICRO_BATCHES, STEPS, TOKENS, Model, mofasgd
+from tests.gpu.toys import MICRO_BATCHES, STEPS, TOKENS, Model, mofasgd
 
 RANKS = min(torch.cuda.device_count(), 4)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(RANKS < 2, reason="needs two CUDA devices")]

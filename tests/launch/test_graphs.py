@@ -48,10 +48,14 @@ def trained(output: Path, **options):
     return history, trainer.model, trainer
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_is_what_it_is_without(tmp_path, checkpointing):
-    expected, model, _ = trained(tmp_path / "without", gradient_checkpointing=checkpointing)
-    found, graphed, trainer = trained(tmp_path / "with", gradient_checkpointing=checkpointing, cuda_graphs=True)
+WRAPPED = {"packing": True, "packing_strategy": "wrapped", "max_length": 16}
+OPTIONS = {"plain": {}, "checkpointing": {"gradient_checkpointing": True}, "rows of one length": WRAPPED}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_training_is_what_it_is_without(tmp_path, options):
+    expected, model, _ = trained(tmp_path / "without", **options)
+    found, graphed, trainer = trained(tmp_path / "with", **options, cuda_graphs=True)
     assert trainer._micro_batch is not None and trainer.data_collator.pad_to_multiple_of == 128
     assert len(found) == 4
     for key in ("loss", "grad_norm", "num_tokens"):
@@ -78,10 +82,11 @@ REFUSED = {
         "leave --deepspeed and --fsdp out",
     ),
     "shards": ([*NAMED, "--fsdp"], {"RANK": "0"}, "leave --deepspeed and --fsdp out"),
-    "packed rows": ([*NAMED, "--packing"], {}, "leave --packing and --padding_free out"),
+    "packed rows": ([*NAMED, "--packing"], {}, "leave --padding_free out, and --packing, or give"),
+    "rows without padding": ([*NAMED, "--padding_free"], {}, "leave --padding_free out"),
     "another loss": ([*NAMED, "--loss_type", "dft"], {}, "leave --loss_type"),
     "a profile": ([*NAMED, "--profile_memory"], {}, "no --profile_memory"),
-    "several": ([*NAMED, "--packing", "--profile_memory"], {}, "--padding_free out; and no --profile_memory"),
+    "several": ([*NAMED, "--packing", "--profile_memory"], {}, "--packing_strategy wrapped; and no --profile_memory"),
 }
 
 
