@@ -98,6 +98,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no_reshard", dest="reshard", action="store_false", help="FSDP2's reshard_after_forward of the layers off"
     )
+    parser.add_argument(
+        "--gathered", action="store_true", help="FSDP2 gathers weights once a step, and not for each micro-batch"
+    )
     parser.add_argument("--replicas", type=int, default=1, help="of each of FSDP2's shards: HSDP")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     parser.add_argument(

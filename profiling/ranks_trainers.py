@@ -72,3 +72,12 @@ class FSDP2Trainer(_RanksTrainer):
         model = build_model(setting, torch.device("meta"))
         shard(model, mesh_of(setting, device.type), setting, Materializer(model, setting, device))
         self._take(model, setting, device)
+        self._gathered, self._count = setting.gathered, 0
+
+    def accumulate(self, ids: Tensor) -> Tensor:
+        if (
+            self._gathered
+        ):  # until the last micro-batch of a step: torch's AdamW would leave the gathered copies as they were
+            self._count = (self._count + 1) % self.micro_batches
+            self.model.set_reshard_after_backward(self._count == 0)
+        return super().accumulate(ids)

@@ -52,6 +52,8 @@ def sharded_parts(model: Model, setting: RunSetting, inside: Machine, across: Ma
     own = trained(model, setting)  # an output head that is a matrix has no gradient to send
     weights = (_EIGHT_BITS if setting.weights == "int8" else BF16) * own.elements + BF16 * own.adamw
     gathers = 2 if setting.reshard else 1
+    if setting.gathered:
+        gathers = 1 / setting.micro_batches
     gradients = BF16 * (own.adamw + (own.elements if setting.entry is None else 0))
 
     moved = gathers * 2 * weights * (1 + 1 / shards) + 2 * gradients  # into NCCL's buffers and out of them

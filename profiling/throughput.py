@@ -7,11 +7,12 @@ A run is BACKEND:OPTIMIZER[:OPTION=VALUE...]. Backends: ``torch`` (one GPU; ther
 ``fsdp2`` (torch's, with torchrun) and ``zero0`` to ``zero3`` (DeepSpeed's). Optimizers: AdamW, and all of ds_mofa's.
 
 Options of FSDP2: ``weights`` (fp32: shards in fp32 that are gathered in bf16, gradients reduced in fp32), ``reshard`` (0:
-layers stay gathered between forward and backward), ``replicas`` (HSDP: on how many ranks each shard stands), ``offload``
-(param: CPUOffloadPolicy). Of DeepSpeed: ``states`` (fp32 or bf16: its master weights and optimizer states), ``bucket`` (its
-reduce_bucket_size), ``contiguous`` and ``overlap`` (0 or 1: its contiguous_gradients and overlap_comm), ``leaf`` (1: stage
-3 gathers a decoder layer at a time rather than a linear), ``prefetch`` (its stage3_prefetch_bucket_size), ``offload``
-(optimizer or param: its offload_optimizer to the host, or that and offload_param). Of all: ``r`` (rank), ``compiled`` (1:
+layers stay gathered between forward and backward), ``gathered`` (1: from a step's first micro-batch to its last),
+``replicas`` (HSDP: on how many ranks each shard stands), ``offload`` (param: CPUOffloadPolicy). Of DeepSpeed: ``states``
+(fp32 or bf16: its master weights and optimizer states), ``bucket`` (its reduce_bucket_size), ``contiguous`` and ``overlap``
+(0 or 1: its contiguous_gradients and overlap_comm), ``leaf`` (1: stage 3 gathers a decoder layer at a time rather than a
+linear), ``prefetch`` (its stage3_prefetch_bucket_size), ``offload`` (optimizer or param: its offload_optimizer to the host,
+or that and offload_param). Of all: ``r`` (rank), ``compiled`` (1:
 each decoder layer by torch.compile), ``graphed`` (1: a micro-batch is one CUDA graph; of torch and ddp), ``checkpointing`` (1),
 ``liger`` (1: liger-kernel's fused norms, SwiGLU, rotary embedding and, where it is not graphed, loss, as HF's
 ``use_liger_kernel``), ``head`` (matrix:

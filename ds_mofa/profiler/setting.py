@@ -52,6 +52,8 @@ class RunSetting:
             computed with in bf16, gradients reduced in fp32, torch's
             ``MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)``.
         reshard: FSDP2's ``reshard_after_forward`` of the decoder layers.
+        gathered: FSDP2 gathers weights once a step, for its first micro-batch, and lets go of them in its last
+            (``set_reshard_after_backward``).
         replicas: on how many ranks each shard stands; with more than one it is HSDP.
         offload: None, "optimizer" (DeepSpeed's offload_optimizer, to the host) or "param" (that and offload_param; under
             FSDP2 its ``CPUOffloadPolicy``).
@@ -85,6 +87,7 @@ class RunSetting:
     states: str = "fp32"
     weights: str = "bf16"
     reshard: bool = True
+    gathered: bool = False
     replicas: int = 1
     offload: str | None = None
     compiled: bool = False
@@ -295,7 +298,7 @@ class RunSetting:
         if not self.sharded:
             own = [
                 name
-                for name in ("weights", "reshard", "replicas")
+                for name in ("weights", "reshard", "gathered", "replicas")
                 if getattr(self, name) not in (_FIELDS[name], "int8")
             ]
             if own:

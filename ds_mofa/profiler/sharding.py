@@ -40,6 +40,8 @@ def shard(
     classes = tuple(causal._no_split_modules or ())
     for layer in [module for module in model.modules() if type(module).__name__ in classes]:
         prepare(layer)
-        fully_shard(layer, reshard_after_forward=setting.reshard, **options)
+        fully_shard(layer, reshard_after_forward=setting.reshard and not setting.gathered, **options)
     prepare(model)
-    fully_shard(model, **options)
+    whole = fully_shard(model, **options)
+    if setting.gathered:
+        whole.set_reshard_after_backward(False)

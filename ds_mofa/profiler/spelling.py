@@ -11,9 +11,9 @@ __all__ = ["WORDS", "SettingError", "alternatives", "read_fields", "read_option"
 _SHORT = {"r": "rank", "adamw": "adamw_states"}
 
 _KINDS: dict[str, type] = {
-    "rank": int, "states": str, "weights": str, "reshard": bool, "replicas": int, "offload": str, "compiled": bool,
-    "graphed": bool, "head": str, "embed": str, "checkpointing": bool, "liger": bool, "loss": str, "leaf": bool,
-    "prefetch": int, "contiguous": bool, "overlap": bool, "bucket": int, "card": float, "gpus": int, "seq": int,
+    "rank": int, "states": str, "weights": str, "reshard": bool, "gathered": bool, "replicas": int, "offload": str,
+    "compiled": bool, "graphed": bool, "head": str, "embed": str, "checkpointing": bool, "liger": bool, "loss": str,
+    "leaf": bool, "prefetch": int, "contiguous": bool, "overlap": bool, "bucket": int, "card": float, "gpus": int, "seq": int,
     "micro_batch": int, "micro_batches": int,
 }  # fmt: skip
 WORDS = ("r", "adamw", "head_loss", *(name for name in _KINDS if name != "rank"))

@@ -21,6 +21,7 @@ RUNS = [
     "torch:MoFaSGD:r=8:head_loss=fused:adamw=8bit:explore=4:head=matrix:embed=frozen:checkpointing=1:card=24",
     "zero1:AdamW:states=bf16:contiguous=0:overlap=0",
     "fsdp2:AdamW:weights=fp32:reshard=0:replicas=2:compiled=1",
+    "fsdp2:AdamW:gathered=1",
     "fsdp2:MoFaSGD:r=32:offload=param",
     "ddp:MoFaSGD:r=8",
     "torch:MoFaSGD:r=8:fp8=1:graphed=1",

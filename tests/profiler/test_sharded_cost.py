@@ -50,6 +50,17 @@ def test_there_are_rows_of_one_two_and_four_gpus():
     assert {"AdamW" in row["run"] for row in ROWS} == {True, False}
 
 
+def test_weights_that_stay_gathered_are_sent_once_a_step():
+    parts = {}
+    for word in ("", ":reshard=0", ":gathered=1"):
+        setting = RunSetting.parse(f"fsdp2:MoFaSGD:r=32{word}", shape="1024x8", gpus=2)
+        parts[word] = sharded_cost.sharded_parts(MODELS["llama-3.1-8b"], setting, H200, H200)[-2].sent
+    model = MODELS["llama-3.1-8b"]
+    weights = 2 * (model.elements + model.adamw) / 2
+    assert parts[""] - parts[":reshard=0"] == pytest.approx(weights)
+    assert parts[":reshard=0"] - parts[":gathered=1"] == pytest.approx(weights * 7 / 8)
+
+
 def test_replicas_send_little_between_them():
     """Of the matrices nothing: AdamW's sends their gradients."""
     sent = {}

@@ -172,3 +172,31 @@ def test_under_fsdp2_no_gradient_of_a_matrix_lives(ran):
     if "AdamW" in ran.run:  # the control: the layer before waits in the buffer that it is reduced in
         assert max(layer["largest"] for layer in layers) >= layers[0]["layer_gradients"]
         assert max(layer["held"] for layer in layers) > 0
+
+
+def losses(run: str) -> list[float]:
+    """Of three steps of three micro-batches each, by the trainer that is measured."""
+    torch.manual_seed(0)
+    setting = RunSetting.parse(run, model_config=TINY, shape="32x3", gpus=dist.get_world_size())
+    trainer = make_trainer(setting, torch.device("cpu"))
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 1e-3
+    ids = torch.randint(0, 300, (3, 1, setting.seq), generator=torch.Generator().manual_seed(dist.get_rank()))
+    found = []
+    for _ in range(3):
+        found += [float(trainer.accumulate(part)) for part in ids]
+        trainer.step()
+    return found
+
+
+def gathered_once_or_always(optimizer: str) -> dict[str, list[float]]:
+    return {word: losses(f"fsdp2:{optimizer}{word}") for word in ("", ":gathered=1")}
+
+
+@on_ranks(gathered_once_or_always, optimizer=["AdamW", "MoFaSGD:r=4"])
+def test_weights_that_stay_gathered_train_alike(ran):
+    """Also by torch's AdamW, which would leave what is gathered as it was."""
+    for result in ran.ranks:
+        once, always = result[":gathered=1"], result[""]
+        assert once == pytest.approx(always, rel=1e-3)
+        assert abs(always[-1] - always[2]) > 0.01

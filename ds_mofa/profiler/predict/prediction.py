@@ -94,7 +94,7 @@ def _one_micro_batch(setting: RunSetting) -> RunSetting:
     if setting.liger:  # whose loss waits for the device, which no graph can
         kept.append("graphed")
     if setting.sharded:
-        kept += ["backend", "gpus", "weights", "reshard", "replicas"]
+        kept += ["backend", "gpus", "weights", "reshard", "gathered", "replicas"]
     elif setting.weights == "int8":
         kept.append("weights")
     options = {name: value for name, value in setting.options if name not in OF_ADAMW}

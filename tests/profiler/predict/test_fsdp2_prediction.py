@@ -54,9 +54,13 @@ def test_what_is_gathered_in_eight_bits_is_half():
 
 
 def test_what_stays_gathered_is_all_there_at_the_loss():
-    kept, let_go = (plan(f"fsdp2:AdamW{word}") for word in (":reshard=0", ""))
+    kept, always, let_go = (plan(f"fsdp2:AdamW{word}") for word in (":reshard=0", ":gathered=1", ""))
     assert kept.batch.peaks[0].communication >= 2 * numbers(kept, "")
     assert let_go.batch.peaks[0].communication < 2 * numbers(kept, "")
+    assert always.batch.peaks[0].communication >= 2 * numbers(kept, "")
+    assert (
+        always.batch.peaks[-1].communication >= 2 * numbers(kept, "") > kept.batch.peaks[-1].communication
+    )  # and at the end
 
 
 def test_shards_are_a_part_and_replicas_hold_more():
