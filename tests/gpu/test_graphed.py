@@ -1,10 +1,13 @@
 """Micro-batches as CUDA graphs: the eager run, whatever becomes of ``.grad`` between steps."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_mofa import GraphedMicroBatch, MoFaSGD
 from tests.gpu.toys import MICRO_BATCHES, STEPS, TOKENS, Model, mofasgd
@@ -59,6 +62,31 @@ def test_it_is_the_eager_run(make, set_to_none):
     assert losses[-1] < 0.9 * losses[0]
     for name, weight in weights.items():
         torch.testing.assert_close(found[name].float(), weight.float(), rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_mixture_of_experts_is_captured(checkpointing):
+    """transformers' router and our grouped products wait for nothing."""
+    config = AutoConfig.for_model(**json.loads(Path("configs/models/qwen3-moe-tiny.json").read_text()))
+    found = {}
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).cuda().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        optimizer = mofasgd()(model)
+        micro_batch = GraphedMicroBatch(lambda ids, model=model: model(input_ids=ids, labels=ids).loss, optimizer)
+        if not graphed:
+            micro_batch.WARM = 1000
+        losses = []
+        for _ in range(8):
+            losses.append(micro_batch(batches()[0]))
+            optimizer.step()
+            optimizer.zero_grad()
+        found[graphed] = torch.stack(losses).tolist()
+        assert len(micro_batch._graphs) == graphed
+    assert found[True] == pytest.approx(found[False], rel=0.01)
+    assert found[True][-1] < 0.95 * found[True][0]
 
 
 def micro_batch_of(model, optimizer):
