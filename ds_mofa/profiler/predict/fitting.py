@@ -173,7 +173,11 @@ def _between(known: Mapping[int, float], room: float, low: int, high: int, top: 
         guess = 2 * low
     elif len(known) % 3 or len(known) == 3:
         crossing = _crossing(known, room, *finite[:2]) if len(finite) > 1 else None
-        if crossing is not None and low <= crossing < high:
+        if len(finite) > 1 and high > top and (crossing is None or crossing >= top):
+            guess = top  # it seems to fit as far as is looked
+        elif crossing is not None and crossing < 1 and low == 0:
+            guess = 1  # it seems that nothing fits
+        elif crossing is not None and low <= crossing < high:
             guess = max(crossing, low + 1)
         elif low in known and high in known and math.isfinite(known[high]):
             guess = _crossing(known, room, low, high) or guess

@@ -99,6 +99,12 @@ def test_a_search_asks_seldom_and_finds_the_edge(start):
     asked = []
     largest(lambda x: asked.append(x) or 1000 + 7 * x, 2500, start, 1, 10_000)
     assert len(asked) <= 5, "a line needs two points, its edge and one step more"
+    asked = []
+    assert largest(lambda x: asked.append(x) or 1000 + x // 100, 2500, start, 1, 10_000) == 10_000
+    assert len(asked) <= 3, "two points say that all fits, and the limit is asked"
+    asked = []
+    assert largest(lambda x: asked.append(x) or 3000 + 7 * x, 2500, 64, 1, 10_000) == 0
+    assert len(asked) <= 3, "or that nothing does"
 
 
 def test_the_ends_of_a_search():

@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import io
+import unittest.mock
 import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
+from ds_mofa.kernels import int8
 from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.registry import Entry
 from ds_mofa.options import AdamWOptions, OptionError
@@ -18,6 +20,7 @@ from ds_mofa.profiler.setting import RunSetting
 
 __all__ = ["OF_ADAMW", "Attached", "attach", "put_in_eight_bits"]
 
+_ALL = 1 << 62
 OF_ADAMW = frozenset(field.name for field in dataclasses.fields(AdamWOptions))  # neither forward nor backward sees them
 
 
@@ -67,7 +70,8 @@ def put_in_eight_bits(model: nn.Module, setting: RunSetting) -> None:
     assert setting.entry is not None  # else the setting is refused
     params = setting.params(head_names(model))
     try:
-        setting.entry.optimizer.to_int8(model, **{name: params[name] for name in params if name not in OF_ADAMW})
+        with unittest.mock.patch.object(int8, "CHUNK", _ALL):  # thousands of passes over memory that is not there
+            setting.entry.optimizer.to_int8(model, **{name: params[name] for name in params if name not in OF_ADAMW})
     except OptionError as error:
         raise PredictionError(str(error)) from error
 
