@@ -151,16 +151,14 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine, captured
     """
     model, captured = trained(model, setting), setting.graphed if captured is None else captured
     rank, gpus, stage, explore = setting.rank, setting.gpus, setting.zero, sketch_columns(setting) - setting.rank
-    whole = (
-        setting.backend == "ddp"
-    )  # every process owns every matrix: an all-reduce of the sketches, and nothing to gather
-    owners = 1 if whole else gpus
+    # Where every process owns every matrix there is an all-reduce of the sketches, and nothing to gather.
+    owners, whole = setting.owners, setting.backend == "ddp"
     r, share = rank, rank * model.sides / owners  # elements of this rank's factors
     beside = explore * model.sides / owners  # and of the directions that it finds beside them
     away = (gpus - 1) / gpus
 
     def send(sent: float) -> float:
-        return sent / machine.network + machine.latency * math.log2(gpus) if gpus > 1 else 0.0
+        return seconds_to_send(sent, gpus, machine)
 
     def launched(part: str) -> float:
         return (LAUNCHES[part] + (EXPLORING[part] if explore else 0)) * machine.launch
@@ -216,6 +214,11 @@ def optimizer_step(model: Model, setting: RunSetting, machine: Machine, captured
     return [reduce, adamw, update, gather, apply]
 
 
+def seconds_to_send(sent: float, gpus: int, machine: Machine) -> float:
+    """Of one message between so many GPUs, of which each sends ``sent`` bytes; 0 where there is one."""
+    return sent / machine.network + machine.latency * math.log2(gpus) if gpus > 1 else 0.0
+
+
 def trained(model: Model, setting: RunSetting) -> Model:
     """The model with its output head and embedding among the matrices where the setting says so."""
     table = (model.vocabulary, model.width)
@@ -234,8 +237,7 @@ def sub_batches(model: Model, setting: RunSetting) -> int:
     """How many times a rank launches the factor update; see the option ``update_bytes``. Of exploring as the measured runs
     had it, whose bound took the explored columns for the state's.
     """
-    owners = 1 if setting.backend == "ddp" else setting.gpus
-    layout = Layout([(shape, 0) for shape in model.matrices], sketch_columns(setting), owners)
+    layout = Layout([(shape, 0) for shape in model.matrices], sketch_columns(setting), setting.owners)
     return len(split(layout.owned_by(0), setting.option("update_bytes")))
 
 

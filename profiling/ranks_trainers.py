@@ -75,9 +75,8 @@ class FSDP2Trainer(_RanksTrainer):
         self._gathered, self._count = setting.gathered, 0
 
     def accumulate(self, ids: Tensor) -> Tensor:
-        if (
-            self._gathered
-        ):  # until the last micro-batch of a step: torch's AdamW would leave the gathered copies as they were
+        # Until the last micro-batch of a step: torch's AdamW would leave the gathered copies as they were.
+        if self._gathered:
             self._count = (self._count + 1) % self.micro_batches
             self.model.set_reshard_after_backward(self._count == 0)
         return super().accumulate(ids)

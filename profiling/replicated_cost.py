@@ -8,7 +8,6 @@ when the last micro-batch is over, and the sketches in the step.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from profiling.cost_model import (
     Part,
     micro_batch,
     optimizer_step,
+    seconds_to_send,
     total,
     trained,
 )
@@ -44,7 +44,7 @@ def mean_of_gradients(model: Model, setting: RunSetting, machine: Machine) -> Pa
     if gpus == 1:
         return Part("mean of gradients")
     sent = 2 * gradients * (gpus - 1) / gpus
-    seconds = 2 * gradients / machine.copy + sent / machine.network + machine.latency * math.log2(gpus)
+    seconds = 2 * gradients / machine.copy + seconds_to_send(sent, gpus, machine)
     return Part("mean of gradients", 2 * gradients, 0.0, sent, 1, seconds)
 
 

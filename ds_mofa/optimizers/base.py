@@ -62,6 +62,7 @@ class MatrixOptimizer(Stateful):
     rule_class: ClassVar[Callable[..., Rule]]
     __signature__: ClassVar[inspect.Signature]
 
+    process_group: dist.ProcessGroup | None = None  # as given to the constructor
     adamw_gradients: Any  # of a backend where a script can drop AdamW's gradients, and the sketches must follow
 
     _gradients: Gradients | None = None  # None where a backend has its own

@@ -26,7 +26,7 @@ class Replicated:
         self._group, self._processes = group, dist.get_world_size(group)
 
     def broadcast(self, params: Sequence[Tensor]) -> None:
-        """Give every process the values of the group's first. Collective."""
+        """Give every process the values of the group's first, in place. Collective. ``params``: of any shape and dtype."""
         first = 0 if self._group is None else dist.get_global_rank(self._group, 0)
         for param in params:
             dist.broadcast(param.detach(), first, group=self._group)
@@ -37,7 +37,8 @@ class Replicated:
         have none it stays so. Collective; the host waits for the device once.
 
         Args:
-            params: the same on every process, in one order, on one device.
+            params: the same on every process, in one order, on one device; of any shape and floating dtype, in which the sum
+                is taken, of gradients that were divided by the number of processes first.
         """
         if not params:
             return
@@ -52,10 +53,12 @@ class Replicated:
             kinds[param.grad.device, param.grad.dtype].append(param.grad)
         for alike in kinds.values():
             torch._foreach_div_(alike, self._processes)
-            small = [grad for grad in alike if grad.numel() < _LARGE or not grad.is_contiguous()]
+            small = []
             for grad in alike:
                 if grad.numel() >= _LARGE and grad.is_contiguous():
                     dist.all_reduce(grad, group=self._group)
+                else:
+                    small.append(grad)
             if small:
                 joined = torch.cat([grad.reshape(-1) for grad in small])
                 dist.all_reduce(joined, group=self._group)

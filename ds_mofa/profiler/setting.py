@@ -198,6 +198,11 @@ class RunSetting:
         return ":".join([*words, *([f"model={self.model_config}"] if self.model_config else [])])
 
     @property
+    def owners(self) -> int:
+        """Processes that share the matrices out; under DDP each owns all, as it holds all weights."""
+        return 1 if self.backend == "ddp" else self.gpus
+
+    @property
     def zero(self) -> int | None:
         """ZeRO stage; None without DeepSpeed."""
         return int(self.backend.removeprefix("zero")) if self.backend.startswith("zero") else None

@@ -60,8 +60,8 @@ class Plan:
 
     @property
     def owners(self) -> int:
-        """Processes that share the matrices out; under DDP each owns all, as it holds all weights."""
-        return 1 if self.setting.backend == "ddp" else self.setting.gpus
+        """:attr:`ds_mofa.profiler.setting.RunSetting.owners`."""
+        return self.setting.owners
 
     @functools.cached_property
     def rule(self) -> Rule:
