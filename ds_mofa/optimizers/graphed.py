@@ -97,6 +97,7 @@ class GraphedMicroBatch:
         self._places: list[int] = []
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._largest = 0  # elements of the tensors of any graph's call
         self._update: CapturedUpdate | None = None  # who drops it has steps run eagerly
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -138,6 +139,7 @@ class GraphedMicroBatch:
             if self._seen.setdefault(key, 0) < self.WARM:
                 self._seen[key] += 1
                 return self._beside(leaves, tree)
+            self._make_room(leaves)
             self._graphs[key] = self._captured(leaves, tree)
         loss = self._graphs[key].replay(leaves)
         if self._ours is not None:
@@ -175,6 +177,7 @@ class GraphedMicroBatch:
         if places != self._places:
             self._graphs, self._seen, self._gradients, self._places = {}, {}, {}, places
             self._pool = self._update = None
+            self._largest = 0
         fresh = []
         for param, gradient in self._gradients.items():
             if param.grad is None:
@@ -199,6 +202,15 @@ class GraphedMicroBatch:
             if param.grad is not None:
                 self._gradients.setdefault(param, param.grad)
         return loss
+
+    def _make_room(self, leaves: list[Any]) -> None:
+        """Before larger tensors than any so far are captured, let go of the graphs: what smaller ones have left of their memory
+        is in pieces that the larger one could not use. They are captured again when they come, at once, in its memory.
+        """
+        size = sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
+        if size > self._largest:
+            self._graphs, self._largest = {}, size
+            self._pool = self._update = None
 
     def _captured(self, leaves: list[Any], tree: TreeSpec) -> "_Graph":
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -64,6 +64,22 @@ def test_it_is_the_eager_run(make, set_to_none):
         torch.testing.assert_close(found[name].float(), weight.float(), rtol=0.02, atol=2e-3)
 
 
+def test_larger_shapes_let_go_of_the_smaller_ones_graphs():
+    """The run is the eager one, and takes little more than the largest shape alone."""
+    lengths, reserved = (128, 128, 256, 256, 512, 512, 512, 128, 256, 512), {}
+    expected, _, _ = run(mofasgd(), graphed=False, lengths=lengths)
+    for name, some in (("all", lengths), ("largest", (512,) * 5)):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        losses, _, micro_batch = run(mofasgd(), graphed=True, lengths=some)
+        reserved[name] = torch.cuda.memory_reserved() - before
+        assert len(micro_batch._graphs) == (3 if name == "all" else 1)
+        if name == "all":
+            assert losses == pytest.approx(expected, rel=5e-3)
+        del micro_batch
+    assert reserved["all"] < 1.2 * reserved["largest"]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_mixture_of_experts_is_captured(checkpointing):
     """transformers' router and our grouped products wait for nothing."""
