@@ -18,7 +18,8 @@ LENGTHS = [(TOKENS,) * MICRO_BATCHES] * STEPS
 UNEQUAL = [*LENGTHS, (TOKENS, 2 * TOKENS, TOKENS), *LENGTHS]  # on odd ranks: another graph than their neighbours'
 MAKES = {
     "rank 8": mofasgd(),
-    "explore": mofasgd(explore=8),
+    # So slow that there is a gradient to the end: without one, noise chooses the directions.
+    "explore": mofasgd(explore=8, lr=2e-4),
     "embedding, head": mofasgd(include=["embed", "head.weight"]),
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
 }

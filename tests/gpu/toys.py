@@ -27,4 +27,4 @@ class Model(nn.Module):
 
 
 def mofasgd(**options):
-    return lambda model: MoFaSGD(model, lr=1e-3, **{"rank": 8, **options})
+    return lambda model: MoFaSGD(model, **{"lr": 1e-3, "rank": 8, **options})
