@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["launches_on", "stages_that_fit", "tile_that_fits", "triton_serves"]
+__all__ = ["launches_on", "multiprocessors", "stages_that_fit", "tile_that_fits", "triton_serves"]
 
 _LEAST = 16  # a side of a tile: tensor cores multiply no less
 
@@ -60,6 +60,12 @@ def tile_that_fits(device: torch.device, tile: tuple[int, int], needs: Callable[
             )
         first, second = (first, second // 2) if second > _LEAST else (first // 2, second)
     return first, second
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many of them the device has, each of which runs a program at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache

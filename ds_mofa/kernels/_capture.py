@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_mofa.kernels import stages_that_fit, tile_that_fits
+from ds_mofa.kernels import multiprocessors, stages_that_fit, tile_that_fits
+from ds_mofa.kernels._launching import Compiled
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ALIGNMENT = 16  # bytes of a vector load
@@ -39,23 +40,41 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
         most, widest = max(most, tokens), max(widest, m, n)
         even &= not ((x_address | dy_address | U | V | Y | Z) % _ALIGNMENT or (m | n) % _WIDTH)
     jobs = 2 * len(work)
-    rows = _on_device(table, device)
-    R = max(16, triton.next_power_of_2(rank))
+    programs = min(jobs * triton.cdiv(most, _TOKENS), multiprocessors(device))
+    R, strip, project, columns, accumulate = _kernels(device, rank, dtype, even, programs, len(work) == 1)
     products = torch.empty(jobs, most, R, dtype=dtype, device=device)
-    shape = {"RANK": rank, "R": R, "DTYPE": _DTYPES[dtype], "EVEN": even}
-    block_t, block_w = tile_that_fits(device, (64, _WIDTH), lambda t, w: 2 * w * (t + R))
-    stages = stages_that_fit(device, 2 * block_w * (block_t + R))
-    _project_kernel[(jobs, triton.cdiv(most, block_t))](
-        rows, products, most, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, num_warps=4, **shape
-    )
-    block_w, block_t = tile_that_fits(device, (64 if R <= 64 else 32, 64), lambda w, t: 2 * t * (w + R))
-    stages = stages_that_fit(device, 2 * block_t * (block_w + R))
-    _accumulate_kernel[(jobs, triton.cdiv(widest, block_w))](
-        rows, products, most, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, num_warps=4, **shape
-    )
+    rows = table if len(work) == 1 else [_on_device(table, device)]
+    project((jobs, triton.cdiv(most, strip)), *rows, products, most)
+    accumulate((jobs, triton.cdiv(widest, columns)), *rows, products, most)
 
 
+_TOKENS = 64  # of a tile of activations, where there are enough of them for all of the device
 _LINEAR = 10  # numbers of one linear in the table
+
+
+@functools.cache
+def _kernels(
+    device: torch.device, rank: int, dtype: torch.dtype, even: bool, programs: int, alone: bool
+) -> tuple[int, int, Compiled, int, Compiled]:
+    """Columns of a tile of factors; tokens of a tile and the kernel that projects; columns of a tile and the one that sums.
+
+    Args:
+        programs: how many project, with tiles of ``_TOKENS``; where half of the device would be idle, tiles are smaller.
+        alone: they take one linear, without a table.
+    """
+    R = max(16, triton.next_power_of_2(rank))
+    shape = {"RANK": rank, "R": R, "DTYPE": _DTYPES[dtype], "EVEN": even, "num_warps": 4}
+    tokens = _TOKENS
+    while tokens > 16 and 2 * programs <= multiprocessors(device):
+        tokens, programs = tokens // 2, 2 * programs
+    strip, block_w = tile_that_fits(device, (tokens, _WIDTH), lambda t, w: 2 * w * (t + R))
+    stages = stages_that_fit(device, 2 * block_w * (strip + R))
+    kernel = _project_one_kernel if alone else _project_kernel
+    project = Compiled(kernel, BLOCK_T=strip, BLOCK_W=block_w, STAGES=stages, **shape)
+    columns, block_t = tile_that_fits(device, (64 if R <= 64 else 32, 64), lambda w, t: 2 * t * (w + R))
+    stages = stages_that_fit(device, 2 * block_t * (columns + R))
+    kernel = _accumulate_one_kernel if alone else _accumulate_kernel
+    return R, strip, project, columns, Compiled(kernel, BLOCK_T=block_t, BLOCK_W=columns, STAGES=stages, **shape)
 
 
 def _on_device(table: list[int], device: torch.device) -> Tensor:
@@ -80,10 +99,10 @@ def _warm(device: torch.device) -> None:
     _row_kernel[(1,)](rows, 0, *numbers, *numbers)
 
 
-_NUMBERS = ["first", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
+_NUMBERS = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=["first", *_NUMBERS])
 def _row_kernel(table, first, a, b, c, d, e, f, g, h, i, j):
     at = table + first
     tl.store(at, a)
@@ -99,23 +118,40 @@ def _row_kernel(table, first, a, b, c, d, e, f, g, h, i, j):
 
 
 @triton.jit
-def _job(table, job, EVEN: tl.constexpr, DTYPE: tl.constexpr):
+def _in_table(table, job):
     """One row of the table: an activation or gradient A (tokens, width), its factor and its sketch (width, rank)."""
     row = table + job * 5  # see launch
-    a = tl.load(row).to(tl.pointer_type(DTYPE))
-    width = tl.load(row + 1).to(tl.int32)
-    tokens = tl.load(row + 2).to(tl.int32)
-    factor = tl.load(row + 3).to(tl.pointer_type(DTYPE))
-    sketch = tl.load(row + 4).to(tl.pointer_type(tl.float32))
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+
+
+@triton.jit
+def _of_two(job, a, b, c, d, e, f, g, h, i, j):
+    """The first row or the second."""
+    address, width, tokens = a + (f - a) * job, b + (g - b) * job, c + (h - c) * job
+    return address, width, tokens, d + (i - d) * job, e + (j - e) * job
+
+
+@triton.jit
+def _aligned(a, factor, sketch, width, EVEN: tl.constexpr, DTYPE: tl.constexpr):
+    """Addresses as pointers, with what is known of them."""
+    a = a.to(tl.int64).to(tl.pointer_type(DTYPE))
+    factor = factor.to(tl.int64).to(tl.pointer_type(DTYPE))
+    sketch = sketch.to(tl.int64).to(tl.pointer_type(tl.float32))
+    width = width.to(tl.int32)
     if EVEN:
-        width = tl.multiple_of(width, 16)
+        width = width // 16 * 16  # where hints of what comes from a call are lost
         a, factor, sketch = tl.multiple_of(a, 16), tl.multiple_of(factor, 16), tl.multiple_of(sketch, 16)
-    return a, width, tokens, factor, sketch
+    return a, factor, sketch, width
 
 
-@triton.jit(do_not_specialize=["most"])
-def _project_kernel(
-    table,
+@triton.jit
+def _project(
+    job,
+    a,
+    width,
+    tokens,
+    factor,
+    sketch,
     products,
     most,
     RANK: tl.constexpr,
@@ -127,8 +163,7 @@ def _project_kernel(
     STAGES: tl.constexpr,
 ):
     """products[job] = A factor, a strip of tokens a program."""
-    job = tl.program_id(0)
-    a, width, tokens, factor, _ = _job(table, job, EVEN, DTYPE)
+    a, factor, sketch, width = _aligned(a, factor, sketch, width, EVEN, DTYPE)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.program_id(1) * BLOCK_T >= tokens:
         return
@@ -150,9 +185,14 @@ def _project_kernel(
     tl.store(out, total.to(DTYPE), mask=(t < tokens)[:, None])
 
 
-@triton.jit(do_not_specialize=["most"])
-def _accumulate_kernel(
-    table,
+@triton.jit
+def _accumulate(
+    job,
+    a,
+    width,
+    tokens,
+    factor,
+    sketch,
     products,
     most,
     RANK: tl.constexpr,
@@ -164,8 +204,7 @@ def _accumulate_kernel(
     STAGES: tl.constexpr,
 ):
     """sketch += A^T products[partner], a strip of the sketch a program: no atomics, the same sum in every run."""
-    job = tl.program_id(0)
-    a, width, tokens, _, sketch = _job(table, job, EVEN, DTYPE)
+    a, factor, sketch, width = _aligned(a, factor, sketch, width, EVEN, DTYPE)
     if tl.program_id(1) * BLOCK_W >= width:
         return
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -187,3 +226,161 @@ def _accumulate_kernel(
     at = sketch + w[:, None] * RANK + k[None, :]
     held = (w < width)[:, None] & (k < RANK)[None, :]
     tl.store(at, tl.load(at, mask=held, other=0.0) + total, mask=held)
+
+
+@triton.jit(do_not_specialize=["most"])
+def _project_kernel(
+    table,
+    products,
+    most,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """:func:`_project` of every row of a table."""
+    job = tl.program_id(0)
+    address, width, tokens, factor, sketch = _in_table(table, job)
+    _project(
+        job,
+        address,
+        width,
+        tokens.to(tl.int32),
+        factor,
+        sketch,
+        products,
+        most,
+        RANK,
+        R,
+        DTYPE,
+        EVEN,
+        BLOCK_T,
+        BLOCK_W,
+        STAGES,
+    )
+
+
+@triton.jit(do_not_specialize=["most", *_NUMBERS])
+def _project_one_kernel(
+    a,
+    b,
+    c,
+    d,
+    e,
+    f,
+    g,
+    h,
+    i,
+    j,
+    products,
+    most,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """:func:`_project` of one linear, whose two rows are arguments."""
+    job = tl.program_id(0)
+    address, width, tokens, factor, sketch = _of_two(job, a, b, c, d, e, f, g, h, i, j)
+    _project(
+        job,
+        address,
+        width,
+        tokens.to(tl.int32),
+        factor,
+        sketch,
+        products,
+        most,
+        RANK,
+        R,
+        DTYPE,
+        EVEN,
+        BLOCK_T,
+        BLOCK_W,
+        STAGES,
+    )
+
+
+@triton.jit(do_not_specialize=["most"])
+def _accumulate_kernel(
+    table,
+    products,
+    most,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """:func:`_accumulate` of every row of a table."""
+    job = tl.program_id(0)
+    address, width, tokens, factor, sketch = _in_table(table, job)
+    _accumulate(
+        job,
+        address,
+        width,
+        tokens.to(tl.int32),
+        factor,
+        sketch,
+        products,
+        most,
+        RANK,
+        R,
+        DTYPE,
+        EVEN,
+        BLOCK_T,
+        BLOCK_W,
+        STAGES,
+    )
+
+
+@triton.jit(do_not_specialize=["most", *_NUMBERS])
+def _accumulate_one_kernel(
+    a,
+    b,
+    c,
+    d,
+    e,
+    f,
+    g,
+    h,
+    i,
+    j,
+    products,
+    most,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """:func:`_accumulate` of one linear, whose two rows are arguments."""
+    job = tl.program_id(0)
+    address, width, tokens, factor, sketch = _of_two(job, a, b, c, d, e, f, g, h, i, j)
+    _accumulate(
+        job,
+        address,
+        width,
+        tokens.to(tl.int32),
+        factor,
+        sketch,
+        products,
+        most,
+        RANK,
+        R,
+        DTYPE,
+        EVEN,
+        BLOCK_T,
+        BLOCK_W,
+        STAGES,
+    )

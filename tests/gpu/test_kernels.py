@@ -202,9 +202,10 @@ def _assert_svd(K, scaled, sigma, Q):
 @pytest.mark.parametrize(("m", "n"), [(256, 128), (130, 384), (33, 40), (512, 1024)])
 @pytest.mark.parametrize("tokens", [1, 70, 256])
 def test_many_linears_sketched_together_are_each_sketched(tokens, m, n, r, dtype):
+    """And one that is taken alone has the same bits, though its tiles are smaller."""
     torch.manual_seed(0)
     queue = Queue(r, dtype)
-    sketches, expected = [], []
+    sketches, expected, alone = [], [], []
     for index in range(3):
         x, dy = (torch.randn(2, tokens + index, size, device="cuda").to(dtype) for size in (n, m))
         U, V = (torch.randn(size, r, device="cuda").to(dtype) for size in (m, n))
@@ -214,8 +215,11 @@ def test_many_linears_sketched_together_are_each_sketched(tokens, m, n, r, dtype
         expected.append((Y + dY.T @ left, Z + X.T @ right))
         sketches.append((Y, Z, U, V))
         queue._waiting.append((tuple(tensor.data_ptr() for tensor in sketches[-1]), x, dy))
+        alone.append((Y.clone(), Z.clone()))
+        queue.take(tuple(tensor.data_ptr() for tensor in (*alone[-1], U, V)), x, dy)
     queue.flush()
-    for (Y, Z, _, _), exact in zip(sketches, expected):
+    for (Y, Z, _, _), exact, (one_Y, one_Z) in zip(sketches, expected, alone):
+        assert torch.equal(Y, one_Y) and torch.equal(Z, one_Z)
         for got, sketch in zip((Y, Z), exact):
             assert (got - sketch).norm() / sketch.norm() < (
                 5e-3 if dtype == torch.bfloat16 else 1e-3
@@ -240,6 +244,7 @@ def test_a_backward_takes_all_that_waits():
         return optimizer.matrices.sketches.clone()
 
     at_the_end = captured(COUNT=16, BYTES=10**9)
+    assert torch.equal(captured(COUNT=1), at_the_end)
     assert torch.equal(captured(COUNT=2), at_the_end)
     assert torch.equal(captured(BYTES=100_000), at_the_end)
     with pytest.MonkeyPatch.context() as patch:

@@ -339,6 +339,22 @@ def test_a_weight_frozen_later_adds_nothing(mode):
 
 
 @MODES
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_weight_frozen_between_forward_and_backward_adds_nothing(mode, compiled):
+    captured = Captured(_build(Mlp), mode)
+    sketches = []
+    for model in (captured.model, captured.plain):
+        if compiled:
+            model.compile(backend="aot_eager")
+        loss = model(_inputs(4, 6)).square().sum()
+        model.up.weight.requires_grad_(False)
+        loss.backward()
+        sketches = sketches or [sketch.Y.any() for sketch in captured.sketches]
+    assert captured.plain.up.weight.grad is None and captured.plain.down.weight.grad is not None
+    assert sketches == [False, True]
+
+
+@MODES
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 def test_autocast_takes_the_sketches_of_the_gradient_that_autocast_gives(mode, inside):
     captured = Captured(_build(Mlp), mode, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Which work the Triton kernels are launched for: tensors that are there, weights too, and nothing that is traced."""
+"""Which work the Triton kernels are launched for: tensors that are there, weights too, and nothing that is traced; and how."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_mofa import kernels
+from ds_mofa.kernels._launching import Compiled
 from ds_mofa.kernels.int8 import Int8Weight
 
 
@@ -32,3 +33,47 @@ def test_what_has_no_memory_of_its_own_is_not():
 def test_what_is_compiled_is_not(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not kernels.launches_on(torch.randn(4, 32))
+
+
+class Kernel:
+    """Notes its launches as Triton's kernels and what they compile to would take them."""
+
+    arg_names = ("table", "tokens", "RANK", "BLOCK")
+
+    def __init__(self, compiles: bool = True):
+        self.compiles, self.launches = compiles, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launches.append(("kernel", grid, args, constants))
+            return Handle(self.launches) if self.compiles else None
+
+        return launch
+
+
+class Handle:
+    def __init__(self, launches):
+        self.launches = launches
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launches.append(("compiled", grid, args))
+
+
+def test_a_kernel_is_asked_for_once():
+    """Then what it compiled to is launched, with the constants in the order of the kernel's arguments."""
+    kernel = Kernel()
+    launch = Compiled(kernel, BLOCK=64, RANK=8, num_warps=4)
+    for tokens in (10, 20):
+        launch((2, tokens), "table", tokens)
+    assert kernel.launches == [
+        ("kernel", (2, 10), ("table", 10), {"BLOCK": 64, "RANK": 8, "num_warps": 4}),
+        ("compiled", (2, 20, 1), ("table", 20, 8, 64)),
+    ]
+
+
+def test_the_interpreter_compiles_nothing():
+    kernel = Kernel(compiles=False)
+    launch = Compiled(kernel, BLOCK=64, RANK=8)
+    for tokens in (10, 20):
+        launch((2, tokens), "table", tokens)
+    assert [kind for kind, *_ in kernel.launches] == ["kernel"] * 2
