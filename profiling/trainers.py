@@ -18,6 +18,7 @@ from ds_mofa.optimizers.base import MatrixOptimizer
 from ds_mofa.optimizers.graphed import GraphedMicroBatch
 from ds_mofa.optimizers.registry import OPTIMIZERS
 from ds_mofa.parameters import split_parameters
+from ds_mofa.parameters.experts import holds_experts
 from ds_mofa.profiler.predict.simulated.model import attention
 from ds_mofa.profiler.setting import RunSetting, SettingError
 from ds_mofa.weights.int8 import put_in, serves
@@ -106,8 +107,10 @@ def build_model(setting: RunSetting, device: torch.device) -> nn.Module:
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kind)
     if setting.liger:
-        others = setting.option("fused_head") or setting.graphed  # its loss waits for the device, which no graph can
-        apply_liger_kernel(model, {"fused_linear_cross_entropy": False} if others else None)
+        # Its loss waits for the device, which no graph can; its experts' gradients are whole, which ours are there to spare.
+        others = setting.option("fused_head") or setting.graphed
+        forms = setting.optimizer not in OPTIMIZERS or not any(map(holds_experts, model.modules()))
+        apply_liger_kernel(model, {"fused_linear_cross_entropy": not others, "swiglu": forms})
     if setting.embed == "frozen":
         model.get_input_embeddings().weight.requires_grad_(False)
     if setting.checkpointing:  # a random state cannot be captured in a graph, and these models draw nothing

@@ -88,6 +88,7 @@ def refuse(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if "Experts" in type(module).__name__:
             _refuse_quantised(name, module)
+            _refuse_liger(name, module)
         if kind_of(module) is Kind.REGISTERED:
             _refuse_parallel(name, module)
         elif any(map(holds_experts, module.children())):
@@ -100,6 +101,16 @@ def _refuse_quantised(name: str, module: nn.Module) -> None:
         raise OptionError(
             f"the experts of {name!r} are quantised ({', '.join(map(str, dtypes))}), of which no weight can be trained: load "
             "the model without it (for GPT-OSS, quantization_config=Mxfp4Config(dequantize=True))"
+        )
+
+
+def _refuse_liger(name: str, module: nn.Module) -> None:
+    """Of experts that liger-kernel has put its forward, or its class, in the place of."""
+    forward = vars(module).get("forward", type(module).forward)
+    if forward.__module__.startswith("liger_kernel."):
+        raise OptionError(
+            f"{name!r} computes its experts by liger-kernel, whose kernel forms their whole gradients. Keep its other layers "
+            'alone: {"swiglu": false} as liger_kernel_config, or apply_liger_kernel_to_...(swiglu=False)'
         )
 
 

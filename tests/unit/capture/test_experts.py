@@ -1,6 +1,7 @@
 """The capture of stacked experts: the sketches of the gradients that autograd computes, and no gradient."""
 
 import copy
+import types
 from unittest import mock
 
 import pytest
@@ -358,6 +359,29 @@ def test_experts_that_cannot_be_trained_right_are_refused_by_name():
         MoFaSGD(model, rank=RANK)
     model.mlp.down_proj = nn.Parameter(torch.zeros(5, 7, 6, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(OptionError, match=r"the experts of 'mlp' are quantised .*Mxfp4Config\(dequantize=True\)"):
+        MoFaSGD(model, rank=RANK)
+
+
+@pytest.mark.parametrize("by", ["instance", "class"])
+def test_experts_that_liger_kernel_computes_are_refused(by):
+    """Its forward stands in a module that was there, and its class in a model that was built after it was applied."""
+
+    class LigerExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(4, 16, 8)), nn.Parameter(torch.randn(4, 8, 8))
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return hidden_states
+
+    LigerExperts.forward.__module__ = "liger_kernel.transformers.swiglu"
+    model = model_of("qwen3", torch.float32)
+    mlp = model.model.layers[1].mlp
+    if by == "class":
+        mlp.experts = LigerExperts()
+    else:
+        mlp.experts.forward = types.MethodType(LigerExperts.forward, mlp.experts)
+    with pytest.raises(OptionError, match=r"'model.layers.1.mlp.experts' .* liger-kernel, .*\{\"swiglu\": false\}"):
         MoFaSGD(model, rank=RANK)
 
 
