@@ -19,6 +19,7 @@ SHAPE = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "use_cache": False,
 }  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
 
 
 def gradients(model, ids, labels) -> tuple[float, dict[str, torch.Tensor]]:
@@ -28,10 +29,12 @@ def gradients(model, ids, labels) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", liger.MODELS)
+@pytest.mark.parametrize("kind", [*liger.MODELS, *liger.WITH_EXPERTS])
 def test_loss_and_gradients_are_the_models_own(kind):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE)).train()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **SHAPE, **(EXPERTS if kind in liger.WITH_EXPERTS else {}))
+    ).train()
     for p in model.parameters():  # norms of ones and biases of zeros would hide what is left out
         torch.nn.init.normal_(p, std=0.3)
     ids = torch.randint(96, (2, 24))
@@ -123,5 +126,28 @@ def test_models_whose_operators_are_not_known(tmp_path):
              "intermediate_size": 64, "vocab_size": 96}  # fmt: skip
     path = tmp_path / "shape.json"
     path.write_text(json.dumps(shape))
-    with pytest.raises(PredictionError, match='type "gpt_neox" cannot be predicted.*known of llama'):
+    with pytest.raises(PredictionError, match='type "gpt_neox" and AdamW cannot be predicted.*known of llama'):
         simulate(RunSetting.of(str(path), "AdamW", liger=True))
+
+
+def test_experts_are_left_to_an_optimizer_that_captures_them(tmp_path):
+    """liger-kernel's own, beside AdamW, are not known."""
+    config = AutoConfig.for_model("qwen3_moe", **SHAPE, **EXPERTS)
+    path = tmp_path / "shape.json"
+    path.write_text(config.to_json_string(use_diff=False))
+    words = {"seq": 64, "liger": True}
+    assert simulate(RunSetting.of(str(path), "MoFaSGD", **words)).peaks
+    with pytest.raises(PredictionError, match='type "qwen3_moe" and AdamW cannot be predicted'):
+        simulate(RunSetting.of(str(path), "AdamW", **words))
+
+
+@pytest.mark.slow  # 48 layers
+def test_what_a_mixture_of_experts_took_is_predicted():
+    """The committed runs of Qwen3-30B-A3B with these operators, on one H200."""
+    file = ROOT / "profiling/results/benchmarks/moe-graphed_qwen3-30b-a3b_1xH200_2026-11-27.jsonl"
+    rows = [row for row in map(json.loads, file.read_text().splitlines()) if "liger=1" in row["run"]]
+    assert len(rows) == 3
+    for row in rows:
+        config = str(ROOT / f"configs/models/{row['model']}.json")
+        setting = RunSetting.parse(row["run"], shape=row["shape"], model_config=config)
+        assert predict(setting)["total"] / 1e9 == pytest.approx(row["nvml_gb"], rel=0.1)

@@ -23,10 +23,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-__all__ = ["MODELS", "fused"]
+__all__ = ["MODELS", "WITH_EXPERTS", "fused"]
 
 # Of transformers' model types, those whose layers liger-kernel replaces by exactly these operators.
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
+WITH_EXPERTS = (
+    "qwen3_moe",
+)  # likewise but for SwiGLU, which is their experts' and left out beside an optimizer that captures them
 
 _IGNORED = -100  # label of a token without a loss
 _PROGRAMS = 132  # RMSNorm's backward sums the weight's gradient in a row for each multiprocessor: an H100's or H200's
@@ -34,9 +37,11 @@ _PROGRAMS = 132  # RMSNorm's backward sums the weight's gradient in a row for ea
 
 @contextlib.contextmanager
 def fused(model: nn.Module, loss: bool = True) -> Iterator[None]:
-    """Within: ``model``, one of :data:`MODELS`, computes with the fused operators; with ``loss`` that of the loss too, and
-    then it gives out the loss alone.
+    """Within: ``model``, one of :data:`MODELS` or :data:`WITH_EXPERTS`, computes with the fused operators; with ``loss`` that
+    of the loss too, and then it gives out the loss alone.
     """
+    config: Any = model.config
+    gated = config.model_type not in WITH_EXPERTS
     with contextlib.ExitStack() as stack:
         replace = functools.partial(_replace, stack)
         replace(_home_of(model, "apply_rotary_pos_emb"), "apply_rotary_pos_emb", _rotate)
@@ -45,7 +50,7 @@ def fused(model: nn.Module, loss: bool = True) -> Iterator[None]:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 replace(module, "forward", types.MethodType(_norm, module))
-            elif hasattr(module, "gate_proj"):
+            elif gated and hasattr(module, "gate_proj"):
                 replace(module, "forward", types.MethodType(_gated, module))
         yield
 

@@ -127,7 +127,7 @@ def simulate(setting: RunSetting) -> MicroBatch:
         ids = torch.zeros(setting.micro_batch, setting.seq, dtype=torch.long)
         own_loss = setting.loss == "model" and not setting.option("fused_head") and not setting.graphed
         loss = with_trl_loss(model) if setting.loss == "trl" else contextlib.nullcontext(model)
-        with operators(model, setting.liger, own_loss), loss as forward:
+        with operators(model, setting, own_loss), loss as forward:
             order, peaks, at_completion, events = _run(model, forward, ids, kinds, names, attached.buffers)
     return MicroBatch(parameters, order, peaks, at_completion, events, attached.places, attached.held)
 

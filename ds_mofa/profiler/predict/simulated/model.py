@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ds_mofa.optimizers.registry import OPTIMIZERS
 from ds_mofa.parameters.experts import holds_experts
 from ds_mofa.profiler.predict.simulated.errors import PredictionError
-from ds_mofa.profiler.predict.simulated.liger import MODELS, fused
+from ds_mofa.profiler.predict.simulated.liger import MODELS, WITH_EXPERTS, fused
 from ds_mofa.profiler.setting import RunSetting
 
 try:
@@ -89,15 +90,16 @@ def positions(path: str) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def operators(model: nn.Module, liger: bool, loss: bool) -> contextlib.AbstractContextManager:
-    """Within: the model computes with liger-kernel's operators, with ``loss`` that of the loss too, or with its own."""
-    if not liger:
+def operators(model: nn.Module, setting: RunSetting, loss: bool) -> contextlib.AbstractContextManager:
+    """Within: the model computes with liger-kernel's operators, if the setting says so; with ``loss`` that of the loss too."""
+    if not setting.liger:
         return contextlib.nullcontext()
     config: Any = model.config
-    if config.model_type not in MODELS:
+    known = (*MODELS, *WITH_EXPERTS) if setting.optimizer in OPTIMIZERS else MODELS
+    if config.model_type not in known:
         raise PredictionError(
-            f'liger-kernel with a model of type "{config.model_type}" cannot be predicted: which of its operators '
-            f"are replaced is known of {', '.join(MODELS)}. Predict it without liger"
+            f'liger-kernel with a model of type "{config.model_type}" and {setting.optimizer} cannot be predicted: which of '
+            f"its operators are replaced is known of {', '.join(known)}. Predict it without liger"
         )
     return fused(model, loss)
 
