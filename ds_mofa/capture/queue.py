@@ -22,6 +22,7 @@ class Queue:
     def __init__(self, rank: int, dtype: torch.dtype):
         self._rank, self._dtype = rank, dtype
         self._waiting: list[tuple] = []
+        self._sketches: set[tuple] = set()  # addresses of what waits
         self._bytes = 0
         self._backward = -1  # of the last that came
 
@@ -46,7 +47,12 @@ class Queue:
             self.flush()  # left by a backward that raised: autograd keeps what such a one has added
             self._backward = backward
             torch.autograd.Variable._execution_engine.queue_callback(self.flush)
+        elif (
+            addresses in self._sketches
+        ):  # of a linear that is used again: one launch would add both to the same old sum
+            self.flush()
         self._waiting.append((addresses, x, dy))
+        self._sketches.add(addresses)
         self._bytes += (x.numel() + dy.numel()) * x.element_size()
         if len(self._waiting) >= self.COUNT or self._bytes >= self.BYTES:
             self.flush()
@@ -71,4 +77,4 @@ class Queue:
 
     def clear(self) -> None:
         """Drop what waits."""
-        self._waiting, self._bytes = [], 0
+        self._waiting, self._sketches, self._bytes = [], set(), 0

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from ds_mofa import MoFaSGD
 from ds_mofa.capture.attach import attach
 from ds_mofa.capture.queue import Queue
 from ds_mofa.capture.sketch import Sketch
@@ -585,3 +587,58 @@ def test_a_linear_without_tokens_does_not_wait():
     queue.add((0, 0, 0, 0), torch.empty(0, 6), torch.empty(0, 5))
     queue.flush()
     assert not queue._waiting
+
+
+class Launches:
+    """Stands for the kernels, on a CPU: all programs of a launch read the sums before one of them writes."""
+
+    def __init__(self, sketches: list[Sketch]):
+        self.sketches = {sketch._addresses: sketch for sketch in sketches}
+        self.sizes: list[int] = []
+
+    def launch(self, work, rank, dtype):
+        self.sizes.append(len(work))
+        sums = []
+        for addresses, x, dy in work:
+            sketch, x, dy = self.sketches[addresses], x.flatten(0, -2).float(), dy.flatten(0, -2).float()
+            Y, Z = dy.mT @ (x @ sketch.V.float()), x.mT @ (dy @ sketch.U.float())
+            sums.append((sketch, sketch.Y + Y, sketch.Z + Z))
+        for sketch, Y, Z in sums:
+            sketch.Y.copy_(Y)
+            sketch.Z.copy_(Z)
+
+
+class Recurrent(nn.Module):
+    """Linears that are used again and again in one forward, as ALBERT's layers are."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+
+    def forward(self, x):
+        for _ in range(5):
+            x = x + torch.tanh(self.inner(x))
+        x = self.outer(x)
+        return x + torch.tanh(self.inner(x))
+
+
+def test_a_linear_that_is_used_again_waits_for_no_other_of_its_own(monkeypatch):
+    """Two of one launch would add to the same old sum."""
+    torch.manual_seed(0)
+    model = Recurrent().bfloat16()
+    plain = copy.deepcopy(model)
+    optimizer = MoFaSGD(model, lr=1e-3, rank=4)
+    sketches = optimizer.matrices.captured
+    kernels = Launches(sketches)
+    monkeypatch.setitem(sys.modules, "ds_mofa.kernels._capture", kernels)
+    monkeypatch.setattr("ds_mofa.kernels._capture", kernels, raising=False)
+    queue = Queue(4, torch.bfloat16)
+    for sketch in sketches:
+        sketch._queue = queue
+    for one in (model, plain):
+        one(torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).bfloat16()).float().square().sum().backward()
+    assert sum(kernels.sizes) == 7 and max(kernels.sizes) == 2
+    for sketch, linear in zip(sketches, (plain.inner, plain.outer)):
+        gradient = linear.weight.grad.float()
+        for found, exact in ((sketch.Y, gradient @ sketch.V.float()), (sketch.Z, gradient.mT @ sketch.U.float())):
+            assert (found - exact).norm() < 0.02 * exact.norm()  # bf16 sums the plain gradient over its uses
