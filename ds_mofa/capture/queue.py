@@ -47,9 +47,8 @@ class Queue:
             self.flush()  # left by a backward that raised: autograd keeps what such a one has added
             self._backward = backward
             torch.autograd.Variable._execution_engine.queue_callback(self.flush)
-        elif (
-            addresses in self._sketches
-        ):  # of a linear that is used again: one launch would add both to the same old sum
+        elif addresses in self._sketches:
+            # Of a linear that is used again: one launch would add both to the same old sum.
             self.flush()
         self._waiting.append((addresses, x, dy))
         self._sketches.add(addresses)
@@ -60,20 +59,21 @@ class Queue:
     def take(self, addresses: tuple[int, int, int, int], x: Tensor, dy: Tensor) -> None:
         """:meth:`add`, at once; anywhere."""
         if x.numel():
-            from ds_mofa.kernels import _capture
-
-            with phase("capture"):
-                _capture.launch([(addresses, x, dy)], self._rank, self._dtype)
+            self.launch([(addresses, x, dy)])
 
     def flush(self) -> None:
         """Take the sketches of all that wait."""
         if self._waiting:
-            from ds_mofa.kernels import _capture
-
             waiting = self._waiting
             self.clear()
-            with phase("capture"):
-                _capture.launch(waiting, self._rank, self._dtype)
+            self.launch(waiting)
+
+    def launch(self, work: list[tuple[tuple[int, int, int, int], Tensor, Tensor]]) -> None:
+        """Take these, no two of which are of one sketch."""
+        from ds_mofa.kernels import _capture
+
+        with phase("capture"):
+            _capture.launch(work, self._rank, self._dtype)
 
     def clear(self) -> None:
         """Drop what waits."""
