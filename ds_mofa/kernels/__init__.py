@@ -1,5 +1,6 @@
 """Triton kernels for NVIDIA GPUs, each beside a plain PyTorch twin that says what it must compute."""
 
+import contextlib
 import functools
 import importlib.util
 import warnings
@@ -9,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["launches_on", "multiprocessors", "stages_that_fit", "tile_that_fits", "triton_serves"]
+__all__ = [
+    "launches_on",
+    "multiprocessors",
+    "on",
+    "on_its_device",
+    "stages_that_fit",
+    "tile_that_fits",
+    "triton_serves",
+]
 
 _LEAST = 16  # a side of a tile: tensor cores multiply no less
 
@@ -24,6 +33,27 @@ def launches_on(tensor: Tensor) -> bool:
     may have no memory.
     """
     return triton_serves(tensor) and type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+
+
+_HERE = contextlib.nullcontext()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within, this device is the current one. Triton launches there, wherever its arguments are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator: within, the device of the first argument that is a tensor is the current one; see :func:`on`."""
+
+    @functools.wraps(launch)
+    def launched(*args: Any, **kwargs: Any) -> Any:
+        with on(next(one.device for one in args if isinstance(one, Tensor))):
+            return launch(*args, **kwargs)
+
+    return launched
 
 
 @functools.cache

@@ -4,9 +4,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_mofa.kernels import on_its_device
+
 _CHUNK = 32  # elements of a row that are multiplied at a time: as many as the registers of one warp hold
 
 
+@on_its_device
 def launch_round(
     rows: Tensor,
     worst: Tensor,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_mofa.kernels import multiprocessors, stages_that_fit, tile_that_fits
+from ds_mofa.kernels import multiprocessors, on, stages_that_fit, tile_that_fits
 from ds_mofa.kernels._launching import Compiled
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -43,9 +43,10 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
     programs = min(jobs * triton.cdiv(most, _TOKENS), multiprocessors(device))
     R, strip, project, columns, accumulate = _kernels(device, rank, dtype, even, programs, len(work) == 1)
     products = torch.empty(jobs, most, R, dtype=dtype, device=device)
-    rows = table if len(work) == 1 else [_on_device(table, device)]
-    project((jobs, triton.cdiv(most, strip)), *rows, products, most)
-    accumulate((jobs, triton.cdiv(widest, columns)), *rows, products, most)
+    with on(device):
+        rows = table if len(work) == 1 else [_on_device(table, device)]
+        project((jobs, triton.cdiv(most, strip)), *rows, products, most)
+        accumulate((jobs, triton.cdiv(widest, columns)), *rows, products, most)
 
 
 _TOKENS = 64  # of a tile of activations, where there are enough of them for all of the device

@@ -5,9 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_mofa.kernels import on_its_device
+
 _BLOCK = 8192  # logits at a time
 
 
+@on_its_device
 def launch(logits: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
     """See :func:`ds_mofa.kernels.cross_entropy.cross_entropy`; logits of at most fp32."""
     t, m = logits.shape

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_mofa.kernels import stages_that_fit, tile_that_fits
+from ds_mofa.kernels import on_its_device, stages_that_fit, tile_that_fits
 
 _TILE = 64  # rows of a tile that is projected
 _STRIP = 128  # columns of a sketch that a program adds to
 
 
+@on_its_device
 def launch(
     left: Tensor,
     right: Tensor,

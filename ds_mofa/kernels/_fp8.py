@@ -5,11 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_mofa.kernels import on_its_device
 from ds_mofa.kernels.fp8 import FP8
 
 _TILE = (128, 64)  # rows and columns of W: 128 bytes are one after the other in each row that is written
 
 
+@on_its_device
 def rows(values: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor]:
     """See :func:`ds_mofa.kernels.fp8.rows`; ``values`` contiguous."""
     t, k = values.shape
@@ -25,6 +27,7 @@ def rows(values: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
+@on_its_device
 def columns(weight: Tensor, scales: Tensor) -> Tensor:
     """See :func:`ds_mofa.kernels.fp8.columns`; ``weight`` contiguous."""
     m, n = weight.shape

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_mofa.kernels import tile_that_fits
+from ds_mofa.kernels import on_its_device, tile_that_fits
 from ds_mofa.kernels._write import _any, _mix, _product, _turned, addresses, check_count, keys_of
 from ds_mofa.kernels.random_bits import Rounding
 from ds_mofa.kernels.shard import Shard
@@ -20,6 +20,7 @@ _WIDENED = 8192  # weights by one program
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
+@on_its_device
 def widen(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """See :func:`ds_mofa.kernels.int8.widened`."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
@@ -30,6 +31,7 @@ def widen(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@on_its_device
 def launch(
     shards: Sequence[Shard],
     U: Tensor,

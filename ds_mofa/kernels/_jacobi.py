@@ -4,9 +4,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_mofa.kernels import on_its_device
+
 _ELEMENTS = 4096  # of one tile of columns; keeps the four tiles of a round in registers
 
 
+@on_its_device
 def launch(columns: Tensor, rotations: Tensor, max_sweeps: int, tolerance: float) -> None:
     """Rotate ``columns`` (B, n, p), the columns of B matrices, until orthogonal, and ``rotations`` (B, n, n) along.
 

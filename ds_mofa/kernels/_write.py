@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_mofa.kernels import stages_that_fit, tile_that_fits
+from ds_mofa.kernels import on_its_device, stages_that_fit, tile_that_fits
 from ds_mofa.kernels.random_bits import Rounding
 from ds_mofa.kernels.shard import Shard
 
@@ -25,6 +25,7 @@ _PAIRS = {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (64, 32, 4, 3), 128: (64, 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+@on_its_device
 def launch(
     shards: Sequence[Shard],
     U: Tensor,

@@ -133,6 +133,12 @@ class GraphedMicroBatch:
             self._begin(self._replicated)
         if not params[0].is_cuda:
             return self._run(leaves, tree)
+        index, current = params[0].device.index, torch.cuda.current_device()
+        if index != current:
+            raise RuntimeError(
+                f"the weights are on cuda:{index}, and graphs are captured on the current device, cuda:{current}: call "
+                f"torch.cuda.set_device({index}) first"
+            )
         self._settle(params)
         key = tree, tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         if key not in self._graphs:

@@ -11,6 +11,7 @@ from ds_mofa import MoFaSGD, Options
 from ds_mofa.adamw.eight_bit import AdamW8bit
 from ds_mofa.capture.queue import Queue
 from ds_mofa.kernels import svd
+from ds_mofa.kernels.int8 import whole
 from ds_mofa.kernels.random_bits import Rounding, random_bits, round_stochastically
 from ds_mofa.kernels.shard import Shard
 from ds_mofa.linalg.factors import Factors, update_factors
@@ -270,6 +271,24 @@ def test_a_linear_that_is_used_again_adds_all_of_its_uses():
         expected = captured()
     for _ in range(20):
         assert (captured() - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("options", [{}, {"explore": 8}, {"fp8": True}, {"weights": "int8"}], ids=str)
+def test_a_model_need_not_be_on_the_current_device(options):
+    trained = []
+    for device in ("cuda:0", "cuda:1"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(5)]).to(device, torch.bfloat16)
+        optimizer = MoFaSGD(model, lr=1e-3, rank=8, **options)
+        for _ in range(4):
+            x = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+            model(x).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append({name: whole(weight.detach()).cpu() for name, weight in model.named_parameters()})
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
 
 
 def _one_by_one(self, x, dy):

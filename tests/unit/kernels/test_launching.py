@@ -1,5 +1,9 @@
 """Which work the Triton kernels are launched for: tensors that are there, weights too, and nothing that is traced; and how."""
 
+import ast
+import contextlib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -77,3 +81,60 @@ def test_the_interpreter_compiles_nothing():
     for tokens in (10, 20):
         launch((2, tokens), "table", tokens)
     assert [kind for kind, *_ in kernel.launches] == ["kernel"] * 2
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """The devices that became the current one, where that is cuda:0."""
+    devices = []
+
+    @contextlib.contextmanager
+    def device(one):
+        devices.append(one)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return devices
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(entered):
+    for name in ("cpu", "cuda:0"):
+        with kernels.on(torch.device(name)):
+            assert entered == []
+    with kernels.on(torch.device("cuda:1")):
+        assert entered == [torch.device("cuda:1")]
+
+
+def test_the_first_tensor_says_where(entered):
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda:2")
+
+    def launch(shards, U, *, scale):
+        """What it does."""
+        return shards, scale, list(entered)
+
+    launched = kernels.on_its_device(launch)
+    U = torch.zeros(2).as_subclass(Elsewhere)
+    assert launched(["shards"], U, scale=3) == (["shards"], 3, [torch.device("cuda:2")])
+    assert launched.__doc__ == launch.__doc__
+
+
+def test_every_launch_is_on_its_tensors_device():
+    """By the source: what launches a kernel is within :func:`on`, or decorated."""
+    launches = 0
+    for path in Path(kernels.__file__).parent.glob("_*.py"):
+        tree = ast.parse(path.read_text())
+        for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+            calls = [
+                node
+                for node in ast.walk(function)
+                if isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Subscript)
+                and ast.unparse(node.func.value).endswith("_kernel")
+            ]
+            launches += len(calls)
+            decorated = "on_its_device" in map(ast.unparse, function.decorator_list)
+            assert not calls or decorated or function.name in ("_on_device", "_warm"), f"{path.name}: {function.name}"
+    source = (Path(kernels.__file__).parent / "_capture.py").read_text()
+    assert launches >= 12 and "    with on(device):\n        rows = table" in source
