@@ -464,11 +464,11 @@ def test_an_included_embedding_is_sketched(sparse, mode):
 
 # The debugging backend "eager" keeps a checkpointed region's inputs, sketches among them, by version, and then
 # refuses any that has been added to. AOTAutograd, which real backends are built on, does not.
-COMPILED = [("aot_eager", name) for name in MODELS] + [("eager", n) for n in MODELS if "checkpointed" not in n]
+COMPILED = [("aot_eager", name, mode) for name in MODELS for mode in ("linear", "hook", "queued")]
+COMPILED += [("eager", name, mode) for name in MODELS if "checkpointed" not in name for mode in ("linear", "hook")]
 
 
-@MODES
-@pytest.mark.parametrize("backend, name", COMPILED)
+@pytest.mark.parametrize("backend, name, mode", COMPILED)
 def test_a_compiled_model_fills_the_same_sketches(backend, name, mode):
     captured = Captured(_build(MODELS[name]), mode)
     torch._dynamo.reset()
