@@ -41,12 +41,13 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
         even &= not ((x_address | dy_address | U | V | Y | Z) % _ALIGNMENT or (m | n) % _WIDTH)
     jobs = 2 * len(work)
     programs = min(jobs * triton.cdiv(most, _TOKENS), multiprocessors(device))
-    R, strip, project, columns, accumulate = _kernels(device, rank, dtype, even, programs, len(work) == 1)
-    products = torch.empty(jobs, most, R, dtype=dtype, device=device)
+    project, accumulate = _kernels(device, rank, dtype, even, programs, len(work) == 1)
+    strips = triton.cdiv(most, project.constants["BLOCK_T"]), triton.cdiv(widest, accumulate.constants["BLOCK_W"])
+    products = torch.empty(jobs, most, project.constants["R"], dtype=dtype, device=device)
     with on(device):
         rows = table if len(work) == 1 else [_on_device(table, device)]
-        project((jobs, triton.cdiv(most, strip)), *rows, products, most)
-        accumulate((jobs, triton.cdiv(widest, columns)), *rows, products, most)
+        project((jobs, strips[0]), *rows, products, most)
+        accumulate((jobs, strips[1]), *rows, products, most)
 
 
 _TOKENS = 64  # of a tile of activations, where there are enough of them for all of the device
@@ -56,8 +57,8 @@ _LINEAR = 10  # numbers of one linear in the table
 @functools.cache
 def _kernels(
     device: torch.device, rank: int, dtype: torch.dtype, even: bool, programs: int, alone: bool
-) -> tuple[int, int, Compiled, int, Compiled]:
-    """Columns of a tile of factors; tokens of a tile and the kernel that projects; columns of a tile and the one that sums.
+) -> tuple[Compiled, Compiled]:
+    """The kernel that projects, in strips of BLOCK_T tokens, and the one that sums, in strips of BLOCK_W columns.
 
     Args:
         programs: how many project, with tiles of ``_TOKENS``; where half of the device would be idle, tiles are smaller.
@@ -68,14 +69,14 @@ def _kernels(
     tokens = _TOKENS
     while tokens > 16 and 2 * programs <= multiprocessors(device):
         tokens, programs = tokens // 2, 2 * programs
-    strip, block_w = tile_that_fits(device, (tokens, _WIDTH), lambda t, w: 2 * w * (t + R))
-    stages = stages_that_fit(device, 2 * block_w * (strip + R))
+    block_t, block_w = tile_that_fits(device, (tokens, _WIDTH), lambda t, w: 2 * w * (t + R))
+    stages = stages_that_fit(device, 2 * block_w * (block_t + R))
     kernel = _project_one_kernel if alone else _project_kernel
-    project = Compiled(kernel, BLOCK_T=strip, BLOCK_W=block_w, STAGES=stages, **shape)
-    columns, block_t = tile_that_fits(device, (64 if R <= 64 else 32, 64), lambda w, t: 2 * t * (w + R))
-    stages = stages_that_fit(device, 2 * block_t * (columns + R))
+    project = Compiled(kernel, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, **shape)
+    block_w, block_t = tile_that_fits(device, (64 if R <= 64 else 32, 64), lambda w, t: 2 * t * (w + R))
+    stages = stages_that_fit(device, 2 * block_t * (block_w + R))
     kernel = _accumulate_one_kernel if alone else _accumulate_kernel
-    return R, strip, project, columns, Compiled(kernel, BLOCK_T=block_t, BLOCK_W=columns, STAGES=stages, **shape)
+    return project, Compiled(kernel, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, **shape)
 
 
 def _on_device(table: list[int], device: torch.device) -> Tensor:

@@ -27,9 +27,8 @@ __all__ = ["MODELS", "WITH_EXPERTS", "fused"]
 
 # Of transformers' model types, those whose layers liger-kernel replaces by exactly these operators.
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
-WITH_EXPERTS = (
-    "qwen3_moe",
-)  # likewise but for SwiGLU, which is their experts' and left out beside an optimizer that captures them
+# Likewise but for SwiGLU, which is their experts' and left out beside an optimizer that captures them.
+WITH_EXPERTS = ("qwen3_moe",)
 
 _IGNORED = -100  # label of a token without a loss
 _PROGRAMS = 132  # RMSNorm's backward sums the weight's gradient in a row for each multiprocessor: an H100's or H200's
