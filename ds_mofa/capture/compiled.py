@@ -1,14 +1,16 @@
 """Sketching within ``torch.compile``: an operator, for a compiled backward computes all that it may be asked for."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_mofa.capture.autograd import leaf_node, wanted
+from ds_mofa.capture.queue import Queue
 
-__all__ = ["add_grouped", "add_linear", "add_rows", "key_of"]
+__all__ = ["add_grouped", "add_linear", "add_linears", "add_rows", "key_of"]
 
 _sketches: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 _last_key = 0
@@ -27,6 +29,7 @@ def key_of(sketch: Any) -> Tensor:
 # Not torch.library.custom_op, whose Python around each call takes as long again as the call.
 _library = torch.library.Library("ds_mofa", "FRAGMENT")
 _library.define("add_linear(Tensor x, Tensor dy, Tensor(a!) key) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("add_linears(Tensor[] x, Tensor[] dy, Tensor(a!)[] keys) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     "add_grouped(Tensor left, Tensor right, Tensor ends, Tensor? left_rows, Tensor? right_rows, Tensor(a!) key) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -41,9 +44,23 @@ def _add_linear(x: Tensor, dy: Tensor, key: Tensor) -> None:
     That the key changes is a pretence, which keeps the call where it is and what it is. The sketch itself is not handed to
     the graph: it is a view into a buffer, of which Inductor makes copies, and in torch 2.11 wrong ones.
     """
-    sketch = _opened(key)
-    if sketch is not None:
-        sketch.add_linear_now(x, dy)
+    _add_linears((x,), (dy,), (key,))
+
+
+def _add_linears(x: Sequence[Tensor], dy: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+    """Likewise of several, as :mod:`ds_mofa.capture.together` joins them: those that one queue serves in one launch."""
+    together: dict[Queue, list[tuple]] = {}
+    for one_x, one_dy, key in zip(x, dy, keys, strict=True):
+        sketch = _opened(key)
+        if sketch is None:
+            continue
+        queue = sketch.queue_of(one_x, one_dy)
+        if queue is None:
+            sketch.add_products(one_x, one_dy)
+        else:
+            together.setdefault(queue, []).append((sketch.addresses, one_x.contiguous(), one_dy.contiguous()))
+    for queue, work in together.items():
+        queue.take(work)
 
 
 def _add_rows(ids: Tensor, dy: Tensor, key: Tensor) -> None:
@@ -83,9 +100,16 @@ def _opened(key: Tensor) -> Any:
     return sketch
 
 
-for _name, _function in (("add_linear", _add_linear), ("add_rows", _add_rows), ("add_grouped", _add_grouped)):
+_FUNCTIONS = {
+    "add_linear": _add_linear,
+    "add_linears": _add_linears,
+    "add_rows": _add_rows,
+    "add_grouped": _add_grouped,
+}
+for _name, _function in _FUNCTIONS.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ds_mofa::{_name}", lambda *args: None, lib=_library)
 add_linear = torch.ops.ds_mofa.add_linear.default
+add_linears = torch.ops.ds_mofa.add_linears.default
 add_grouped = torch.ops.ds_mofa.add_grouped.default
 add_rows = torch.ops.ds_mofa.add_rows.default

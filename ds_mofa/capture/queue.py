@@ -1,5 +1,7 @@
 """Linears whose sketches wait to be taken together, on a GPU."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -56,10 +58,18 @@ class Queue:
         if len(self._waiting) >= self.COUNT or self._bytes >= self.BYTES:
             self.flush()
 
-    def take(self, addresses: tuple[int, int, int, int], x: Tensor, dy: Tensor) -> None:
-        """:meth:`add`, at once; anywhere."""
-        if x.numel():
-            self.launch([(addresses, x, dy)])
+    def take(self, work: Iterable[tuple[tuple[int, int, int, int], Tensor, Tensor]]) -> None:
+        """:meth:`add` of these, at once; anywhere, and for tensors whose memory is someone else's next, as in compiled code."""
+        launches: list[dict[tuple, tuple]] = [{}]
+        for addresses, x, dy in work:
+            if x.numel() == 0:
+                continue
+            if addresses in launches[-1]:
+                launches.append({})
+            launches[-1][addresses] = addresses, x, dy
+        for launch in launches:
+            if launch:
+                self.launch(list(launch.values()))
 
     def flush(self) -> None:
         """Take the sketches of all that wait."""

@@ -31,6 +31,7 @@ class Sketch:
         filled: with a ``grad``: whether Y and Z hold anything.
         unmarked: they do, and ``.grad`` could not be made to say so.
         fp8: see :class:`ds_mofa.capture.sink.Sink`.
+        addresses: of Y, Z, U and V.
     """
 
     __slots__ = (
@@ -47,8 +48,8 @@ class Sketch:
         "unmarked",
         "fp8",
         "key",
+        "addresses",
         "_queue",
-        "_addresses",
         "__weakref__",
     )
 
@@ -62,24 +63,23 @@ class Sketch:
         self.filled = self.unmarked = self.fp8 = False
         self.key = compiled.key_of(self)
         self._queue = queue
-        self._addresses = Y.data_ptr(), Z.data_ptr(), U.data_ptr(), V.data_ptr()
+        self.addresses = Y.data_ptr(), Z.data_ptr(), U.data_ptr(), V.data_ptr()
 
     def add_linear(self, x: Tensor, dy: Tensor) -> None:
         """Add G = dy^T x without forming it. x: (..., n), dy: (..., m), of one dtype."""
         self.open()
-        if self._queue is not None and x.dtype == self.V.dtype == dy.dtype:
-            self._queue.add(self._addresses, x.contiguous(), dy.contiguous())
-            return
-        self._add_products(x, dy)
-
-    def add_linear_now(self, x: Tensor, dy: Tensor) -> None:
-        """:meth:`add_linear` for tensors whose memory is someone else's next, as in compiled code."""
-        if self._queue is not None and x.dtype == self.V.dtype == dy.dtype:
-            self._queue.take(self._addresses, x.contiguous(), dy.contiguous())
+        queue = self.queue_of(x, dy)
+        if queue is None:
+            self.add_products(x, dy)
         else:
-            self._add_products(x, dy)
+            queue.add(self.addresses, x.contiguous(), dy.contiguous())
 
-    def _add_products(self, x: Tensor, dy: Tensor) -> None:
+    def queue_of(self, x: Tensor, dy: Tensor) -> Queue | None:
+        """What takes these, or None where :meth:`add_products` does."""
+        return self._queue if x.dtype == self.V.dtype == dy.dtype else None
+
+    def add_products(self, x: Tensor, dy: Tensor) -> None:
+        """:meth:`add_linear`, at once, by a product after the other. :meth:`open` comes before it."""
         with phase("capture"):
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             add_product(self.Y, dy.mT, x @ self.V.to(x.dtype))

@@ -45,13 +45,14 @@ def launch(work: Sequence[tuple[tuple[int, int, int, int], Tensor, Tensor]], ran
     strips = triton.cdiv(most, project.constants["BLOCK_T"]), triton.cdiv(widest, accumulate.constants["BLOCK_W"])
     products = torch.empty(jobs, most, project.constants["R"], dtype=dtype, device=device)
     with on(device):
-        rows = table if len(work) == 1 else [_on_device(table, device)]
+        rows = (products, *table) if len(work) == 1 else (_on_device(table, device), *_NONE)
         project((jobs, strips[0]), *rows, products, most)
         accumulate((jobs, strips[1]), *rows, products, most)
 
 
 _TOKENS = 64  # of a tile of activations, where there are enough of them for all of the device
 _LINEAR = 10  # numbers of one linear in the table
+_NONE = (0,) * _LINEAR
 
 
 @functools.cache
@@ -65,18 +66,16 @@ def _kernels(
         alone: they take one linear, without a table.
     """
     R = max(16, triton.next_power_of_2(rank))
-    shape = {"RANK": rank, "R": R, "DTYPE": _DTYPES[dtype], "EVEN": even, "num_warps": 4}
+    shape = {"RANK": rank, "R": R, "DTYPE": _DTYPES[dtype], "EVEN": even, "ALONE": alone, "num_warps": 4}
     tokens = _TOKENS
     while tokens > 16 and 2 * programs <= multiprocessors(device):
         tokens, programs = tokens // 2, 2 * programs
     block_t, block_w = tile_that_fits(device, (tokens, _WIDTH), lambda t, w: 2 * w * (t + R))
     stages = stages_that_fit(device, 2 * block_w * (block_t + R))
-    kernel = _project_one_kernel if alone else _project_kernel
-    project = Compiled(kernel, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, **shape)
+    project = Compiled(_project_kernel, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, **shape)
     block_w, block_t = tile_that_fits(device, (64 if R <= 64 else 32, 64), lambda w, t: 2 * t * (w + R))
     stages = stages_that_fit(device, 2 * block_t * (block_w + R))
-    kernel = _accumulate_one_kernel if alone else _accumulate_kernel
-    return project, Compiled(kernel, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, **shape)
+    return project, Compiled(_accumulate_kernel, BLOCK_T=block_t, BLOCK_W=block_w, STAGES=stages, **shape)
 
 
 def _on_device(table: list[int], device: torch.device) -> Tensor:
@@ -101,22 +100,24 @@ def _warm(device: torch.device) -> None:
     _row_kernel[(1,)](rows, 0, *numbers, *numbers)
 
 
-_NUMBERS = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
+# Of two rows: address of an activation or gradient, its width and tokens, addresses of its factor and its sketch.
+_NUMBERS = ["a0", "w0", "t0", "f0", "s0", "a1", "w1", "t1", "f1", "s1"]
 
 
 @triton.jit(do_not_specialize=["first", *_NUMBERS])
-def _row_kernel(table, first, a, b, c, d, e, f, g, h, i, j):
+def _row_kernel(table, first, a0, w0, t0, f0, s0, a1, w1, t1, f1, s1):
+    """The rows of one linear, from ``first`` on."""
     at = table + first
-    tl.store(at, a)
-    tl.store(at + 1, b)
-    tl.store(at + 2, c)
-    tl.store(at + 3, d)
-    tl.store(at + 4, e)
-    tl.store(at + 5, f)
-    tl.store(at + 6, g)
-    tl.store(at + 7, h)
-    tl.store(at + 8, i)
-    tl.store(at + 9, j)
+    tl.store(at, a0)
+    tl.store(at + 1, w0)
+    tl.store(at + 2, t0)
+    tl.store(at + 3, f0)
+    tl.store(at + 4, s0)
+    tl.store(at + 5, a1)
+    tl.store(at + 6, w1)
+    tl.store(at + 7, t1)
+    tl.store(at + 8, f1)
+    tl.store(at + 9, s1)
 
 
 @triton.jit
@@ -127,10 +128,10 @@ def _in_table(table, job):
 
 
 @triton.jit
-def _of_two(job, a, b, c, d, e, f, g, h, i, j):
+def _of_two(job, a0, w0, t0, f0, s0, a1, w1, t1, f1, s1):
     """The first row or the second."""
-    address, width, tokens = a + (f - a) * job, b + (g - b) * job, c + (h - c) * job
-    return address, width, tokens, d + (i - d) * job, e + (j - e) * job
+    address, width, tokens = a0 + (a1 - a0) * job, w0 + (w1 - w0) * job, t0 + (t1 - t0) * job
+    return address, width, tokens, f0 + (f1 - f0) * job, s0 + (s1 - s0) * job
 
 
 @triton.jit
@@ -146,26 +147,38 @@ def _aligned(a, factor, sketch, width, EVEN: tl.constexpr, DTYPE: tl.constexpr):
     return a, factor, sketch, width
 
 
-@triton.jit
-def _project(
-    job,
-    a,
-    width,
-    tokens,
-    factor,
-    sketch,
+@triton.jit(do_not_specialize=["most", *_NUMBERS])
+def _project_kernel(
+    table,
+    a0,
+    w0,
+    t0,
+    f0,
+    s0,
+    a1,
+    w1,
+    t1,
+    f1,
+    s1,
     products,
     most,
     RANK: tl.constexpr,
     R: tl.constexpr,
     DTYPE: tl.constexpr,
     EVEN: tl.constexpr,
+    ALONE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """products[job] = A factor, a strip of tokens a program."""
-    a, factor, sketch, width = _aligned(a, factor, sketch, width, EVEN, DTYPE)
+    """products[job] = A factor, a strip of tokens a program; if ALONE, rows are arguments, else of a table."""
+    job = tl.program_id(0)
+    if ALONE:
+        address, width, tokens, factor, sketch = _of_two(job, a0, w0, t0, f0, s0, a1, w1, t1, f1, s1)
+    else:
+        address, width, tokens, factor, sketch = _in_table(table, job)
+    activations, factor, sketch, width = _aligned(address, factor, sketch, width, EVEN, DTYPE)
+    tokens = tokens.to(tl.int32)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.program_id(1) * BLOCK_T >= tokens:
         return
@@ -178,7 +191,7 @@ def _project(
         rows = w + first
         if not EVEN:
             inside = inside & (rows < width)[None, :]
-        x = tl.load(a + at + first, mask=inside, other=0.0)
+        x = tl.load(activations + at + first, mask=inside, other=0.0)
         f = tl.load(
             factor + rows[:, None] * RANK + k[None, :], mask=(k < RANK)[None, :] & (rows < width)[:, None], other=0.0
         )
@@ -187,26 +200,38 @@ def _project(
     tl.store(out, total.to(DTYPE), mask=(t < tokens)[:, None])
 
 
-@triton.jit
-def _accumulate(
-    job,
-    a,
-    width,
-    tokens,
-    factor,
-    sketch,
+@triton.jit(do_not_specialize=["most", *_NUMBERS])
+def _accumulate_kernel(
+    table,
+    a0,
+    w0,
+    t0,
+    f0,
+    s0,
+    a1,
+    w1,
+    t1,
+    f1,
+    s1,
     products,
     most,
     RANK: tl.constexpr,
     R: tl.constexpr,
     DTYPE: tl.constexpr,
     EVEN: tl.constexpr,
+    ALONE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """sketch += A^T products[partner], a strip of the sketch a program: no atomics, the same sum in every run."""
-    a, factor, sketch, width = _aligned(a, factor, sketch, width, EVEN, DTYPE)
+    job = tl.program_id(0)
+    if ALONE:
+        address, width, tokens, factor, sketch = _of_two(job, a0, w0, t0, f0, s0, a1, w1, t1, f1, s1)
+    else:
+        address, width, tokens, factor, sketch = _in_table(table, job)
+    activations, factor, sketch, width = _aligned(address, factor, sketch, width, EVEN, DTYPE)
+    tokens = tokens.to(tl.int32)
     if tl.program_id(1) * BLOCK_W >= width:
         return
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -218,171 +243,15 @@ def _accumulate(
         rows = t + first
         inside = (rows < tokens)[:, None]
         if EVEN:
-            x = tl.load(a + rows.to(tl.int64)[:, None] * width + w[None, :], mask=inside, other=0.0)
+            x = tl.load(activations + rows.to(tl.int64)[:, None] * width + w[None, :], mask=inside, other=0.0)
         else:
             x = tl.load(
-                a + rows.to(tl.int64)[:, None] * width + w[None, :], mask=inside & (w < width)[None, :], other=0.0
+                activations + rows.to(tl.int64)[:, None] * width + w[None, :],
+                mask=inside & (w < width)[None, :],
+                other=0.0,
             )
         p = tl.load(partner + rows[:, None] * R + k[None, :], mask=inside, other=0.0)
         total = tl.dot(tl.trans(x), p, total)
     at = sketch + w[:, None] * RANK + k[None, :]
     held = (w < width)[:, None] & (k < RANK)[None, :]
     tl.store(at, tl.load(at, mask=held, other=0.0) + total, mask=held)
-
-
-@triton.jit(do_not_specialize=["most"])
-def _project_kernel(
-    table,
-    products,
-    most,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    DTYPE: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """:func:`_project` of every row of a table."""
-    job = tl.program_id(0)
-    address, width, tokens, factor, sketch = _in_table(table, job)
-    _project(
-        job,
-        address,
-        width,
-        tokens.to(tl.int32),
-        factor,
-        sketch,
-        products,
-        most,
-        RANK,
-        R,
-        DTYPE,
-        EVEN,
-        BLOCK_T,
-        BLOCK_W,
-        STAGES,
-    )
-
-
-@triton.jit(do_not_specialize=["most", *_NUMBERS])
-def _project_one_kernel(
-    a,
-    b,
-    c,
-    d,
-    e,
-    f,
-    g,
-    h,
-    i,
-    j,
-    products,
-    most,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    DTYPE: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """:func:`_project` of one linear, whose two rows are arguments."""
-    job = tl.program_id(0)
-    address, width, tokens, factor, sketch = _of_two(job, a, b, c, d, e, f, g, h, i, j)
-    _project(
-        job,
-        address,
-        width,
-        tokens.to(tl.int32),
-        factor,
-        sketch,
-        products,
-        most,
-        RANK,
-        R,
-        DTYPE,
-        EVEN,
-        BLOCK_T,
-        BLOCK_W,
-        STAGES,
-    )
-
-
-@triton.jit(do_not_specialize=["most"])
-def _accumulate_kernel(
-    table,
-    products,
-    most,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    DTYPE: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """:func:`_accumulate` of every row of a table."""
-    job = tl.program_id(0)
-    address, width, tokens, factor, sketch = _in_table(table, job)
-    _accumulate(
-        job,
-        address,
-        width,
-        tokens.to(tl.int32),
-        factor,
-        sketch,
-        products,
-        most,
-        RANK,
-        R,
-        DTYPE,
-        EVEN,
-        BLOCK_T,
-        BLOCK_W,
-        STAGES,
-    )
-
-
-@triton.jit(do_not_specialize=["most", *_NUMBERS])
-def _accumulate_one_kernel(
-    a,
-    b,
-    c,
-    d,
-    e,
-    f,
-    g,
-    h,
-    i,
-    j,
-    products,
-    most,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    DTYPE: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """:func:`_accumulate` of one linear, whose two rows are arguments."""
-    job = tl.program_id(0)
-    address, width, tokens, factor, sketch = _of_two(job, a, b, c, d, e, f, g, h, i, j)
-    _accumulate(
-        job,
-        address,
-        width,
-        tokens.to(tl.int32),
-        factor,
-        sketch,
-        products,
-        most,
-        RANK,
-        R,
-        DTYPE,
-        EVEN,
-        BLOCK_T,
-        BLOCK_W,
-        STAGES,
-    )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_mofa.capture import together
 from ds_mofa.capture.attach import attach
 from ds_mofa.capture.head import FusedHead
 from ds_mofa.capture.linear import multiply_in_eight_bits
@@ -135,6 +136,8 @@ class MatrixStep:
             (self.layout.views(self.sketches, i), self.layout.views(self.working, i)) for i in range(len(matrices))
         ]
         self._queue = Queue.serving(self.working, self.sketches, self.rule.columns)
+        if self._queue is not None:
+            together.install()
         self.captured = [Sketch(Y, Z, U, V, self._queue) for (Y, Z, _), (U, V, _) in views]
         for matrix, sketch in zip(self.members, self.captured):
             sketch.arrived = backend.arrival(matrix)

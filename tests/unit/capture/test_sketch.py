@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,34 +16,11 @@ from ds_mofa.capture.queue import Queue
 from ds_mofa.capture.sketch import Sketch
 from ds_mofa.options import OptionError, Options
 from ds_mofa.parameters import split_parameters
+from tests.unit.capture.queues import QueueOnACPU
 from tests.unit.dense_reference import relative_error
 
 RANK = 3
 MODES = pytest.mark.parametrize("mode", ["linear", "hook", "queued"])
-
-
-class QueueOnACPU(Queue):
-    """A GPU's, without its kernels: as in those, all programs of a launch have read the sums before one of them writes."""
-
-    def __init__(self, sketches: Sequence[Sketch]):
-        super().__init__(RANK, sketches[0].V.dtype)
-        self.of = {sketch._addresses: sketch for sketch in sketches}
-        self.sizes: list[int] = []
-        for sketch in sketches:
-            sketch._queue = self
-
-    def launch(self, work):
-        self.sizes.append(len(work))
-        sums = []
-        for addresses, x, dy in work:
-            assert x.is_contiguous() and dy.is_contiguous() and {x.dtype, dy.dtype} == {self._dtype}
-            sketch = self.of[addresses]
-            X, dY = (part.reshape(-1, part.shape[-1]).to(sketch.Y.dtype) for part in (x, dy))
-            U, V = sketch.U.to(X.dtype), sketch.V.to(X.dtype)
-            sums.append((sketch, sketch.Y + dY.mT @ (X @ V), sketch.Z + X.mT @ (dY @ U)))
-        for sketch, Y, Z in sums:
-            sketch.Y.copy_(Y)
-            sketch.Z.copy_(Z)
 
 
 class Captured:
