@@ -32,7 +32,7 @@ ROWS = _rows(
 )
 CAPTURED = _rows("captured_*")  # norm and update are graphs too
 OTHERS = _rows(
-    "shapes_*", "fastest*_*", "head-kernel_*", "int8_llama-3.1-8b_*", "int8-words_*"
+    "shapes_*", "fastest*_*", "head-kernel_*", "int8_llama-3.1-8b_*", "int8-words_*", "alone_*", "together_*_1xH200_*"
 )  # the host was waited for in their steps
 
 
