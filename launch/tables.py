@@ -6,10 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyarrow
-from datasets import Features
-from pyarrow import parquet
-
 from launch.errors import UserError
 from launch.json_files import parse
 from launch.rows import without_filled_in
@@ -79,6 +75,12 @@ def _cell(name: str, text: str, where: str) -> object:
 
 def read_parquet(file: Path) -> Iterator[Record]:
     """One record a row."""
+    try:
+        import pyarrow
+        from datasets import Features
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f"{file}: reading Parquet needs {error.name}: pip install datasets") from None
     try:
         content = parquet.ParquetFile(file)
         features = Features.from_arrow_schema(content.schema_arrow)

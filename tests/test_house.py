@@ -22,6 +22,8 @@ HIDDEN = {
     "torch.testing": "makes a pretended backend known, which a prediction alone wants",
     "transformers": "an extra",
     "trl": "an extra",
+    "datasets": "an extra, which a .parquet file alone needs",
+    "pyarrow": "likewise",
     "peft": "an extra",
     "torchao": "an extra",
     "liger_kernel": "an extra",

@@ -290,3 +290,26 @@ def test_a_killed_comparison_goes_on(tmp_path, capsys):
     compare.main(words)
     assert "6 runs, 6 of them done" in capsys.readouterr().out
     assert (out / "results.jsonl").read_bytes() == after
+
+
+def test_what_the_documents_say_is_not_needed_is_not(tmp_path):
+    """docs/comparing.md: on a machine with PyTorch and transformers alone."""
+    (tmp_path / "train.parquet").write_bytes(b"")
+    program = """
+import sys
+from pathlib import Path
+sys.modules |= dict.fromkeys(["deepspeed", "trl", "datasets", "pyarrow", "accelerate"])
+import experiments.compare
+from launch.errors import UserError
+from launch.tables import TABLES
+try:
+    list(TABLES[".parquet"](Path("train.parquet")))
+except UserError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_MOFA_AUTOLOAD": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "train.parquet: reading Parquet needs pyarrow: pip install datasets\n"
