@@ -42,6 +42,19 @@ class Again(nn.Module):
         return self.side(x) + self.out(torch.tanh(self.square(torch.tanh(self.square(x)))))
 
 
+class Routed(nn.Module):
+    """How many tokens its linears see is known when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        some = tokens.index_select(0, torch.nonzero(tokens[:, 0] > 0).squeeze(-1))
+        return x + self.down(torch.tanh(self.up(some))).mean(0)
+
+
 def joining(graph, inputs):
     """A compiler that does what the pass does, and nothing else."""
     together.Together()(graph.graph)
@@ -95,6 +108,11 @@ def test_it_is_one_for_each_backward():
 
 def test_lengths_may_differ():
     check(Layer, [5, 5] * 3, tokens=(8, 5, 11), dynamic=True)
+
+
+def test_lengths_may_be_unknown():
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        check(Routed, [2, 2] * 2, tokens=(8, 5))
 
 
 def test_a_frozen_linear_has_no_part_in_it():
