@@ -49,27 +49,23 @@ class Queue:
             self.flush()  # left by a backward that raised: autograd keeps what such a one has added
             self._backward = backward
             torch.autograd.Variable._execution_engine.queue_callback(self.flush)
-        elif addresses in self._sketches:
-            # Of a linear that is used again: one launch would add both to the same old sum.
+        self._let_wait(addresses, x, dy)
+
+    def take(self, work: Iterable[tuple[tuple[int, int, int, int], Tensor, Tensor]]) -> None:
+        """:meth:`add` of these, and :meth:`flush`: for tensors whose memory is someone else's next, as in compiled code."""
+        for addresses, x, dy in work:
+            if x.numel():
+                self._let_wait(addresses, x, dy)
+        self.flush()
+
+    def _let_wait(self, addresses: tuple[int, int, int, int], x: Tensor, dy: Tensor) -> None:
+        if addresses in self._sketches:  # of a linear that is used again: one launch would add both to the same old sum
             self.flush()
         self._waiting.append((addresses, x, dy))
         self._sketches.add(addresses)
         self._bytes += (x.numel() + dy.numel()) * x.element_size()
         if len(self._waiting) >= self.COUNT or self._bytes >= self.BYTES:
             self.flush()
-
-    def take(self, work: Iterable[tuple[tuple[int, int, int, int], Tensor, Tensor]]) -> None:
-        """:meth:`add` of these, at once; anywhere, and for tensors whose memory is someone else's next, as in compiled code."""
-        launches: list[dict[tuple, tuple]] = [{}]
-        for addresses, x, dy in work:
-            if x.numel() == 0:
-                continue
-            if addresses in launches[-1]:
-                launches.append({})
-            launches[-1][addresses] = addresses, x, dy
-        for launch in launches:
-            if launch:
-                self.launch(list(launch.values()))
 
     def flush(self) -> None:
         """Take the sketches of all that wait."""

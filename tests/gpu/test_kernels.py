@@ -217,7 +217,7 @@ def test_many_linears_sketched_together_are_each_sketched(tokens, m, n, r, dtype
         sketches.append((Y, Z, U, V))
         queue._waiting.append((tuple(tensor.data_ptr() for tensor in sketches[-1]), x, dy))
         alone.append((Y.clone(), Z.clone()))
-        queue.take([(tuple(tensor.data_ptr() for tensor in (*alone[-1], U, V)), x, dy)])
+        Queue(r, dtype).take([(tuple(tensor.data_ptr() for tensor in (*alone[-1], U, V)), x, dy)])
     queue.flush()
     for (Y, Z, _, _), exact, (one_Y, one_Z) in zip(sketches, expected, alone):
         assert torch.equal(Y, one_Y) and torch.equal(Z, one_Z)

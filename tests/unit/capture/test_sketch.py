@@ -612,3 +612,16 @@ def test_no_two_uses_of_a_linear_are_in_one_launch():
     captured.check()
     sizes = captured.queue.sizes
     assert sum(sizes) == 7 and max(sizes) == 2
+
+
+def test_nor_are_two_that_are_taken_at_once():
+    """As compiled code does; one without tokens is in none."""
+    captured = Captured(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), "queued")
+    first, second = captured.sketches
+    x, dy, none = _inputs(4, 6), _inputs(4, 6, seed=1), _inputs(0, 6)
+    captured.queue.take(
+        [(first.addresses, x, dy), (second.addresses, x, dy), (second.addresses, none, none), (first.addresses, dy, x)]
+    )
+    assert captured.queue.sizes == [2, 1] and not captured.queue._waiting
+    for sketch, G in ((first, dy.mT @ x + x.mT @ dy), (second, dy.mT @ x)):
+        assert relative_error(sketch.Y, G @ sketch.V) < 1e-12 and relative_error(sketch.Z, G.mT @ sketch.U) < 1e-12
